@@ -1,0 +1,36 @@
+# Six verbs; CI runs the same ones. PYTHON is the interpreter that makes the environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per test process: several processes share the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: install demo style check test bench
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python scripts/train_tiny.py
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mlinter --no-progress --no-cache src/engram_hf/modeling
+	$(BIN)/python -m pytest tests/test_import_order.py
+
+test: install
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+bench: install
+	$(BIN)/python scripts/bench_memory.py

@@ -1,0 +1,40 @@
+"""Engram memory for Hugging Face Transformers.
+
+Importing the package registers EngramMoE with the Auto classes, and does nothing else.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .modeling.configuration_engram_moe import EngramMoEConfig
+from .modeling.modeling_engram_moe import (
+    EngramMoEForCausalLM,
+    EngramMoEForSequenceClassification,
+    EngramMoEForTokenClassification,
+    EngramMoEModel,
+)
+from .modeling.ngram_hashing import NgramHash, build_token_map
+
+
+__version__ = "0.1.0.dev0"
+
+AutoConfig.register(EngramMoEConfig.model_type, EngramMoEConfig)
+AutoModel.register(EngramMoEConfig, EngramMoEModel)
+AutoModelForCausalLM.register(EngramMoEConfig, EngramMoEForCausalLM)
+AutoModelForSequenceClassification.register(EngramMoEConfig, EngramMoEForSequenceClassification)
+AutoModelForTokenClassification.register(EngramMoEConfig, EngramMoEForTokenClassification)
+
+__all__ = [
+    "EngramMoEConfig",
+    "EngramMoEForCausalLM",
+    "EngramMoEForSequenceClassification",
+    "EngramMoEForTokenClassification",
+    "EngramMoEModel",
+    "NgramHash",
+    "build_token_map",
+]

@@ -1,0 +1,290 @@
+# Copyright 2026 The engram-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The architecture of an EngramMoE model, strictly typed. Nothing of this machine: where rows live is said at loading.
+
+The backbone's fields are those of `DeepseekV3Config` (MLA attention, experts), the residual streams are named as in
+`DeepseekV4Config`, the memory's fields as DeepseekAI publishes them. Sizes of the presets: arXiv 2601.07372, table 1.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.utils import auto_docstring
+
+
+# What `save_pretrained` writes beside the weights, so that the model loads where this package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_engram_moe.EngramMoEConfig",
+    "AutoModel": "modeling_engram_moe.EngramMoEModel",
+    "AutoModelForCausalLM": "modeling_engram_moe.EngramMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_engram_moe.EngramMoEForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_engram_moe.EngramMoEForTokenClassification",
+}
+TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Equal in the paper's four models. The paper prints neither the MLA ranks nor the widths of the feed-forward layers;
+# these fit every total and active count that it does print.
+_PAPER_BACKBONE: dict[str, Any] = {
+    "vocab_size": 129280,
+    "hidden_size": 2560,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "hc_mult": 4,
+    "engram_layer_ids": [],
+    "engram_max_ngram_size": 3,
+    "engram_n_heads": 8,
+    "engram_head_dim": 80,
+    "engram_pad_token_id": 2,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "dense-4b": {"first_k_dense_replace": 30, "n_routed_experts": 72},
+    "moe-27b": {"n_routed_experts": 72},
+    "engram-27b": {"n_routed_experts": 55, "engram_layer_ids": [1, 14], "engram_vocab_size": 2_262_400},
+    "engram-40b": {"n_routed_experts": 55, "engram_layer_ids": [1, 14], "engram_vocab_size": 7_239_680},
+}
+
+
+@auto_docstring(checkpoint="engram-27b")
+@strict
+class EngramMoEConfig(DeepseekV3Config):
+    r"""
+    Configuration of a mixture-of-experts language model with Engram memory. The defaults are those of the paper's
+    Engram-27B; `EngramMoEConfig.preset(name)` gives all four of its models.
+
+    Every field of [`DeepseekV3Config`] is understood. Added to it:
+
+    hc_mult (`int`, *optional*, defaults to 4):
+        Number of residual streams (manifold-constrained hyper-connections). 1 is a plain residual stream.
+    hc_sinkhorn_iters (`int`, *optional*, defaults to 20):
+        Sinkhorn-Knopp iterations that keep the mixing of streams doubly stochastic.
+    hc_eps (`float`, *optional*, defaults to 1e-06):
+        Floor of that normalisation.
+    router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
+        Weight of the load-balancing loss, which is added where `output_router_logits` is set.
+    engram_layer_ids (`list[int]`, *optional*, defaults to `[1, 14]`):
+        Zero-based ids of the layers with a memory. An empty list is the plain mixture of experts.
+    engram_max_ngram_size (`int`, *optional*, defaults to 3):
+        Largest order N: a memory layer reads n-grams of the orders 2 to N.
+    engram_vocab_size (`int` or `list[int]`, *optional*, defaults to 2262400):
+        Least number of rows per hash head; one number for all orders, or one per order. Each head takes the next
+        prime that no other head of the model has.
+    engram_n_heads (`int`, *optional*, defaults to 8):
+        Hash heads per order.
+    engram_head_dim (`int`, *optional*, defaults to 80):
+        Width of a row. A token reads `(N - 1) * engram_n_heads * engram_head_dim` numbers per memory layer.
+    engram_pad_token_id (`int`, *optional*):
+        Raw token id that stands for everything before the start of a document. Defaults to `pad_token_id`, then to the
+        (first) `eos_token_id`, then to 0.
+    engram_compressed_vocab_size (`int` or `str`, *optional*, defaults to `"auto"`):
+        Number of ids after token compression: `"auto"` is written by `model.bind_tokenizer(tokenizer)`, an `int` must
+        be met exactly by the tokenizer that is bound, `None` hashes raw token ids.
+    engram_seed (`int`, *optional*, defaults to 0):
+        Seed of the hash multipliers.
+    engram_kernel_size (`int`, *optional*, defaults to 4):
+        Taps of the short convolution, dilated by N. 0 leaves the convolution out.
+    engram_table_dtype (`str`, *optional*):
+        Type of the rows: a fact of the checkpoint that no `dtype=` and no `.to()` changes. `None` is the type that the
+        model is built in; saving writes the actual one.
+    engram_block_elements (`int`, *optional*, defaults to 2147483648):
+        A table is stored in blocks of whole heads: as many as fit into this number of elements, at least one.
+    engram_fingerprint (`dict`, *optional*):
+        Digests of token map, multipliers, primes, orders and pad. Written by the model, checked at every load.
+
+    Example:
+
+    ```python
+    >>> from engram_hf import EngramMoEConfig
+
+    >>> config = EngramMoEConfig.preset("engram-27b")
+    >>> config.engram_layer_ids
+    [1, 14]
+    ```"""
+
+    model_type = "engram_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 129280
+    hidden_size: int = 2560
+    intermediate_size: int = 12288
+    moe_intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 32
+    n_shared_experts: int = 2
+    n_routed_experts: int = 55
+    num_experts_per_tok: int | None = 6
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    first_k_dense_replace: int | None = 1
+    q_lora_rank: int | None = None
+    tie_word_embeddings: bool = True
+    router_aux_loss_coef: float | int = 0.001
+    num_mtp_layers: int = 0
+    layer_types: list[str] | None = None
+
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float | int = 1e-6
+
+    engram_layer_ids: list[int] | tuple[int, ...] | None = None
+    engram_max_ngram_size: int = 3
+    engram_vocab_size: int | list[int] | tuple[int, ...] = 2_262_400
+    engram_n_heads: int = 8
+    engram_head_dim: int = 80
+    engram_pad_token_id: int | None = None
+    engram_compressed_vocab_size: int | str | None = "auto"
+    engram_seed: int = 0
+    engram_kernel_size: int = 4
+    engram_table_dtype: str | None = None
+    engram_block_elements: int = 2**31
+    engram_fingerprint: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.engram_layer_ids is None:
+            self.engram_layer_ids = [1, 14]
+        self.engram_layer_ids = sorted(self.engram_layer_ids)
+        if isinstance(self.engram_vocab_size, tuple):
+            self.engram_vocab_size = list(self.engram_vocab_size)
+        super().__post_init__(**kwargs)
+        if self.engram_pad_token_id is None:
+            eos = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
+            self.engram_pad_token_id = next((i for i in (self.pad_token_id, eos) if i is not None and i >= 0), 0)
+        # "hybrid" is transformers' word for a layer whose cache holds other states beside keys and values.
+        self.layer_types = [
+            "hybrid" if layer_id in self.engram_layer_ids else "full_attention"
+            for layer_id in range(self.num_hidden_layers)
+        ]
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "EngramMoEConfig":
+        """One of the paper's models: "dense-4b", "moe-27b", "engram-27b" or "engram-40b".
+
+        Args:
+            name: the model.
+            overrides: fields that take another value than in the paper.
+
+        Raises:
+            ValueError: no preset has this name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"No preset is called {name!r}; there are {', '.join(sorted(PRESETS))}.")
+        return cls(**{**_PAPER_BACKBONE, **PRESETS[name], **overrides})
+
+    @property
+    def engram_vocab_sizes(self) -> list[int]:
+        """Least number of rows of a head, for the orders 2, 3, ... N."""
+        if isinstance(self.engram_vocab_size, int):
+            return [self.engram_vocab_size] * (self.engram_max_ngram_size - 1)
+        return list(self.engram_vocab_size)
+
+    @property
+    def engram_width(self) -> int:
+        """Numbers that one token reads in one memory layer."""
+        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
+
+    @property
+    def engram_conv_reach(self) -> int:
+        """Tokens before the current one that the short convolution sees; its dilation is the largest order."""
+        return max(self.engram_kernel_size - 1, 0) * self.engram_max_ngram_size
+
+    @property
+    def engram_reach(self) -> int:
+        """Tokens before the current one that a memory layer sees, by its n-grams or by its convolution."""
+        return max(self.engram_max_ngram_size - 1, self.engram_conv_reach)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """States a hybrid cache layer keeps: the last ids, and the convolution's inputs where there is one."""
+        return 2 if self.engram_conv_reach else 1
+
+    def validate_engram(self):
+        """Part of `@strict` validation: what the memory's fields may be."""
+        self._validate_memory_layers()
+        self._validate_rows()
+        size = self.engram_compressed_vocab_size
+        if isinstance(size, str) and size != "auto" or isinstance(size, int) and not 0 < size <= self.vocab_size:
+            raise ValueError(
+                f'engram_compressed_vocab_size must be "auto", None or an int in [1, {self.vocab_size}] '
+                f"(vocab_size), got {size!r}."
+            )
+        if not 0 <= self.engram_pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"engram_pad_token_id must be a raw token id in [0, {self.vocab_size}), got {self.engram_pad_token_id}."
+            )
+        if self.engram_seed < 0:
+            raise ValueError(f"engram_seed must be at least 0, got {self.engram_seed}.")
+
+    def _validate_memory_layers(self):
+        outside = [i for i in self.engram_layer_ids or [] if not 0 <= i < self.num_hidden_layers]
+        if outside or len(set(self.engram_layer_ids or [])) != len(self.engram_layer_ids or []):
+            raise ValueError(
+                f"engram_layer_ids must be different zero-based layer ids in [0, {self.num_hidden_layers}), "
+                f"got {self.engram_layer_ids}."
+            )
+        if self.hc_mult < 1:
+            raise ValueError(f"hc_mult (residual streams) must be at least 1, got {self.hc_mult}.")
+        if self.engram_kernel_size < 0:
+            raise ValueError(f"engram_kernel_size must be at least 0 (0: no convolution), got {self.engram_kernel_size}.")
+
+    def _validate_rows(self):
+        if self.engram_max_ngram_size < 2:
+            raise ValueError(f"engram_max_ngram_size must be at least 2, got {self.engram_max_ngram_size}.")
+        for name in ("engram_n_heads", "engram_head_dim", "engram_block_elements"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        orders = self.engram_max_ngram_size - 1
+        if len(self.engram_vocab_sizes) != orders or any(rows < 2 for rows in self.engram_vocab_sizes):
+            raise ValueError(
+                f"engram_vocab_size must be one number, or one for each of the {orders} orders 2 to "
+                f"{self.engram_max_ngram_size}, each at least 2; got {self.engram_vocab_size}."
+            )
+        if self.engram_table_dtype is not None and self.engram_table_dtype not in TABLE_DTYPES:
+            raise ValueError(f"engram_table_dtype must be None or one of {TABLE_DTYPES}, got {self.engram_table_dtype!r}.")
+
+    def validate_experts(self):
+        """Part of `@strict` validation: what the router may choose from."""
+        if self.first_k_dense_replace >= self.num_hidden_layers:
+            return
+        if not 0 < self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok must lie in [1, {self.n_routed_experts}] (n_routed_experts), "
+                f"got {self.num_experts_per_tok}."
+            )
+        if self.n_routed_experts % self.n_group or not 0 < self.topk_group <= self.n_group:
+            raise ValueError(
+                f"n_group must divide n_routed_experts ({self.n_routed_experts}) and topk_group lie in [1, n_group]; "
+                f"got n_group={self.n_group}, topk_group={self.topk_group}."
+            )
+        # The router scores a group by its two best experts.
+        if self.n_routed_experts // self.n_group < 2:
+            raise ValueError(f"Each of the {self.n_group} groups needs two experts, got {self.n_routed_experts} in all.")
+
+
+__all__ = ["EngramMoEConfig"]

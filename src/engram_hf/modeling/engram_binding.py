@@ -1,0 +1,138 @@
+"""Which tokenizer and which hash the tables of a model belong to: binding, checking, and following a new vocabulary size.
+
+The token map is a buffer of the checkpoint, the constants of the hash follow from the config, and the fingerprint in the
+config says what both must be. Nothing is looked up before they have been seen to agree.
+"""
+
+import torch
+
+from .ngram_hashing import NO_MEMORY, NgramHash, build_token_map, check_fingerprint
+
+
+class TokenizerBinding:
+    """Part of `EngramMoEModel`: everything that writes `token_map`, the hash's constants or the fingerprint."""
+
+    def init_token_map(self) -> None:
+        """Register the buffer `token_map`, (vocab_size,) int64, not bound yet; None for a model that needs none."""
+        config = self.config
+        compresses = bool(config.engram_layer_ids) and config.engram_compressed_vocab_size is not None
+        token_map = torch.full((config.vocab_size,), NO_MEMORY, dtype=torch.int64) if compresses else None
+        self.register_buffer("token_map", token_map)
+        # Whether rows are addressed as the config's fingerprint says.
+        self.hash_is_confirmed = not config.engram_layer_ids
+        self.register_load_state_dict_post_hook(_confirm_after_load)
+
+    def bind_tokenizer(self, tokenizer) -> None:
+        """Write the tokenizer's compression into `token_map`, and what follows from it into the config.
+
+        Args:
+            tokenizer: a fast tokenizer with at most `config.vocab_size` ids.
+
+        Raises:
+            ValueError: the model has no use for a map, another tokenizer is bound already, or the tokenizer does not
+                fit the config.
+        """
+        config = self.config
+        if self.token_map is None:
+            reason = "has no memory" if not config.engram_layer_ids else "hashes raw token ids (no compression)"
+            raise ValueError(f"This model {reason}, so there is no tokenizer to bind; use it as it is.")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}. "
+                "Build the model with vocab_size of at least len(tokenizer)."
+            )
+        if config.engram_pad_token_id >= len(tokenizer):
+            raise ValueError(
+                f"engram_pad_token_id is {config.engram_pad_token_id}, the tokenizer's ids end at {len(tokenizer) - 1}."
+            )
+        token_map = build_token_map(tokenizer)
+        size = int(token_map.max()) + 1
+        if config.engram_compressed_vocab_size not in ("auto", size):
+            raise ValueError(
+                f"The tokenizer compresses to {size} ids, the config's engram_compressed_vocab_size is "
+                f"{config.engram_compressed_vocab_size}. Bind the tokenizer that the model was made for."
+            )
+        pad_id = int(token_map[config.engram_pad_token_id])
+        full_map = torch.full((config.vocab_size,), pad_id, dtype=torch.int64)
+        full_map[: len(token_map)] = token_map
+        bound = bool((self.token_map >= 0).any())
+        if bound and not torch.equal(full_map, self.token_map.cpu()):
+            raise ValueError(
+                "Another tokenizer is bound to this model; its tables are addressed by that one's token map "
+                f"(fingerprint {config.engram_fingerprint}). Use that tokenizer, or start a new model."
+            )
+        previous_size = config.engram_compressed_vocab_size
+        config.engram_compressed_vocab_size = size
+        fingerprint = NgramHash.from_config(config, pad_id).fingerprint(full_map)
+        if config.engram_fingerprint is not None and config.engram_fingerprint != fingerprint:
+            config.engram_compressed_vocab_size = previous_size
+            check_fingerprint(config.engram_fingerprint, fingerprint, "this model with this tokenizer")
+        self.token_map.copy_(full_map)
+        self._write_hash(fingerprint)
+
+    def resize_token_map(self, vocab_size: int) -> None:
+        """Follow a change of `vocab_size`. A model without compression gets an explicit map of the ids it had."""
+        old_size = self.vocab_size
+        if vocab_size == old_size:
+            return
+        config = self.config
+        if config.engram_pad_token_id >= vocab_size:
+            raise ValueError(
+                f"The vocabulary cannot shrink to {vocab_size} ids: the memory's pad is id {config.engram_pad_token_id}."
+            )
+        self.vocab_size = vocab_size
+        if not config.engram_layer_ids:
+            return
+        device = self.embed_tokens.weight.device
+        old_map = torch.arange(old_size, device=device) if self.token_map is None else self.token_map
+        if self.token_map is None:
+            config.engram_compressed_vocab_size = old_size
+        fill = int(old_map[config.engram_pad_token_id])
+        new_map = torch.full((vocab_size,), fill, dtype=torch.int64, device=device)
+        new_map[: min(old_size, vocab_size)] = old_map[:vocab_size]
+        self.token_map = new_map
+        if self.hash_is_confirmed:
+            self._write_hash(NgramHash.from_config(config, fill).fingerprint(new_map))
+
+    def confirm_hash(self, where: str) -> None:
+        """Compare token map and hash constants with the config's fingerprint, or write it where it is now known.
+
+        Args:
+            where: what was loaded, for the message.
+
+        Raises:
+            ValueError: the fingerprints differ.
+        """
+        config = self.config
+        if not config.engram_layer_ids:
+            return
+        if self.token_map is None:
+            fingerprint = NgramHash.from_config(config).fingerprint(None)
+            if config.engram_fingerprint is not None:
+                check_fingerprint(config.engram_fingerprint, fingerprint, where)
+            return self._write_hash(fingerprint)
+        if self.token_map.is_meta:
+            return
+        if config.engram_compressed_vocab_size == "auto" or not (self.token_map >= 0).any():
+            if config.engram_fingerprint is not None or (self.token_map >= 0).any():
+                raise ValueError(
+                    f"{where}: config and token map do not belong together: the config says "
+                    f"engram_compressed_vocab_size={config.engram_compressed_vocab_size!r} and "
+                    f"engram_fingerprint={config.engram_fingerprint}, and the token map of the checkpoint is "
+                    f"{'bound' if (self.token_map >= 0).any() else 'not bound'}. Load both from one checkpoint."
+                )
+            return
+        pad_id = int(self.token_map[config.engram_pad_token_id])
+        fingerprint = NgramHash.from_config(config, pad_id).fingerprint(self.token_map)
+        check_fingerprint(config.engram_fingerprint, fingerprint, where)
+        self._write_hash(fingerprint)
+
+    def _write_hash(self, fingerprint: dict[str, str]) -> None:
+        self.config.engram_fingerprint = fingerprint
+        for layer in self.memory_layers():
+            layer.engram.multipliers.copy_(layer.engram.make_multipliers(self.config))
+        self.hash_is_confirmed = True
+
+
+def _confirm_after_load(module, incompatible_keys) -> None:
+    module.confirm_hash("the loaded state dict")

@@ -1,0 +1,164 @@
+"""The memory layer: rows of the token's n-grams -> a gate per residual stream -> a short convolution -> what is added.
+
+Knows nothing of attention, experts or where rows live. Source: arXiv 2601.07372, sections 2.3 and 2.4.
+Every fast form here has its slow twin in tests/naive.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .engram_table import EngramTable
+from .ngram_hashing import draw_multipliers, find_primes, hash_ngrams
+
+
+# States of a hybrid cache layer.
+IDS_STATE = 0
+CONV_STATE = 1
+
+
+class NgramContext(NamedTuple):
+    """What a memory layer needs to know of the tokens: the same for all memory layers of a forward.
+
+    ids: (batch, seq) compressed ids; negative carries no memory.
+    reach: (batch, seq) tokens directly before it that each token may see.
+    taps: N tensors (batch, seq), the ids its n-grams are made of.
+    """
+
+    ids: torch.Tensor
+    reach: torch.Tensor
+    taps: list[torch.Tensor]
+
+
+class EngramRMSNorm(nn.Module):
+    """RMS norm over the hidden size with a gain per residual stream: (..., streams, hidden) to the same."""
+
+    def __init__(self, streams: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(streams, hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_streams: torch.Tensor) -> torch.Tensor:
+        hidden = hidden_streams.float()
+        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * hidden.to(hidden_streams.dtype)).to(hidden_streams.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class EngramLayer(nn.Module):
+    """The memory of one decoder layer."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.streams = config.hc_mult
+        self.hidden_size = config.hidden_size
+        self.max_ngram_size = config.engram_max_ngram_size
+        self.kernel_size = config.engram_kernel_size
+        self.conv_reach = config.engram_conv_reach
+        self.ids_kept = config.engram_reach
+
+        # The constants of the hash follow from the config, so no checkpoint holds them.
+        self.primes = nn.Buffer(self.make_primes(config), persistent=False)
+        self.multipliers = nn.Buffer(self.make_multipliers(config), persistent=False)
+        dtype = None if config.engram_table_dtype is None else getattr(torch, config.engram_table_dtype)
+        self.table = EngramTable(
+            [rows for order in self.find_primes(config) for rows in order], config.engram_head_dim, config.engram_block_elements, dtype
+        )
+        self.value_proj = nn.Linear(config.engram_width, self.hidden_size, bias=False)
+        self.key_proj = nn.Linear(config.engram_width, self.streams * self.hidden_size, bias=False)
+        self.key_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
+        self.query_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
+        self.conv_norm = self.conv = None
+        if self.kernel_size:
+            channels = self.streams * self.hidden_size
+            self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
+            self.conv = nn.Conv1d(
+                channels, channels, self.kernel_size, groups=channels, dilation=self.max_ngram_size, bias=False
+            )
+
+    def find_primes(self, config) -> list[list[int]]:
+        """Rows of each head, order by order."""
+        return find_primes(config.engram_layer_ids, config.engram_vocab_sizes, config.engram_n_heads)[self.layer_idx]
+
+    def make_primes(self, config) -> torch.Tensor:
+        """(orders, heads per order) int64: rows of each head."""
+        return torch.tensor(self.find_primes(config), dtype=torch.int64)
+
+    def make_multipliers(self, config) -> torch.Tensor:
+        """(N,) int64, zeros while the number of compressed ids is not known."""
+        size = config.engram_compressed_vocab_size
+        if size == "auto":
+            return torch.zeros(config.engram_max_ngram_size, dtype=torch.int64)
+        multipliers = draw_multipliers(
+            self.layer_idx, config.engram_max_ngram_size, config.vocab_size if size is None else size, config.engram_seed
+        )
+        return torch.tensor(multipliers, dtype=torch.int64)
+
+    def row_ids(self, context: NgramContext) -> torch.Tensor:
+        """(batch, seq, heads) int64: the rows this layer will read, known before anything else is computed."""
+        device = context.ids.device
+        return hash_ngrams(context.taps, self.multipliers.to(device), self.primes.to(device))
+
+    def forward(
+        self,
+        hidden_streams: torch.Tensor,
+        row_ids: torch.Tensor,
+        context: NgramContext,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_streams: (batch, seq, streams, hidden).
+            row_ids: (batch, seq, heads).
+            context: ids and reach of the tokens.
+            past_key_values: a cache whose layer `layer_idx` is hybrid.
+
+        Returns:
+            what is added to the residual streams, (batch, seq, streams, hidden), and the gates, (batch, seq, streams)
+            in float32, 0 for a token without memory.
+        """
+        rows = self.table(row_ids).to(self.value_proj.weight.dtype)  # (batch, seq, heads * head_dim)
+        value = self.value_proj(rows)  # (batch, seq, hidden)
+        key = self.key_proj(rows).unflatten(-1, (self.streams, self.hidden_size))
+        score = (self.key_norm(key).float() * self.query_norm(hidden_streams).float()).sum(-1) * self.hidden_size**-0.5
+        score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
+        gates = torch.sigmoid(score) * (context.ids >= 0).unsqueeze(-1)  # (batch, seq, streams)
+        gated = gates.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)  # (batch, seq, streams, hidden)
+
+        if past_key_values is not None:
+            # Stored plus one: the zeros of padding and of a reset then mean "before the start".
+            past_key_values.update_conv_state(
+                context.ids + 1, self.layer_idx, state_idx=IDS_STATE, conv_kernel_size=self.ids_kept
+            )
+        if self.conv is None:
+            return gated, gates
+        return gated + F.silu(self.short_convolution(self.conv_norm(gated), context.reach, past_key_values)), gates
+
+    def short_convolution(
+        self, normed: torch.Tensor, reach: torch.Tensor, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Depthwise, causal and dilated, tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
+        channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
+        seq = channels.shape[1]
+        weight = self.conv.weight.squeeze(1)  # (channels, kernel size), the current token last
+        if past_key_values is not None and self.conv_reach:
+            states = past_key_values.update_conv_state(
+                channels.transpose(1, 2), self.layer_idx, state_idx=CONV_STATE, conv_kernel_size=self.conv_reach
+            )
+            history = states.transpose(1, 2)
+        else:
+            history = channels
+        history = F.pad(history, (0, 0, self.conv_reach, 0))
+        end = history.shape[1]
+        mixed = channels * weight[:, -1]
+        for tap in range(1, self.kernel_size):
+            shift = tap * self.max_ngram_size
+            shifted = history[:, end - seq - shift : end - shift].masked_fill((reach < shift).unsqueeze(-1), 0.0)
+            mixed = mixed + shifted * weight[:, -1 - tap]
+        return mixed.unflatten(-1, (self.streams, self.hidden_size))

@@ -1,0 +1,563 @@
+# Copyright 2026 The engram-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""EngramMoE: a mixture-of-experts language model whose memory layers read hashed n-grams from large static tables.
+
+Attention, experts, router and hyper-connections are transformers' own (deepseek_v3, deepseek_v4); new here is where the
+memory enters: before the attention of its layer, and its row ids before anything else. Source: arXiv 2601.07372.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3Experts,
+    DeepseekV3MLP,
+    DeepseekV3MoE,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    DeepseekV3TopkRouter,
+)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_engram_moe import EngramMoEConfig
+from .embedding_inversion import recover_token_ids
+from .engram_binding import TokenizerBinding
+from .engram_layer import IDS_STATE, EngramLayer, NgramContext
+from .engram_loading import refuse_incomplete_memory, remove_stale_weights, save_code, set_auto_map, weight_files
+from .engram_table import EngramTable
+from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach
+from .packed_documents import find_documents, positions_in_documents
+
+
+@auto_docstring
+@dataclass
+class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
+    r"""
+    [`MoeModelOutputWithPast`] with the gates of the memory.
+
+    Args:
+        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+            enters each residual stream, in [0, 1].
+    """
+
+    engram_gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring
+@dataclass
+class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    r"""
+    [`MoeCausalLMOutputWithPast`] with the gates of the memory.
+
+    Args:
+        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+            enters each residual stream, in [0, 1].
+    """
+
+    engram_gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+class HiddenStateTap(nn.Module):
+    """Passes one hidden state on, so that it can be recorded in its usual shape, (batch, seq, hidden)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class EngramMoEDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: EngramMoEConfig, layer_idx: int):
+        super().__init__()
+        # CODEPATH: engram-27b and engram-40b have two memory layers, moe-27b and dense-4b none.
+        self.engram = EngramLayer(config, layer_idx) if layer_idx in config.engram_layer_ids else None
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        # CODEPATH: dense-4b is dense in all layers, the others in the first.
+        self.mlp = DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # CODEPATH: the paper's models have four streams, one stream is its "no multi-branch" ablation.
+        self.attn_hc = DeepseekV4HyperConnection(config) if config.hc_mult > 1 else None
+        # CODEPATH: as above.
+        self.ffn_hc = DeepseekV4HyperConnection(config) if config.hc_mult > 1 else None
+
+    def forward(
+        self,
+        hidden_streams: torch.Tensor,
+        row_ids: torch.Tensor | None = None,
+        context: NgramContext | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_streams: (batch, seq, streams, hidden).
+            row_ids: (batch, seq, heads), where the layer has a memory.
+            context: ids and reach of the tokens, where the layer has a memory.
+        """
+        if self.engram is not None:
+            memory, _ = self.engram(hidden_streams, row_ids, context, past_key_values)
+            hidden_streams = hidden_streams + memory
+
+        collapsed, merge = self.collapse(hidden_streams, self.attn_hc)
+        attended, _ = self.self_attn(self.input_layernorm(collapsed), past_key_values=past_key_values, **kwargs)
+        hidden_streams = merge(attended)
+
+        collapsed, merge = self.collapse(hidden_streams, self.ffn_hc)
+        return merge(self.mlp(self.post_attention_layernorm(collapsed)))
+
+    @staticmethod
+    def collapse(hidden_streams: torch.Tensor, hyper_connection: nn.Module | None):
+        """The input of a block, (batch, seq, hidden), and a function that merges its output into the streams."""
+        if hyper_connection is None:
+            return hidden_streams.squeeze(2), lambda output: hidden_streams + output.unsqueeze(2)
+        post, mixing, collapsed = hyper_connection(hidden_streams)
+        dtype = hidden_streams.dtype
+
+        def merge(output: torch.Tensor) -> torch.Tensor:
+            mixed = torch.matmul(mixing.to(dtype).transpose(-1, -2), hidden_streams)
+            return post.to(dtype).unsqueeze(-1) * output.unsqueeze(-2) + mixed
+
+        return collapsed, merge
+
+
+@auto_docstring
+class EngramMoEPreTrainedModel(PreTrainedModel):
+    config: EngramMoEConfig
+    config_class = EngramMoEConfig
+    base_model_prefix = "model"
+    model_tags = ["engram", "engram_moe", "conditional-memory"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EngramMoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(HiddenStateTap, capture_initial_hidden_state=False),
+        "attentions": OutputRecorder(DeepseekV3Attention, index=1),
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+        "engram_gates": OutputRecorder(EngramLayer, index=1),
+    }
+    # As deepseek_v4 keeps them: the mixing of streams and the router's bias are decided in single precision.
+    _keep_in_fp32_modules_strict = ["attn_hc", "ffn_hc", "hc_head", "e_score_correction_bias"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The experts are imported, so transformers' search of this file's source for their decorator finds nothing.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV3TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekV3Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekV4HyperConnection):
+            init.normal_(module.fn, mean=0.0, std=std)
+            init.zeros_(module.base)
+            init.ones_(module.scale)
+        elif isinstance(module, DeepseekV4HyperHead):
+            init.normal_(module.hc_fn, mean=0.0, std=std)
+            init.zeros_(module.hc_base)
+            init.ones_(module.hc_scale)
+        elif isinstance(module, EngramTable):
+            for block in module.blocks:
+                init.normal_(block, mean=0.0, std=std)
+            init.copy_(module.head_offsets, module.make_head_offsets())
+        elif isinstance(module, EngramLayer):
+            init.copy_(module.primes, module.make_primes(self.config))
+            init.copy_(module.multipliers, module.make_multipliers(self.config))
+            if module.conv is not None:
+                # The memory starts without its convolution, and learns it.
+                init.zeros_(module.conv.weight)
+        elif isinstance(module, EngramMoEModel) and module.token_map is not None:
+            init.constant_(module.token_map, NO_MEMORY)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; a memory that is incomplete, or hashed otherwise, is an error.
+
+        Raises:
+            ValueError: a tensor of the memory is missing or misshapen, or the fingerprint differs.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        where = str(pretrained_model_name_or_path)
+        refuse_incomplete_memory(loading_info, where)
+        model.base_model.confirm_hash(where)
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, with_code=True, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; also writes the modeling code and an `auto_map` of all classes.
+
+        Args:
+            save_directory: folder to write.
+            is_main_process: whether this process writes.
+            with_code: False leaves code and `auto_map` out; the checkpoint then loads only with this package.
+        """
+        for table in self.base_model.tables():
+            self.config.engram_table_dtype = str(table.dtype).removeprefix("torch.")
+        set_auto_map(self.config, with_code)
+        before = weight_files(save_directory)
+        if is_main_process and with_code:
+            save_code(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            remove_stale_weights(save_directory, before)
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
+        rows of all other n-grams stay where they are."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.base_model.resize_token_map(embeddings.num_embeddings)
+        return embeddings
+
+    def bind_tokenizer(self, tokenizer) -> None:
+        """Give a new model the token map of its tokenizer; see `EngramMoEModel.bind_tokenizer`."""
+        self.base_model.bind_tokenizer(tokenizer)
+
+
+@auto_docstring
+class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
+    def __init__(self, config: EngramMoEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [EngramMoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        # CODEPATH: the paper's models have four streams, its "no multi-branch" ablation one.
+        self.hc_head = DeepseekV4HyperHead(config) if config.hc_mult > 1 else None
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.hidden_state_tap = HiddenStateTap()
+        self.gradient_checkpointing = False
+
+        self.init_token_map()
+
+        # Initialize weights and apply final processing
+        self.post_init()
+        if self.token_map is None:
+            self.confirm_hash("a model with this config")
+
+    def tables(self) -> list[EngramTable]:
+        """The tables, in the order of the memory layers."""
+        return [layer.engram.table for layer in self.memory_layers()]
+
+    def memory_layers(self) -> list[EngramMoEDecoderLayer]:
+        """The decoder layers that have a memory."""
+        return [layer for layer in self.layers if layer.engram is not None]
+
+    def ngram_context(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> NgramContext:
+        """Compressed ids of these tokens, and what each may see of those before it.
+
+        Args:
+            token_ids: (batch, seq) raw ids; a negative id carries no memory.
+            position_ids: (batch or 1, seq) position of each token in its document.
+            token_mask: (batch, seq), 0 for padding.
+            past_key_values: where the ids before these are kept.
+
+        Raises:
+            ValueError: no tokenizer is bound yet, or the cache keeps no ids.
+        """
+        config = self.config
+        if not self.hash_is_confirmed:
+            raise ValueError(
+                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer) on a "
+                "new model; a trained one brings its map: load it with from_pretrained."
+            )
+        ids = token_ids
+        pad_id = config.engram_pad_token_id
+        if self.token_map is not None:
+            token_map = self.token_map.to(token_ids.device)
+            ids = torch.where(token_ids >= 0, token_map[token_ids.clamp_min(0)], NO_MEMORY)
+            pad_id = token_map[pad_id]
+        if token_mask is not None:
+            ids = torch.where(token_mask.to(ids.device) > 0, ids, NO_MEMORY)
+        seq = ids.shape[1]
+        history = self._past_ids(past_key_values)
+        if history is not None:
+            ids = torch.cat([history[:, -config.engram_reach :].to(ids.device) - 1, ids], dim=1)
+        reach = token_reach(ids, position_ids.to(ids.device), config.engram_reach)
+        taps = ngram_taps(ids, reach, config.engram_max_ngram_size, pad_id)
+        return NgramContext(ids=ids[:, -seq:], reach=reach, taps=taps)
+
+    def _past_ids(self, past_key_values: Cache | None) -> torch.Tensor | None:
+        """(batch, kept) ids plus one, 0 for "nothing"; None before the first forward."""
+        if past_key_values is None:
+            return None
+        layer_id = self.config.engram_layer_ids[0]
+        layers = past_key_values.layers
+        if layer_id >= len(layers) or not isinstance(layers[layer_id], LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                f"{type(past_key_values).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache from "
+                "the config: DynamicCache(config=model.config), or StaticCache(config=model.config, max_cache_len=...)."
+            )
+        return past_key_values.get_conv_state(layer_id, IDS_STATE)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        engram_input_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EngramMoEModelOutputWithPast:
+        r"""
+        engram_input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Raw token ids that the memory reads, where they are not `input_ids`: beside `inputs_embeds`, or with -1 for
+            positions that are no tokens, such as image spans. A token looks neither at such a position nor past it.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        seq = inputs_embeds.shape[1]
+
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = positions_in_documents(kwargs["cu_seq_lens_q"], seq)
+        if position_ids is not None and isinstance(attention_mask, torch.Tensor | None):
+            attention_mask, is_packed = find_documents(position_ids, attention_mask)
+            if is_packed and past_key_values is not None:
+                raise ValueError(
+                    "Packed documents (position_ids that restart) cannot share a cache: transformers' attention would "
+                    "mix them. Leave past_key_values out."
+                )
+            use_cache = use_cache and not is_packed
+        # Without a cache the mask keeps packed documents apart, and a cache that is new has nothing to say about it.
+        cache_of_caller = past_key_values
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(seq, device=inputs_embeds.device) + past_seen).unsqueeze(0)
+
+        token_mask = None
+        if isinstance(attention_mask, dict):
+            # Masks that `generate` prepared, by layer type.
+            causal_mask, token_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache_of_caller,
+                position_ids=position_ids,
+            )
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                token_mask = attention_mask[:, -seq:]
+
+        context, row_ids = None, {}
+        # CODEPATH: engram-27b and engram-40b have a memory, moe-27b and dense-4b none.
+        if self.config.engram_layer_ids:
+            token_ids = engram_input_ids if engram_input_ids is not None else input_ids
+            if token_ids is None:
+                token_ids = recover_token_ids(inputs_embeds, self.embed_tokens.weight)
+            if token_ids.shape != inputs_embeds.shape[:2]:
+                raise ValueError(
+                    f"engram_input_ids must have one id per position, {tuple(inputs_embeds.shape[:2])}, "
+                    f"got {tuple(token_ids.shape)}."
+                )
+            context = self.ngram_context(token_ids, position_ids, token_mask, past_key_values)
+            row_ids = {layer.engram.layer_idx: layer.engram.row_ids(context) for layer in self.memory_layers()}
+
+        hidden_states = self.hidden_state_tap(inputs_embeds)
+        hidden_streams = hidden_states.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            hidden_streams = decoder_layer(
+                hidden_streams,
+                row_ids=row_ids.get(layer_idx),
+                context=context,
+                past_key_values=past_key_values,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            # CODEPATH: several streams (the paper's models) are recorded as their mean, one stream as it is.
+            if self.config.hc_mult == 1:
+                hidden_streams = self.hidden_state_tap(hidden_streams.squeeze(2)).unsqueeze(2)
+            elif kwargs.get("output_hidden_states", self.config.output_hidden_states):
+                self.hidden_state_tap(hidden_streams.mean(2))
+
+        hidden_states = hidden_streams.squeeze(2) if self.hc_head is None else self.hc_head(hidden_streams)
+        return EngramMoEModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else cache_of_caller
+        )
+
+
+@auto_docstring
+class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: EngramMoEConfig):
+        super().__init__(config)
+        self.model = EngramMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        engram_input_ids: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EngramMoECausalLMOutputWithPast:
+        r"""
+        engram_input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Raw token ids that the memory reads, where they are not `input_ids`; -1 for positions that are no tokens.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> import engram_hf
+
+        >>> model = AutoModelForCausalLM.from_pretrained(folder)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> generated = model.generate(**tokenizer("The list is", return_tensors="pt"), max_new_tokens=20)
+        ```"""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            engram_input_ids=engram_input_ids,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        aux_loss = None
+        if output_router_logits and outputs.router_logits:
+            token_mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, token_mask
+            )
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return EngramMoECausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            engram_gates=outputs.engram_gates,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, engram_input_ids=None, is_first_iteration=False, **kwargs):
+        """As in transformers; `engram_input_ids` belongs to the prompt, tokens after it are read as generated."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if engram_input_ids is not None:
+            whole = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+            if is_first_iteration:
+                inputs["engram_input_ids"] = engram_input_ids[:, -whole.shape[1] :]
+            elif not kwargs.get("use_cache", True):
+                generated = inputs["input_ids"][:, engram_input_ids.shape[1] :]
+                inputs["engram_input_ids"] = torch.cat([engram_input_ids, generated], dim=1)
+        return inputs
+
+
+class EngramMoEForSequenceClassification(GenericForSequenceClassification, EngramMoEPreTrainedModel):
+    def __init__(self, config: EngramMoEConfig):
+        EngramMoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        # Not through AutoModel, which would ask again for trust where this file came with the weights.
+        self.model = EngramMoEModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class EngramMoEForTokenClassification(GenericForTokenClassification, EngramMoEPreTrainedModel):
+    def __init__(self, config: EngramMoEConfig):
+        EngramMoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = EngramMoEModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "EngramMoEForCausalLM",
+    "EngramMoEForSequenceClassification",
+    "EngramMoEForTokenClassification",
+    "EngramMoEModel",
+    "EngramMoEPreTrainedModel",
+]

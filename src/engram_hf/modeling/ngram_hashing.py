@@ -1,0 +1,310 @@
+"""Token ids to row ids: token compression, multipliers, primes and the hash itself. Integers only.
+
+Every constant here is a contract: published tables are addressed by it, so a change makes them unreadable.
+This file knows nothing of tables or models. Source: arXiv 2601.07372, section 2.2, and DeepSeek's demo of it.
+
+The hash of one n-gram that ends at position t, for one head:
+
+    (x[t] * m[0]  XOR  x[t-1] * m[1]  XOR ... XOR  x[t-n+1] * m[n-1])  mod  prime of the head
+
+where x are compressed ids (the compressed pad before the start of a document) and m the multipliers of the layer.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sympy import nextprime
+from tokenizers import Regex, normalizers
+
+
+# A compressed id below zero carries no memory: padding, image spans, everything before the start.
+NO_MEMORY = -1
+LAYER_SEED_STEP = 10007
+REPLACEMENT_CHARACTER = "\ufffd"
+# Stands for "one space" while Strip runs; a private-use character that no vocabulary contains.
+SPACE_SENTINEL = "\ue000"
+
+
+def build_token_map(tokenizer) -> torch.Tensor:
+    """Compressed id of every token id: tokens that differ only in case, accents, width or white space share one.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers (one with a `backend_tokenizer`).
+
+    Returns:
+        int64 tensor of shape (len(tokenizer),); new ids are given in order of first appearance, from 0 on.
+
+    Raises:
+        ValueError: the tokenizer has no `tokenizers` backend, so a single id cannot be decoded on its own.
+
+    Example:
+        >>> token_map = build_token_map(tokenizer)
+        >>> compressed_vocab_size = int(token_map.max()) + 1
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"Token compression needs a fast tokenizer, got {type(tokenizer).__name__}. "
+            "Load it with AutoTokenizer.from_pretrained, or convert it to a tokenizer.json first."
+        )
+    normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex(r"^ $"), SPACE_SENTINEL),
+            normalizers.Strip(),
+            normalizers.Replace(SPACE_SENTINEL, " "),
+        ]
+    )
+    token_ids = list(range(len(tokenizer)))
+    # The backend decodes without clean-up of spaces, which is what the contract asks for.
+    texts = tokenizer.backend_tokenizer.decode_batch([[i] for i in token_ids], skip_special_tokens=False)
+    tokens = tokenizer.convert_ids_to_tokens(token_ids)
+    compressed_of_key: dict[str | None, int] = {}
+    token_map = []
+    for text, token in zip(texts, tokens):
+        key = token if REPLACEMENT_CHARACTER in text else normalizer.normalize_str(text) or text
+        token_map.append(compressed_of_key.setdefault(key, len(compressed_of_key)))
+    return torch.tensor(token_map, dtype=torch.int64)
+
+
+def token_reach(ids: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """How many tokens directly before it each token may see: the one rule behind padding, packing and chunks.
+
+    A token sees its predecessor `j` where its own position is at least `j` (so documents in one row stay apart) and
+    where every id from `t - j` to `t` is a real one (so it never looks past padding or a token without memory).
+
+    Args:
+        ids: (batch, history + seq) compressed ids, negative for "no memory"; what lies before them counts as negative.
+        positions: (batch or 1, seq) position of each token in its own document.
+        window: how far anybody will look.
+
+    Returns:
+        (batch, seq) int64 in [0, window]; 0 for a token without memory.
+    """
+    seq = positions.shape[1]
+    real = F.pad((ids >= 0).long(), (window, 0))[:, -(window + seq) :]  # (batch, window + seq)
+    runs = real.unfold(1, window + 1, 1).flip(-1).cumprod(-1)  # (batch, seq, window + 1), the token itself first
+    return torch.minimum(runs[..., 1:].sum(-1), positions.clamp_min(0))
+
+
+def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_id: int | torch.Tensor):
+    """The ids that an n-gram is made of, shifted by 0, 1, ... `max_ngram_size - 1`, pads where a token may not look.
+
+    Args:
+        ids: (batch, history + seq) compressed ids, negative for "no memory".
+        reach: (batch, seq) as `token_reach` gives it.
+        max_ngram_size: the largest order N.
+        pad_id: the compressed pad.
+
+    Returns:
+        list of N tensors (batch, seq), all in [0, compressed vocabulary size).
+    """
+    seq = reach.shape[1]
+    padded = F.pad(ids, (max_ngram_size - 1, 0), value=NO_MEMORY)
+    end = padded.shape[1]
+    taps = [torch.where(ids[:, -seq:] >= 0, ids[:, -seq:], pad_id)]
+    for shift in range(1, max_ngram_size):
+        taps.append(torch.where(reach >= shift, padded[:, end - seq - shift : end - shift], pad_id))
+    return taps
+
+
+def hash_ngrams(taps: Sequence[torch.Tensor], multipliers: torch.Tensor, primes: torch.Tensor) -> torch.Tensor:
+    """Row ids of all heads of one layer.
+
+    Args:
+        taps: N tensors (batch, seq), from `ngram_taps`.
+        multipliers: (N,) int64 of the layer.
+        primes: (orders, heads per order) int64 of the layer.
+
+    Returns:
+        (batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
+    """
+    mix = taps[0] * multipliers[0]
+    mixes = []
+    for shift in range(1, len(taps)):
+        mix = mix ^ (taps[shift] * multipliers[shift])
+        mixes.append(mix)
+    return (torch.stack(mixes, dim=-1).unsqueeze(-1) % primes).flatten(-2)
+
+
+def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: int, seed: int) -> list[int]:
+    """The N odd multipliers of a layer, so small that no product of one and a compressed id overflows int64."""
+    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
+    generator = np.random.default_rng(seed + LAYER_SEED_STEP * layer_id)
+    return (generator.integers(0, half_bound, size=max_ngram_size, dtype=np.int64) * 2 + 1).tolist()
+
+
+def find_primes(layer_ids: Sequence[int], vocab_sizes: Sequence[int], n_heads: int) -> dict[int, list[list[int]]]:
+    """Rows of every head: per layer and order, the next `n_heads` primes from the order's size on that nobody has yet."""
+    used: set[int] = set()
+    # Everything from a start up to its last find is used, so a search may go on where the last one ended.
+    last_found: dict[int, int] = {}
+    primes: dict[int, list[list[int]]] = {}
+    for layer_id in layer_ids:
+        primes[layer_id] = []
+        for vocab_size in vocab_sizes:
+            heads: list[int] = []
+            candidate = last_found.get(vocab_size, vocab_size - 1)
+            while len(heads) < n_heads:
+                candidate = int(nextprime(candidate))
+                if candidate not in used:
+                    heads.append(candidate)
+            last_found[vocab_size] = candidate
+            used.update(heads)
+            primes[layer_id].append(heads)
+    return primes
+
+
+class NgramHash:
+    """The hash of one model: multipliers and primes of each memory layer, and the row ids they give.
+
+    Build it with `NgramHash.from_config`. All numbers follow from the config; nothing is drawn at run time.
+    """
+
+    def __init__(
+        self,
+        layer_ids: Sequence[int],
+        vocab_sizes: Sequence[int],
+        n_heads: int,
+        compressed_vocab_size: int,
+        pad_id: int,
+        seed: int,
+    ):
+        """
+        Args:
+            layer_ids: zero-based ids of the memory layers.
+            vocab_sizes: least number of rows of a head, for the orders 2, 3, ...
+            n_heads: heads per order.
+            compressed_vocab_size: number of different ids that may come in.
+            pad_id: compressed pad id, in [0, compressed_vocab_size).
+            seed: seed of the multipliers.
+        """
+        if not 0 <= pad_id < compressed_vocab_size:
+            raise ValueError(f"The compressed pad id must lie in [0, {compressed_vocab_size}), got {pad_id}.")
+        self.layer_ids = list(layer_ids)
+        self.max_ngram_size = len(vocab_sizes) + 1
+        self.compressed_vocab_size = compressed_vocab_size
+        self.pad_id = pad_id
+        self._multipliers = {
+            layer_id: draw_multipliers(layer_id, self.max_ngram_size, compressed_vocab_size, seed)
+            for layer_id in self.layer_ids
+        }
+        self._primes = find_primes(self.layer_ids, vocab_sizes, n_heads)
+
+    @classmethod
+    def from_config(cls, config, pad_id: int | None = None) -> "NgramHash":
+        """The hash that a config declares.
+
+        Args:
+            config: an `EngramMoEConfig`, or any object with its `engram_*` fields.
+            pad_id: the *compressed* pad id; by default `config.engram_pad_token_id` as it stands, which is right for
+                ids that are compressed already and for models without compression.
+
+        Raises:
+            ValueError: `engram_compressed_vocab_size` is still "auto".
+        """
+        compressed_vocab_size = config.engram_compressed_vocab_size
+        if compressed_vocab_size == "auto":
+            raise ValueError(
+                'engram_compressed_vocab_size is "auto", so the multipliers are not known yet. '
+                "Bind a tokenizer first: model.bind_tokenizer(tokenizer)."
+            )
+        return cls(
+            layer_ids=config.engram_layer_ids,
+            vocab_sizes=config.engram_vocab_sizes,
+            n_heads=config.engram_n_heads,
+            compressed_vocab_size=config.vocab_size if compressed_vocab_size is None else compressed_vocab_size,
+            pad_id=config.engram_pad_token_id if pad_id is None else pad_id,
+            seed=config.engram_seed,
+        )
+
+    def multipliers(self, layer_id: int) -> list[int]:
+        """The N odd multipliers of a layer, for shifts 0 to N - 1."""
+        return list(self._multipliers[self._known(layer_id)])
+
+    def primes(self, layer_id: int) -> list[list[int]]:
+        """Rows of each head of a layer: one list per order (2 first), one prime per head."""
+        return [list(heads) for heads in self._primes[self._known(layer_id)]]
+
+    def num_rows(self, layer_id: int) -> int:
+        """Rows of all heads of a layer together."""
+        return sum(sum(heads) for heads in self._primes[self._known(layer_id)])
+
+    def row_ids(
+        self, layer_id: int, compressed_ids: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Row of every head for every token.
+
+        Args:
+            layer_id: a memory layer.
+            compressed_ids: (batch, history + seq) int64; a negative id carries no memory, and a token looks neither
+                at it nor past it.
+            positions: (batch or 1, seq) position of each token in its own document, which may restart inside a row.
+                Where it is shorter than `compressed_ids`, the ids in front are history: seen, but given no rows.
+                By default each row of the batch is one document without history.
+
+        Returns:
+            (batch, seq, heads) int64, heads order by order, each in [0, prime of its head).
+
+        Raises:
+            ValueError: an unknown layer, or an id that no compressed vocabulary of this size contains.
+        """
+        self._known(layer_id)
+        if compressed_ids.numel() and int(compressed_ids.max()) >= self.compressed_vocab_size:
+            raise ValueError(
+                f"Compressed ids must be below {self.compressed_vocab_size}, got {int(compressed_ids.max())}. "
+                "Map raw token ids through the token map first."
+            )
+        device = compressed_ids.device
+        if positions is None:
+            positions = torch.arange(compressed_ids.shape[1], device=device).unsqueeze(0)
+        reach = token_reach(compressed_ids, positions, self.max_ngram_size - 1)
+        taps = ngram_taps(compressed_ids, reach, self.max_ngram_size, self.pad_id)
+        multipliers = torch.tensor(self._multipliers[layer_id], device=device)
+        return hash_ngrams(taps, multipliers, torch.tensor(self._primes[layer_id], device=device))
+
+    def fingerprint(self, token_map: torch.Tensor | None) -> dict[str, str]:
+        """What a table depends on, one short digest per part, so that a difference can be named.
+
+        Args:
+            token_map: (vocab_size,) int64, or None for a model without compression.
+        """
+        return {
+            "map": "none" if token_map is None else digest(token_map.cpu().to(torch.int64).numpy().tobytes()),
+            "multipliers": digest(str([self._multipliers[layer_id] for layer_id in self.layer_ids]).encode()),
+            "primes": digest(str([self._primes[layer_id] for layer_id in self.layer_ids]).encode()),
+            "orders": f"2-{self.max_ngram_size}",
+            "pad": str(self.pad_id),
+        }
+
+    def _known(self, layer_id: int) -> int:
+        if layer_id not in self._multipliers:
+            raise ValueError(f"Layer {layer_id} has no memory; memory layers (zero-based) are {self.layer_ids}.")
+        return layer_id
+
+
+def digest(content: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def check_fingerprint(declared: dict[str, str] | None, actual: dict[str, str], where: str) -> None:
+    """Raise unless the fingerprint that a config declares is the one that its map and constants have.
+
+    Raises:
+        ValueError: names both fingerprints and the parts that differ.
+    """
+    if declared == actual:
+        return
+    differing = sorted(name for name in {*actual, *(declared or {})} if (declared or {}).get(name) != actual.get(name))
+    raise ValueError(
+        f"The hash of {where} is not the one its tables were made with; it differs in: {', '.join(differing)}. "
+        f"Config declares engram_fingerprint={declared}, the token map and the hash constants give {actual}. "
+        "Load the checkpoint with its own config and tokenizer, or start a new model without engram_fingerprint."
+    )
