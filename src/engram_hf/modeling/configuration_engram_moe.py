@@ -21,7 +21,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-from transformers.utils import auto_docstring
 
 
 # What `save_pretrained` writes beside the weights, so that the model loads where this package is not installed.
@@ -71,7 +70,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@auto_docstring(checkpoint="engram-27b")
+# Documented by hand: the fields inherited from DeepseekV3Config differ between releases.
+# trf-ignore: TRF057
 @strict
 class EngramMoEConfig(DeepseekV3Config):
     r"""
@@ -251,7 +251,9 @@ class EngramMoEConfig(DeepseekV3Config):
         if self.hc_mult < 1:
             raise ValueError(f"hc_mult (residual streams) must be at least 1, got {self.hc_mult}.")
         if self.engram_kernel_size < 0:
-            raise ValueError(f"engram_kernel_size must be at least 0 (0: no convolution), got {self.engram_kernel_size}.")
+            raise ValueError(
+                f"engram_kernel_size must be at least 0 (0: no convolution), got {self.engram_kernel_size}."
+            )
 
     def _validate_rows(self):
         if self.engram_max_ngram_size < 2:
@@ -266,7 +268,9 @@ class EngramMoEConfig(DeepseekV3Config):
                 f"{self.engram_max_ngram_size}, each at least 2; got {self.engram_vocab_size}."
             )
         if self.engram_table_dtype is not None and self.engram_table_dtype not in TABLE_DTYPES:
-            raise ValueError(f"engram_table_dtype must be None or one of {TABLE_DTYPES}, got {self.engram_table_dtype!r}.")
+            raise ValueError(
+                f"engram_table_dtype must be None or one of {TABLE_DTYPES}, got {self.engram_table_dtype!r}."
+            )
 
     def validate_experts(self):
         """Part of `@strict` validation: what the router may choose from."""
@@ -284,7 +288,9 @@ class EngramMoEConfig(DeepseekV3Config):
             )
         # The router scores a group by its two best experts.
         if self.n_routed_experts // self.n_group < 2:
-            raise ValueError(f"Each of the {self.n_group} groups needs two experts, got {self.n_routed_experts} in all.")
+            raise ValueError(
+                f"Each of the {self.n_group} groups needs two experts, got {self.n_routed_experts} in all."
+            )
 
 
 __all__ = ["EngramMoEConfig"]

@@ -1,7 +1,7 @@
-"""Which tokenizer and which hash the tables of a model belong to: binding, checking, and following a new vocabulary size.
+"""Which tokenizer and which hash the tables of a model belong to: binding, checking, following a new vocabulary size.
 
-The token map is a buffer of the checkpoint, the constants of the hash follow from the config, and the fingerprint in the
-config says what both must be. Nothing is looked up before they have been seen to agree.
+The token map is a buffer of the checkpoint, the constants of the hash follow from the config, and the fingerprint in
+the config says what both must be. Nothing is looked up before they have been seen to agree.
 """
 
 import torch
@@ -11,6 +11,9 @@ from .ngram_hashing import NO_MEMORY, NgramHash, build_token_map, check_fingerpr
 
 class TokenizerBinding:
     """Part of `EngramMoEModel`: everything that writes `token_map`, the hash's constants or the fingerprint."""
+
+    vocab_size: int
+    token_map: torch.Tensor | None
 
     def init_token_map(self) -> None:
         """Register the buffer `token_map`, (vocab_size,) int64, not bound yet; None for a model that needs none."""
@@ -78,7 +81,7 @@ class TokenizerBinding:
         config = self.config
         if config.engram_pad_token_id >= vocab_size:
             raise ValueError(
-                f"The vocabulary cannot shrink to {vocab_size} ids: the memory's pad is id {config.engram_pad_token_id}."
+                f"The vocabulary cannot shrink to {vocab_size} ids: the memory's pad is {config.engram_pad_token_id}."
             )
         self.vocab_size = vocab_size
         if not config.engram_layer_ids:

@@ -68,7 +68,10 @@ class EngramLayer(nn.Module):
         self.multipliers = nn.Buffer(self.make_multipliers(config), persistent=False)
         dtype = None if config.engram_table_dtype is None else getattr(torch, config.engram_table_dtype)
         self.table = EngramTable(
-            [rows for order in self.find_primes(config) for rows in order], config.engram_head_dim, config.engram_block_elements, dtype
+            [rows for order in self.find_primes(config) for rows in order],
+            config.engram_head_dim,
+            config.engram_block_elements,
+            dtype,
         )
         self.value_proj = nn.Linear(config.engram_width, self.hidden_size, bias=False)
         self.key_proj = nn.Linear(config.engram_width, self.streams * self.hidden_size, bias=False)
@@ -96,7 +99,10 @@ class EngramLayer(nn.Module):
         if size == "auto":
             return torch.zeros(config.engram_max_ngram_size, dtype=torch.int64)
         multipliers = draw_multipliers(
-            self.layer_idx, config.engram_max_ngram_size, config.vocab_size if size is None else size, config.engram_seed
+            self.layer_idx,
+            config.engram_max_ngram_size,
+            config.vocab_size if size is None else size,
+            config.engram_seed,
         )
         return torch.tensor(multipliers, dtype=torch.int64)
 
@@ -143,7 +149,7 @@ class EngramLayer(nn.Module):
     def short_convolution(
         self, normed: torch.Tensor, reach: torch.Tensor, past_key_values: Cache | None
     ) -> torch.Tensor:
-        """Depthwise, causal and dilated, tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
+        """Depthwise, causal, dilated; tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
         seq = channels.shape[1]
         weight = self.conv.weight.squeeze(1)  # (channels, kernel size), the current token last

@@ -88,6 +88,6 @@ def refuse_incomplete_memory(loading_info: dict, where: str) -> None:
     if mismatched:
         listed = "; ".join(f"{name} is {tuple(got)}, needs {tuple(needed)}" for name, got, needed in mismatched[:8])
         raise ValueError(
-            f"{where} holds a memory of another shape: {listed}. Rows cannot be cut or padded; load the checkpoint with "
-            "the engram_* fields and hc_mult that it was saved with."
+            f"{where} holds a memory of another shape: {listed}. Rows cannot be cut or padded; load the checkpoint "
+            "with the engram_* fields and hc_mult that it was saved with."
         )

@@ -58,7 +58,7 @@ from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach
 from .packed_documents import find_documents, positions_in_documents
 
 
-@auto_docstring
+# trf-ignore: TRF057
 @dataclass
 class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
     r"""
@@ -73,7 +73,7 @@ class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
     engram_gates: tuple[torch.FloatTensor, ...] | None = None
 
 
-@auto_docstring
+# trf-ignore: TRF057
 @dataclass
 class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
@@ -307,8 +307,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         config = self.config
         if not self.hash_is_confirmed:
             raise ValueError(
-                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer) on a "
-                "new model; a trained one brings its map: load it with from_pretrained."
+                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer) on "
+                "a new model; a trained one brings its map: load it with from_pretrained."
             )
         ids = token_ids
         pad_id = config.engram_pad_token_id
@@ -334,8 +334,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         layers = past_key_values.layers
         if layer_id >= len(layers) or not isinstance(layers[layer_id], LinearAttentionCacheLayerMixin):
             raise ValueError(
-                f"{type(past_key_values).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache from "
-                "the config: DynamicCache(config=model.config), or StaticCache(config=model.config, max_cache_len=...)."
+                f"{type(past_key_values).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache "
+                "from the config: DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
             )
         return past_key_values.get_conv_state(layer_id, IDS_STATE)
 
@@ -434,7 +434,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
 
         hidden_states = hidden_streams.squeeze(2) if self.hc_head is None else self.hc_head(hidden_streams)
         return EngramMoEModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else cache_of_caller
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else cache_of_caller,
         )
 
 

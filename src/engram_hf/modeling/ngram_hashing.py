@@ -141,7 +141,7 @@ def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: 
 
 
 def find_primes(layer_ids: Sequence[int], vocab_sizes: Sequence[int], n_heads: int) -> dict[int, list[list[int]]]:
-    """Rows of every head: per layer and order, the next `n_heads` primes from the order's size on that nobody has yet."""
+    """Rows of every head: per layer and order, the next primes from the order's size on that no head has yet."""
     used: set[int] = set()
     # Everything from a start up to its last find is used, so a search may go on where the last one ended.
     last_found: dict[int, int] = {}

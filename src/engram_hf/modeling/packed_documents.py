@@ -12,9 +12,7 @@ def positions_in_documents(cumulative_lengths: torch.Tensor, seq: int) -> torch.
     return (places - cumulative_lengths[document]).unsqueeze(0)
 
 
-def find_documents(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor | None, bool]:
+def find_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
     """Whether a row holds several documents, and the mask to go on with: transformers keeps documents apart only where
     there is none, so one that hides nothing is dropped.
 
