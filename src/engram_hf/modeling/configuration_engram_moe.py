@@ -115,7 +115,8 @@ class EngramMoEConfig(DeepseekV3Config):
     engram_block_elements (`int`, *optional*, defaults to 2147483648):
         A table is stored in blocks of whole heads: as many as fit into this number of elements, at least one.
     engram_fingerprint (`dict`, *optional*):
-        Digests of token map, multipliers, primes, orders and pad. Written by the model, checked at every load.
+        Digests of token map, multipliers and primes, with the number of ids, the orders and the compressed pad. Written
+        by the model as soon as all of it is known, checked at every load.
 
     Example:
 
@@ -203,6 +204,16 @@ class EngramMoEConfig(DeepseekV3Config):
         if isinstance(self.engram_vocab_size, int):
             return [self.engram_vocab_size] * (self.engram_max_ngram_size - 1)
         return list(self.engram_vocab_size)
+
+    @property
+    def engram_id_space(self) -> int | None:
+        """Number of different ids that the hash may meet; None while a tokenizer must still be bound.
+
+        Without compression these are the raw ids that the tables were made for, whatever `vocab_size` has become.
+        """
+        if self.engram_compressed_vocab_size is None:
+            return int(self.engram_fingerprint["ids"]) if self.engram_fingerprint else self.vocab_size
+        return self.engram_compressed_vocab_size if isinstance(self.engram_compressed_vocab_size, int) else None
 
     @property
     def engram_width(self) -> int:

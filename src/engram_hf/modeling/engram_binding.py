@@ -74,28 +74,17 @@ class TokenizerBinding:
         self._write_hash(fingerprint)
 
     def resize_token_map(self, vocab_size: int) -> None:
-        """Follow a change of `vocab_size`. A model without compression gets an explicit map of the ids it had."""
-        old_size = self.vocab_size
-        if vocab_size == old_size:
-            return
+        """Follow a change of `vocab_size`: new ids count as padding, and the rows of all others stay where they are."""
+        old_size, self.vocab_size = self.vocab_size, vocab_size
         config = self.config
-        if config.engram_pad_token_id >= vocab_size:
-            raise ValueError(
-                f"The vocabulary cannot shrink to {vocab_size} ids: the memory's pad is {config.engram_pad_token_id}."
-            )
-        self.vocab_size = vocab_size
-        if not config.engram_layer_ids:
+        if vocab_size == old_size or self.token_map is None:
             return
-        device = self.embed_tokens.weight.device
-        old_map = torch.arange(old_size, device=device) if self.token_map is None else self.token_map
-        if self.token_map is None:
-            config.engram_compressed_vocab_size = old_size
-        fill = int(old_map[config.engram_pad_token_id])
-        new_map = torch.full((vocab_size,), fill, dtype=torch.int64, device=device)
-        new_map[: min(old_size, vocab_size)] = old_map[:vocab_size]
-        self.token_map = new_map
+        pad_id = int(self.token_map[config.engram_pad_token_id])
+        token_map = torch.full((vocab_size,), pad_id, dtype=torch.int64, device=self.token_map.device)
+        token_map[: min(old_size, vocab_size)] = self.token_map[:vocab_size]
+        self.token_map = token_map
         if self.hash_is_confirmed:
-            self._write_hash(NgramHash.from_config(config, fill).fingerprint(new_map))
+            self._write_hash(NgramHash.from_config(config, pad_id).fingerprint(token_map))
 
     def confirm_hash(self, where: str) -> None:
         """Compare token map and hash constants with the config's fingerprint, or write it where it is now known.

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .engram_table import EngramTable
-from .ngram_hashing import draw_multipliers, find_primes, hash_ngrams
+from .ngram_hashing import draw_multipliers, find_primes, hash_ngrams, pack_history
 
 
 # States of a hybrid cache layer.
@@ -61,7 +61,6 @@ class EngramLayer(nn.Module):
         self.max_ngram_size = config.engram_max_ngram_size
         self.kernel_size = config.engram_kernel_size
         self.conv_reach = config.engram_conv_reach
-        self.ids_kept = config.engram_reach
 
         # The constants of the hash follow from the config, so no checkpoint holds them.
         self.primes = nn.Buffer(self.make_primes(config), persistent=False)
@@ -95,15 +94,8 @@ class EngramLayer(nn.Module):
 
     def make_multipliers(self, config) -> torch.Tensor:
         """(N,) int64, zeros while the number of compressed ids is not known."""
-        size = config.engram_compressed_vocab_size
-        if size == "auto":
-            return torch.zeros(config.engram_max_ngram_size, dtype=torch.int64)
-        multipliers = draw_multipliers(
-            self.layer_idx,
-            config.engram_max_ngram_size,
-            config.vocab_size if size is None else size,
-            config.engram_seed,
-        )
+        orders, ids = config.engram_max_ngram_size, config.engram_id_space
+        multipliers = [0] * orders if ids is None else draw_multipliers(self.layer_idx, orders, ids, config.engram_seed)
         return torch.tensor(multipliers, dtype=torch.int64)
 
     def row_ids(self, context: NgramContext) -> torch.Tensor:
@@ -138,9 +130,11 @@ class EngramLayer(nn.Module):
         gated = gates.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)  # (batch, seq, streams, hidden)
 
         if past_key_values is not None:
-            # Stored plus one: the zeros of padding and of a reset then mean "before the start".
             past_key_values.update_conv_state(
-                context.ids + 1, self.layer_idx, state_idx=IDS_STATE, conv_kernel_size=self.ids_kept
+                pack_history(context.ids, context.reach),
+                self.layer_idx,
+                state_idx=IDS_STATE,
+                conv_kernel_size=self.max_ngram_size - 1,
             )
         if self.conv is None:
             return gated, gates

@@ -54,7 +54,7 @@ from .engram_binding import TokenizerBinding
 from .engram_layer import IDS_STATE, EngramLayer, NgramContext
 from .engram_loading import refuse_incomplete_memory, remove_stale_weights, save_code, set_auto_map, weight_files
 from .engram_table import EngramTable
-from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach
+from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach, unpack_history
 from .packed_documents import find_documents, positions_in_documents
 
 
@@ -89,10 +89,10 @@ class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 
 class HiddenStateTap(nn.Module):
-    """Passes one hidden state on, so that it can be recorded in its usual shape, (batch, seq, hidden)."""
+    """Where hidden states are recorded in their usual shape, (batch, seq, hidden), whatever the number of streams."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return after
 
 
 class EngramMoEDecoderLayer(GradientCheckpointingLayer):
@@ -165,13 +165,11 @@ class EngramMoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(HiddenStateTap, capture_initial_hidden_state=False),
+        "hidden_states": OutputRecorder(HiddenStateTap),
         "attentions": OutputRecorder(DeepseekV3Attention, index=1),
         "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
         "engram_gates": OutputRecorder(EngramLayer, index=1),
     }
-    # As deepseek_v4 keeps them: the mixing of streams and the router's bias are decided in single precision.
-    _keep_in_fp32_modules_strict = ["attn_hc", "ffn_hc", "hc_head", "e_score_correction_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -214,13 +212,16 @@ class EngramMoEPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`; a memory that is incomplete, or hashed otherwise, is an error.
 
         Raises:
-            ValueError: a tensor of the memory is missing or misshapen, or the fingerprint differs.
+            ValueError: a tensor of the memory is missing or misshapen (and `output_loading_info` is not set, which
+                returns the list of such tensors instead), or the fingerprint differs.
         """
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         where = str(pretrained_model_name_or_path)
-        refuse_incomplete_memory(loading_info, where)
+        # Without a checkpoint a model drawn at random is what was asked for; who asks for the list gets the list.
+        if pretrained_model_name_or_path is not None and not output_loading_info:
+            refuse_incomplete_memory(loading_info, where)
         model.base_model.confirm_hash(where)
         return (model, loading_info) if output_loading_info else model
 
@@ -244,7 +245,16 @@ class EngramMoEPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
-        rows of all other n-grams stay where they are."""
+        rows of all other n-grams stay where they are.
+
+        Raises:
+            ValueError: the memory's pad would be cut off.
+        """
+        if new_num_tokens is not None and self.config.engram_pad_token_id >= new_num_tokens:
+            raise ValueError(
+                f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's pad is "
+                f"{self.config.engram_pad_token_id}."
+            )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.base_model.resize_token_map(embeddings.num_embeddings)
         return embeddings
@@ -270,6 +280,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.hidden_state_tap = HiddenStateTap()
         self.gradient_checkpointing = False
+        self._keep_in_fp32_modules_strict = self.single_precision_modules()
 
         self.init_token_map()
 
@@ -277,6 +288,17 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         self.post_init()
         if self.token_map is None:
             self.confirm_hash("a model with this config")
+
+    def single_precision_modules(self) -> list[str]:
+        """Names of what no half-precision `dtype=` changes: as in deepseek_v3 and deepseek_v4 the router's bias and the
+        mixing of streams, and tables that are declared so."""
+        config = self.config
+        has_experts = config.first_k_dense_replace < config.num_hidden_layers
+        return (
+            ["e_score_correction_bias"] * has_experts
+            + ["attn_hc", "ffn_hc", "hc_head"] * (config.hc_mult > 1)
+            + ["table"] * (bool(config.engram_layer_ids) and config.engram_table_dtype == "float32")
+        )
 
     def tables(self) -> list[EngramTable]:
         """The tables, in the order of the memory layers."""
@@ -316,18 +338,20 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             token_map = self.token_map.to(token_ids.device)
             ids = torch.where(token_ids >= 0, token_map[token_ids.clamp_min(0)], NO_MEMORY)
             pad_id = token_map[pad_id]
+        elif config.vocab_size > config.engram_id_space:
+            ids = torch.where(token_ids < config.engram_id_space, token_ids, pad_id)
         if token_mask is not None:
             ids = torch.where(token_mask.to(ids.device) > 0, ids, NO_MEMORY)
-        seq = ids.shape[1]
+        seen, run_before = ids, None
         history = self._past_ids(past_key_values)
         if history is not None:
-            ids = torch.cat([history[:, -config.engram_reach :].to(ids.device) - 1, ids], dim=1)
-        reach = token_reach(ids, position_ids.to(ids.device), config.engram_reach)
-        taps = ngram_taps(ids, reach, config.engram_max_ngram_size, pad_id)
-        return NgramContext(ids=ids[:, -seq:], reach=reach, taps=taps)
+            past_ids, run_before = unpack_history(history.to(ids.device))
+            seen = torch.cat([past_ids[:, 1 - config.engram_max_ngram_size :], ids], dim=1)
+        reach = token_reach(ids, position_ids.to(ids.device), config.engram_reach, run_before)
+        return NgramContext(ids, reach, ngram_taps(seen, reach, config.engram_max_ngram_size, pad_id))
 
     def _past_ids(self, past_key_values: Cache | None) -> torch.Tensor | None:
-        """(batch, kept) ids plus one, 0 for "nothing"; None before the first forward."""
+        """(batch, kept) packed history of the tokens before these; None before the first forward."""
         if past_key_values is None:
             return None
         layer_id = self.config.engram_layer_ids[0]
@@ -335,7 +359,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         if layer_id >= len(layers) or not isinstance(layers[layer_id], LinearAttentionCacheLayerMixin):
             raise ValueError(
                 f"{type(past_key_values).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache "
-                "from the config: DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+                "from the config, as in DynamicCache(config=model.config)."
             )
         return past_key_values.get_conv_state(layer_id, IDS_STATE)
 
@@ -411,10 +435,10 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             context = self.ngram_context(token_ids, position_ids, token_mask, past_key_values)
             row_ids = {layer.engram.layer_idx: layer.engram.row_ids(context) for layer in self.memory_layers()}
 
-        hidden_states = self.hidden_state_tap(inputs_embeds)
-        hidden_streams = hidden_states.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        hidden_streams = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            streams_before = hidden_streams
             hidden_streams = decoder_layer(
                 hidden_streams,
                 row_ids=row_ids.get(layer_idx),
@@ -428,9 +452,11 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             )
             # CODEPATH: several streams (the paper's models) are recorded as their mean, one stream as it is.
             if self.config.hc_mult == 1:
-                hidden_streams = self.hidden_state_tap(hidden_streams.squeeze(2)).unsqueeze(2)
+                before = inputs_embeds if layer_idx == 0 else streams_before.squeeze(2)
+                hidden_streams = self.hidden_state_tap(before, hidden_streams.squeeze(2)).unsqueeze(2)
             elif kwargs.get("output_hidden_states", self.config.output_hidden_states):
-                self.hidden_state_tap(hidden_streams.mean(2))
+                before = inputs_embeds if layer_idx == 0 else streams_before.mean(2)
+                self.hidden_state_tap(before, hidden_streams.mean(2))
 
         hidden_states = hidden_streams.squeeze(2) if self.hc_head is None else self.hc_head(hidden_streams)
         return EngramMoEModelOutputWithPast(

@@ -23,6 +23,8 @@ from tokenizers import Regex, normalizers
 # A compressed id below zero carries no memory: padding, image spans, everything before the start.
 NO_MEMORY = -1
 LAYER_SEED_STEP = 10007
+# In a cache, the bits from this one on hold the run of real tokens, those below it the id.
+RUN_SHIFT = 40
 REPLACEMENT_CHARACTER = "\ufffd"
 # Stands for "one space" while Strip runs; a private-use character that no vocabulary contains.
 SPACE_SENTINEL = "\ue000"
@@ -73,24 +75,48 @@ def build_token_map(tokenizer) -> torch.Tensor:
     return torch.tensor(token_map, dtype=torch.int64)
 
 
-def token_reach(ids: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
+def token_reach(
+    ids: torch.Tensor, positions: torch.Tensor, window: int, run_before: torch.Tensor | None = None
+) -> torch.Tensor:
     """How many tokens directly before it each token may see: the one rule behind padding, packing and chunks.
 
     A token sees its predecessor `j` where its own position is at least `j` (so documents in one row stay apart) and
     where every id from `t - j` to `t` is a real one (so it never looks past padding or a token without memory).
 
     Args:
-        ids: (batch, history + seq) compressed ids, negative for "no memory"; what lies before them counts as negative.
+        ids: (batch, history + seq) compressed ids, negative for "no memory".
         positions: (batch or 1, seq) position of each token in its own document.
         window: how far anybody will look.
+        run_before: (batch,) how many real tokens without a gap end right before `ids`; none by default.
 
     Returns:
         (batch, seq) int64 in [0, window]; 0 for a token without memory.
     """
-    seq = positions.shape[1]
-    real = F.pad((ids >= 0).long(), (window, 0))[:, -(window + seq) :]  # (batch, window + seq)
-    runs = real.unfold(1, window + 1, 1).flip(-1).cumprod(-1)  # (batch, seq, window + 1), the token itself first
-    return torch.minimum(runs[..., 1:].sum(-1), positions.clamp_min(0))
+    distances = torch.arange(window, 0, -1, device=ids.device)
+    run_before = ids.new_zeros(ids.shape[0]) if run_before is None else run_before
+    real = torch.cat([distances <= run_before.unsqueeze(1), ids >= 0], dim=1).long()  # (batch, window + ids)
+    runs = real.unfold(1, window + 1, 1).flip(-1).cumprod(-1)  # (batch, ids, window + 1), the token itself first
+    return torch.minimum(runs[..., 1:].sum(-1)[:, -positions.shape[1] :], positions.clamp_min(0))
+
+
+def pack_history(ids: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """What a cache keeps of each token: its id, and how many real tokens in a row end with it.
+
+    The zeros of a cache that is new, padded or reset then mean "nothing before the start".
+
+    Args:
+        ids: (batch, seq) compressed ids below 2**40.
+        reach: (batch, seq) as `token_reach` gives it.
+
+    Returns:
+        (batch, seq) int64, 0 for a token without memory.
+    """
+    return torch.where(ids >= 0, (ids + 1) + ((reach + 1) << RUN_SHIFT), 0)
+
+
+def unpack_history(history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (batch, kept), negative for "nothing", and the run (batch,) of real tokens that ends with the last one."""
+    return (history & ((1 << RUN_SHIFT) - 1)) - 1, history[:, -1] >> RUN_SHIFT
 
 
 def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_id: int | torch.Tensor):
@@ -209,8 +235,7 @@ class NgramHash:
         Raises:
             ValueError: `engram_compressed_vocab_size` is still "auto".
         """
-        compressed_vocab_size = config.engram_compressed_vocab_size
-        if compressed_vocab_size == "auto":
+        if config.engram_id_space is None:
             raise ValueError(
                 'engram_compressed_vocab_size is "auto", so the multipliers are not known yet. '
                 "Bind a tokenizer first: model.bind_tokenizer(tokenizer)."
@@ -219,7 +244,7 @@ class NgramHash:
             layer_ids=config.engram_layer_ids,
             vocab_sizes=config.engram_vocab_sizes,
             n_heads=config.engram_n_heads,
-            compressed_vocab_size=config.vocab_size if compressed_vocab_size is None else compressed_vocab_size,
+            compressed_vocab_size=config.engram_id_space,
             pad_id=config.engram_pad_token_id if pad_id is None else pad_id,
             seed=config.engram_seed,
         )
@@ -279,6 +304,7 @@ class NgramHash:
             "map": "none" if token_map is None else digest(token_map.cpu().to(torch.int64).numpy().tobytes()),
             "multipliers": digest(str([self._multipliers[layer_id] for layer_id in self.layer_ids]).encode()),
             "primes": digest(str([self._primes[layer_id] for layer_id in self.layer_ids]).encode()),
+            "ids": str(self.compressed_vocab_size),
             "orders": f"2-{self.max_ngram_size}",
             "pad": str(self.pad_id),
         }

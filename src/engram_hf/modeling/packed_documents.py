@@ -25,9 +25,8 @@ def find_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | No
     if attention_mask is None or bool((attention_mask > 0).all()):
         return None, find_packed_sequence_indices(position_ids) is not None
     token_mask = attention_mask[:, -position_ids.shape[1] :] > 0
-    positions = position_ids.expand_as(token_mask).masked_fill(~token_mask, -1)
-    highest_before = positions.cummax(-1).values[:, :-1]
-    if (token_mask[:, 1:] & (positions[:, 1:] <= highest_before)).any():
+    starts = token_mask & (position_ids == 0)
+    if (starts & (token_mask.long().cumsum(-1) > 1)).any():
         raise ValueError(
             "Packed documents (position_ids that restart) need attention_mask=None: transformers does not keep them "
             "apart beside a mask with padding. Give padding at the end of a row position 0 and leave the mask out."
