@@ -19,6 +19,7 @@ from .modeling.modeling_engram_moe import (
     EngramMoEModel,
 )
 from .modeling.ngram_hashing import NgramHash, build_token_map
+from .training.balancing import LossFreeBalancingCallback
 
 
 __version__ = "0.1.0.dev0"
@@ -35,6 +36,7 @@ __all__ = [
     "EngramMoEForSequenceClassification",
     "EngramMoEForTokenClassification",
     "EngramMoEModel",
+    "LossFreeBalancingCallback",
     "NgramHash",
     "build_token_map",
 ]

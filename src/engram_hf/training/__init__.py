@@ -1,0 +1,1 @@
+"""What changes a model in training: callbacks for the stock Trainer."""
