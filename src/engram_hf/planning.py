@@ -1,4 +1,4 @@
-"""Sizes before anything is allocated: how many parameters a config has, how many a token uses, what the memory's share is.
+"""Sizes before anything is allocated: parameters of a config, those a token computes with, the share of the memory.
 
 Counts a model on the meta device, so a config of any size costs milliseconds and no memory.
 """
@@ -28,7 +28,7 @@ class ParameterCount:
 
     @property
     def memory_share(self) -> float:
-        """Part of the sparse budget (what a token does not compute with) that is memory; the paper's best is 0.2 to 0.25."""
+        """Tables as a part of the sparse budget, which is what a token does not compute with; best at 0.2 to 0.25."""
         sparse = self.total - self.active
         return self.tables / sparse if sparse else 0.0
 

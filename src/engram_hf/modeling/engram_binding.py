@@ -49,20 +49,20 @@ class TokenizerBinding:
                 f"engram_pad_token_id is {config.engram_pad_token_id}, the tokenizer's ids end at {len(tokenizer) - 1}."
             )
         token_map = build_token_map(tokenizer)
+        pad_id = int(token_map[config.engram_pad_token_id])
+        full_map = torch.full((config.vocab_size,), pad_id, dtype=torch.int64)
+        full_map[: len(token_map)] = token_map
+        is_bound = bool((self.token_map >= 0).any())
+        if is_bound and not torch.equal(full_map, self.token_map.cpu()):
+            raise ValueError(
+                "Another tokenizer is bound to this model; its tables are addressed by that one's token map "
+                f"(fingerprint {config.engram_fingerprint}). Use that tokenizer, or start a new model."
+            )
         size = int(token_map.max()) + 1
         if config.engram_compressed_vocab_size not in ("auto", size):
             raise ValueError(
                 f"The tokenizer compresses to {size} ids, the config's engram_compressed_vocab_size is "
                 f"{config.engram_compressed_vocab_size}. Bind the tokenizer that the model was made for."
-            )
-        pad_id = int(token_map[config.engram_pad_token_id])
-        full_map = torch.full((config.vocab_size,), pad_id, dtype=torch.int64)
-        full_map[: len(token_map)] = token_map
-        bound = bool((self.token_map >= 0).any())
-        if bound and not torch.equal(full_map, self.token_map.cpu()):
-            raise ValueError(
-                "Another tokenizer is bound to this model; its tables are addressed by that one's token map "
-                f"(fingerprint {config.engram_fingerprint}). Use that tokenizer, or start a new model."
             )
         previous_size = config.engram_compressed_vocab_size
         config.engram_compressed_vocab_size = size

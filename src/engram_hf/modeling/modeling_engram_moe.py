@@ -548,9 +548,17 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
             engram_gates=outputs.engram_gates,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, engram_input_ids=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, engram_input_ids=None, is_first_iteration=False, **kwargs
+    ):
         """As in transformers; `engram_input_ids` belongs to the prompt, tokens after it are read as generated."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        is_beside = inputs_embeds is not None and is_first_iteration and input_ids.shape == inputs_embeds.shape[:2]
+        if engram_input_ids is None and is_beside:
+            # Embeddings are what the layers compute with, the ids beside them what the memory reads.
+            engram_input_ids = input_ids
         if engram_input_ids is not None:
             whole = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
             if is_first_iteration:

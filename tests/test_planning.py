@@ -1,0 +1,44 @@
+"""Parameter counts against the paper's table, and against a model that is really there."""
+
+import pytest
+from tiny import tiny_config, tiny_model
+
+from engram_hf import EngramMoEConfig, NgramHash
+from engram_hf.planning import count_parameters
+
+
+# arXiv 2601.07372, table 1, in billions: total, active, memory.
+PAPER = {
+    "dense-4b": (4.1, 3.8, 0.0),
+    "moe-27b": (26.7, 3.8, 0.0),
+    "engram-27b": (26.7, 3.8, 5.7),
+    "engram-40b": (39.5, 3.8, 18.5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models_have_the_papers_sizes(name):
+    config = EngramMoEConfig.preset(name, engram_compressed_vocab_size=None)
+    counted = count_parameters(config)
+    total, active, memory = PAPER[name]
+    assert counted.total / 1e9 == pytest.approx(total, rel=0.015)
+    assert counted.active / 1e9 == pytest.approx(active, rel=0.015)
+    assert counted.tables / 1e9 == pytest.approx(memory, rel=0.02)
+    hashing = NgramHash.from_config(config)
+    rows = sum(hashing.num_rows(layer) for layer in config.engram_layer_ids)
+    assert counted.tables == rows * config.engram_head_dim
+
+
+def test_the_papers_memory_has_a_quarter_of_the_sparse_budget():
+    assert count_parameters(EngramMoEConfig.preset("engram-27b")).memory_share == pytest.approx(0.25, abs=0.01)
+    assert count_parameters(EngramMoEConfig.preset("moe-27b")).memory_share == 0
+
+
+def test_counts_are_those_of_a_real_model():
+    model = tiny_model()
+    counted = count_parameters(tiny_config())
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+    assert counted.tables == sum(block.numel() for table in model.model.tables() for block in table.blocks)
+    # Two expert layers; two of four experts, each three matrices of 32 x 16, are not computed with.
+    unused = 2 * 2 * 3 * 32 * 16
+    assert counted.active == counted.total - counted.tables - unused - 2 * 99 * 32
