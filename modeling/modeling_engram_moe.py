@@ -1,0 +1,1 @@
+../src/engram_hf/modeling/modeling_engram_moe.py

@@ -1,0 +1,95 @@
+"""Imports go down: each module may import only modules of lower levels, and the Hub payload only what the Hub has."""
+
+import ast
+import sys
+from pathlib import Path
+
+
+SOURCE = Path(__file__).parent.parent / "src" / "engram_hf"
+# Lower levels know nothing of higher ones. A prefix with a trailing dot stands for all modules of a folder.
+LEVELS = [
+    [
+        "modeling.ngram_hashing",
+        "modeling.configuration_engram_moe",
+        "modeling.embedding_inversion",
+        "modeling.packed_documents",
+    ],
+    ["modeling.engram_table", "modeling.engram_binding"],
+    ["modeling.engram_layer", "modeling.engram_loading"],
+    ["modeling.modeling_engram_moe"],
+    ["insight.", "planning"],
+    ["training.", "adapters.", "hub."],
+    ["commands.", ""],
+]
+BROUGHT_BY_TORCH_AND_TRANSFORMERS = {
+    "torch",
+    "transformers",
+    "numpy",
+    "sympy",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+}
+
+
+def level_of(module: str) -> int:
+    for level, names in enumerate(LEVELS):
+        if any(module == name or (name.endswith(".") and module.startswith(name)) for name in names):
+            return level
+    raise AssertionError(f"{module} has no level: add it to LEVELS, where it belongs")
+
+
+def modules() -> dict[str, ast.Module]:
+    """Dotted names below engram_hf ("" is the package itself); the files that only describe a folder are left out."""
+    trees = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if parts[-1] != "__init__" or name == "":
+            trees[name] = ast.parse(path.read_text())
+    return trees
+
+
+def imports(name: str, tree: ast.Module) -> list[tuple[str, int]]:
+    """What a module imports, also inside functions: absolute names, and its own package's as ".name"."""
+    package = name.split(".")[:-1]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append((node.module, node.lineno))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            found.append(("." + ".".join([*base, *(node.module or "").split(".")]).strip("."), node.lineno))
+    return found
+
+
+def test_every_import_goes_to_a_lower_level():
+    wrong = []
+    for name, tree in modules().items():
+        for imported, line in imports(name, tree):
+            own = imported.removeprefix("engram_hf").removeprefix(".")
+            if imported.startswith((".", "engram_hf")) and level_of(own) >= level_of(name):
+                wrong.append(f"{name}:{line} imports {own}")
+    assert not wrong, wrong
+
+
+def test_the_payload_imports_only_siblings_and_what_the_hub_brings():
+    wrong = []
+    for name, tree in modules().items():
+        if not name.startswith("modeling."):
+            continue
+        for imported, line in imports(name, tree):
+            top = imported.split(".")[0]
+            is_sibling = imported.startswith(".modeling.") and imported.count(".") == 2
+            if not (is_sibling or top in BROUGHT_BY_TORCH_AND_TRANSFORMERS or top in sys.stdlib_module_names):
+                wrong.append(f"{name}:{line} imports {imported}")
+    assert not wrong, wrong
+
+
+def test_files_stay_small():
+    sizes = sorted(len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py"))
+    assert sizes[len(sizes) // 2] <= 150
+    assert sizes[int(len(sizes) * 0.9)] <= 350
+    assert sizes[-1] <= 600
