@@ -1,0 +1,149 @@
+"""Text to train on: by default the Python standard library of the running interpreter, so nothing is downloaded.
+
+    python scripts/gather_text.py                      what there is, and how it packs (10 seconds)
+    python scripts/gather_text.py --dataset notes.txt  the same for text of one's own
+
+Used by train_tiny.py and compare_memory.py. The text differs between releases of Python, so compare losses only of runs
+on the same interpreter. Held out are whole documents, never parts of one that is trained on.
+"""
+
+import argparse
+import sysconfig
+from itertools import chain, islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+Document = tuple[str, str]  # name, text
+
+# Folders of the standard library that hold tests, tables of numbers, or what other distributions add to it.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
+TEXT_COLUMNS = ("text", "content")
+# Enough for these models; a data set of the Hub is read no further.
+MAX_CHARACTERS = 20_000_000
+# A plain text file is cut into documents of this length, so that some can be held out.
+DOCUMENT_CHARACTERS = 8_000
+HELD_OUT_EVERY = 16
+DATASET_HELP = (
+    "a .txt or .jsonl file, a folder of files, or a data set of the Hub as NAME or NAME:SUBSET (needs a network)"
+)
+
+
+def gather_documents() -> list[Document]:
+    """Sources of the standard library and the topics of Python's `help()`, sorted by name."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
+    names = [name for name in files if not SKIPPED_FOLDERS & set(name.parts)]
+    documents = [(name.as_posix(), (library / name).read_text("utf-8", "replace")) for name in names]
+    # Topics quote each other, so they are one document: none may be held out while another is trained on.
+    documents.append(("pydoc topics", "\n\n".join(topics[name] for name in sorted(topics))))
+    return documents
+
+
+def load_documents(name_or_path: str) -> list[Document]:
+    """Documents of a file, of a folder of files, or of any data set that `datasets` can load.
+
+    Raises:
+        ValueError: there is no text in it.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        documents = [(str(file), file.read_text("utf-8", "replace")) for file in files]
+    elif path.suffix in (".json", ".jsonl"):
+        documents = _rows_of(load_dataset("json", data_files=str(path), split="train", streaming=True), name_or_path)
+    elif path.is_file():
+        text = path.read_text("utf-8", "replace")
+        starts = range(0, len(text), DOCUMENT_CHARACTERS)
+        documents = [(f"{path}[{start}]", text[start : start + DOCUMENT_CHARACTERS]) for start in starts]
+    else:
+        name, _, subset = name_or_path.partition(":")
+        documents = _rows_of(load_dataset(name, subset or None, split="train", streaming=True), name_or_path)
+    documents = [(name, text) for name, text in documents if text and text.strip()]
+    if not documents:
+        raise ValueError(f"{name_or_path} holds no text. Give {DATASET_HELP}.")
+    return documents
+
+
+def _rows_of(dataset, name: str) -> list[Document]:
+    """Rows of a streamed data set, up to MAX_CHARACTERS of text."""
+    columns = dataset.column_names or list(next(iter(dataset)))
+    column = next((column for column in TEXT_COLUMNS if column in columns), None)
+    if column is None:
+        raise ValueError(
+            f"{name} has the columns {columns}, and none is called {' or '.join(TEXT_COLUMNS)}. Rename one."
+        )
+    documents, characters = [], 0
+    for index, row in enumerate(dataset):
+        documents.append((f"{name}[{index}]", row[column]))
+        characters += len(row[column] or "")
+        if characters >= MAX_CHARACTERS:
+            break
+    return documents
+
+
+def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and every sixteenth, which is held out.
+
+    Raises:
+        ValueError: there are too few to hold one out.
+    """
+    held_out = documents[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
+    if not held_out:
+        raise ValueError(
+            f"{len(documents)} documents are too few to hold one out; give more than {HELD_OUT_EVERY // 2}."
+        )
+    train = [document for i, document in enumerate(documents) if i % HELD_OUT_EVERY != HELD_OUT_EVERY // 2]
+    return train, held_out
+
+
+def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over these documents; ids 0, 1 and 2 are pad, begin and end."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((text for _, text in documents), trainer, length=len(documents))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def packed_dataset(tokenizer, documents: list[Document], seq_length: int) -> Dataset:
+    """Documents one after the other, each ended by eos, cut into rows of `seq_length` ids; a rest is dropped.
+
+    Raises:
+        ValueError: the documents do not fill one row.
+    """
+    ids_of_documents = tokenizer([text for _, text in documents], add_special_tokens=False)["input_ids"]
+    ids = chain.from_iterable([*document_ids, tokenizer.eos_token_id] for document_ids in ids_of_documents)
+    rows = []
+    while len(row := list(islice(ids, seq_length))) == seq_length:
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{len(documents)} documents do not fill one row of {seq_length} ids. Give more text.")
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show what text there is to train on.")
+    parser.add_argument("--dataset", help=f"{DATASET_HELP} (default: the Python standard library)")
+    arguments = parser.parse_args()
+    documents = load_documents(arguments.dataset) if arguments.dataset else gather_documents()
+    train, held_out = split_documents(documents)
+    tokenizer = train_tokenizer(train, vocab_size=4096)
+    for part, texts in (("train", train), ("held out", held_out)):
+        rows = len(packed_dataset(tokenizer, texts, seq_length=128))
+        print(
+            f"{part}: {len(texts)} documents, {sum(len(text) for _, text in texts):,} characters, {rows:,} rows of 128"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What the small models of train_tiny.py and compare_memory.py are, and how they are trained. Not a script.
+
+The shape follows the paper's Engram-27B (arXiv 2601.07372): one dense layer first, a memory from the second layer on, a
+quarter of the sparse budget in its tables, and five times the learning rate for them.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from gather_text import gather_documents, load_documents, packed_dataset, split_documents, train_tokenizer
+from transformers import Trainer, TrainingArguments, set_seed
+
+from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, LossFreeBalancingCallback
+
+
+PRESETS = {
+    # 4 million parameters, 0.8 of them active.
+    "tiny": {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 32,
+        "hc_mult": 2,
+        "engram_layer_ids": [1],
+        "engram_vocab_size": 6700,
+        "engram_n_heads": 4,
+    },
+    # 21 million parameters, 3 of them active.
+    "small": {
+        "vocab_size": 8192,
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "intermediate_size": 576,
+        "moe_intermediate_size": 96,
+        "n_routed_experts": 48,
+        "hc_mult": 4,
+        "engram_layer_ids": [1, 3],
+        "engram_vocab_size": 8800,
+        "engram_n_heads": 8,
+    },
+}
+STEPS = {"tiny": 600, "small": 1500}
+SEQ_LENGTH = 128
+ROWS_PER_STEP = 16
+HELD_OUT_ROWS = 512
+LEARNING_RATE = 4e-3
+TABLE_LEARNING_RATE_FACTOR = 5
+
+
+def prepare_text(dataset: str | None, preset: str):
+    """Tokenizer, rows to train on and rows held out, of a data set or else of Python's standard library."""
+    train, held_out = split_documents(load_documents(dataset) if dataset else gather_documents())
+    tokenizer = train_tokenizer(train, PRESETS[preset]["vocab_size"])
+    rows = packed_dataset(tokenizer, held_out, SEQ_LENGTH).shuffle(seed=0)
+    return tokenizer, packed_dataset(tokenizer, train, SEQ_LENGTH), rows.select(range(min(len(rows), HELD_OUT_ROWS)))
+
+
+def make_config(preset: str, tokenizer, **overrides) -> EngramMoEConfig:
+    fields = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 512,
+        # The default of twenty costs a quarter of the time, and few streams are balanced after five.
+        "hc_sinkhorn_iters": 5,
+        "engram_head_dim": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return EngramMoEConfig(**{**fields, **PRESETS[preset], **overrides})
+
+
+def make_model(config: EngramMoEConfig, tokenizer, seed: int) -> EngramMoEForCausalLM:
+    set_seed(seed)
+    model = EngramMoEForCausalLM(config)
+    if config.engram_layer_ids:
+        model.bind_tokenizer(tokenizer)
+    return model
+
+
+def make_optimizer(model) -> torch.optim.AdamW:
+    """AdamW in three groups: matrices, gains without decay, tables without decay at five times the rate."""
+    learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tables = [parameter for name, parameter in learning if ".engram.table." in name]
+    matrices = [parameter for name, parameter in learning if ".engram.table." not in name and parameter.ndim > 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": [parameter for _, parameter in learning if parameter.ndim == 1]},
+        {"params": tables, "lr": LEARNING_RATE * TABLE_LEARNING_RATE_FACTOR},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+
+def make_trainer(model, train: Dataset, held_out: Dataset, output: Path, steps: int, seed: int) -> Trainer:
+    """The stock Trainer; with the same seed and data it draws the same rows for every model."""
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=ROWS_PER_STEP,
+        per_device_eval_batch_size=ROWS_PER_STEP,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(steps // 20, 1),
+        logging_steps=max(steps // 8, 1),
+        prediction_loss_only=True,
+        save_strategy="no",
+        report_to="none",
+        # A bar in a log file is noise.
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=seed,
+        data_seed=seed,
+    )
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        callbacks=[LossFreeBalancingCallback()],
+        optimizers=(make_optimizer(model), None),
+    )
+
+
+def held_out_loss(trainer: Trainer, model=None) -> float:
+    """Mean loss per token, in nats, of the trainer's model or of another one."""
+    if model is not None:
+        trainer = Trainer(model, trainer.args, eval_dataset=trainer.eval_dataset)
+    return trainer.evaluate()["eval_loss"]
