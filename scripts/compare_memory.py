@@ -111,9 +111,9 @@ def main():
 
     print_table(configs, losses)
     print(
-        f"\n`python {' '.join(sys.argv)}`: {steps} steps of {ROWS_PER_STEP * SEQ_LENGTH} tokens, seeds {arguments.seeds}, "
-        f"commit {git_commit()}, torch {torch.__version__} on {torch.get_num_threads()} cores, {datetime.date.today()}. "
-        "Loss in nats per token of held-out documents."
+        f"\n`python {' '.join(sys.argv)}`: {steps} steps of {ROWS_PER_STEP * SEQ_LENGTH} tokens, seeds "
+        f"{arguments.seeds}, commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} cores, "
+        f"{datetime.date.today()}. Loss in nats per token of held-out documents."
     )
 
 

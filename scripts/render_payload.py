@@ -2,8 +2,8 @@
 
     python scripts/render_payload.py            # a second
 
-config.json stands for the default architecture and holds the whole auto_map; every modeling file is a relative link to its source.
-A test fails when the folder is not what this script writes.
+config.json stands for the default architecture and holds the whole auto_map; every modeling file is a relative link to
+its source. A test fails when the folder is not what this script writes.
 """
 
 import argparse

@@ -1,0 +1,41 @@
+"""The README says what is true: its example runs, its commands exist, its tree is the folder."""
+
+import re
+import subprocess
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_first_example_has_eight_lines_and_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(example.splitlines()) == 8
+    exec(compile(example, "README.md", "exec"), {})
+    assert "torch.Size([1, 12, 4])" in capsys.readouterr().out
+
+
+def test_every_make_verb_and_script_that_is_named_exists():
+    verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    documents = README + (ROOT / "CONTRIBUTING.md").read_text()
+    assert {"demo", "test"} <= set(re.findall(r"make ([a-z]+)", README)) <= verbs
+    for path in re.findall(r"\b(?:scripts|tests|src)/[\w/.]+\.(?:py|md)", documents):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_tree_is_the_folder():
+    tree = README.split("## What is in the folder")[1]
+    named = {line.split()[0].removesuffix("/").split("/")[0] for line in tree.split("```")[1].strip().splitlines()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    there = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
+    # Said to setuptools, of no interest to a reader.
+    assert named == there - {"MANIFEST.in"}
+
+
+def test_the_card_of_the_demo_is_valid():
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(ROOT / "hub_cards" / "engram-tiny.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "apache-2.0" and {"engram", "engram_moe"} <= set(card.data.tags)
