@@ -152,6 +152,12 @@ def test_embeddings_with_and_without_ids_beside_them(model):
 
 
 @torch.no_grad()
+def test_ids_of_32_bits_give_the_same_logits(model):
+    ids = tiny_ids(2, SEQ)
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
+
+
+@torch.no_grad()
 def test_a_second_request_sees_nothing_of_the_first(model):
     first, second = tiny_ids(2, SEQ, seed=1), tiny_ids(2, 8, seed=2)
     cache = DynamicCache(config=model.config)

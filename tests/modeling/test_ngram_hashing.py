@@ -100,6 +100,10 @@ def test_a_token_sees_neither_a_token_without_memory_nor_past_it():
     assert torch.equal(hashing.row_ids(0, gap)[:, 3:], hashing.row_ids(0, alone))
 
 
+def test_ids_of_32_bits_give_the_same_rows():
+    assert torch.equal(large_hash().row_ids(1, GOLDEN_IDS.int()), large_hash().row_ids(1, GOLDEN_IDS))
+
+
 def test_row_ids_are_the_same_under_compile():
     hashing = large_hash()
     compiled = torch.compile(lambda ids: hashing.row_ids(1, ids), backend="aot_eager")

@@ -332,7 +332,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                 "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer) on "
                 "a new model; a trained one brings its map: load it with from_pretrained."
             )
-        ids = token_ids
+        # Products of ids and multipliers need 64 bits, also where a data set holds 32.
+        token_ids = ids = token_ids.long()
         pad_id = config.engram_pad_token_id
         if self.token_map is not None:
             token_map = self.token_map.to(token_ids.device)

@@ -286,7 +286,8 @@ class NgramHash:
                 f"Compressed ids must be below {self.compressed_vocab_size}, got {int(compressed_ids.max())}. "
                 "Map raw token ids through the token map first."
             )
-        device = compressed_ids.device
+        # Products of ids and multipliers need 64 bits, also where a data set holds 32.
+        compressed_ids, device = compressed_ids.long(), compressed_ids.device
         if positions is None:
             positions = torch.arange(compressed_ids.shape[1], device=device).unsqueeze(0)
         reach = token_reach(compressed_ids, positions, self.max_ngram_size - 1)
