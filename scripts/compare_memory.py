@@ -87,6 +87,11 @@ def main():
     arguments = parser.parse_args()
     steps = arguments.steps or STEPS[arguments.preset]
 
+    # Of the start: files and commit may change while it runs.
+    made_with = (
+        f"commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} cores, {datetime.date.today()}"
+    )
+
     tokenizer, train, held_out = prepare_text(arguments.dataset, arguments.preset)
     engram = make_config(arguments.preset, tokenizer)
     configs = {ENGRAM: engram, MOE: without_memory(arguments.preset, tokenizer), ZERO_TABLES: engram}
@@ -112,8 +117,7 @@ def main():
     print_table(configs, losses)
     print(
         f"\n`python {' '.join(sys.argv)}`: {steps} steps of {ROWS_PER_STEP * SEQ_LENGTH} tokens, seeds "
-        f"{arguments.seeds}, commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} cores, "
-        f"{datetime.date.today()}. Loss in nats per token of held-out documents."
+        f"{arguments.seeds}, {made_with}. Loss in nats per token of held-out documents."
     )
 
 

@@ -13,6 +13,7 @@ LEVELS = [
         "modeling.configuration_engram_moe",
         "modeling.embedding_inversion",
         "modeling.packed_documents",
+        "modeling.engram_outputs",
     ],
     ["modeling.engram_table", "modeling.engram_binding"],
     ["modeling.engram_layer", "modeling.engram_loading"],

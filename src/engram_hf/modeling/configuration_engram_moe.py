@@ -86,6 +86,8 @@ class EngramMoEConfig(DeepseekV3Config):
         Sinkhorn-Knopp iterations that keep the mixing of streams doubly stochastic.
     hc_eps (`float`, *optional*, defaults to 1e-06):
         Floor of that normalisation.
+    output_router_logits (`bool`, *optional*, defaults to `False`):
+        Whether the routers' logits are returned, and their load-balancing loss is computed and added.
     router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
         Weight of the load-balancing loss, which is added where `output_router_logits` is set.
     engram_layer_ids (`list[int]`, *optional*, defaults to `[1, 14]`):
@@ -146,6 +148,7 @@ class EngramMoEConfig(DeepseekV3Config):
     first_k_dense_replace: int | None = 1
     q_lora_rank: int | None = None
     tie_word_embeddings: bool = True
+    output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
     num_mtp_layers: int = 0
     layer_types: list[str] | None = None

@@ -16,6 +16,7 @@ CODE_FILES = (
     "engram_binding.py",
     "engram_layer.py",
     "engram_loading.py",
+    "engram_outputs.py",
     "engram_table.py",
     "modeling_engram_moe.py",
     "ngram_hashing.py",

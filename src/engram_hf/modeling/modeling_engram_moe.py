@@ -17,8 +17,6 @@ Attention, experts, router and hyper-connections are transformers' own (deepseek
 memory enters: before the attention of its layer, and its row ids before anything else. Source: arXiv 2601.07372.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -30,8 +28,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3Experts,
@@ -53,39 +50,10 @@ from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
 from .engram_layer import IDS_STATE, EngramLayer, NgramContext
 from .engram_loading import refuse_incomplete_memory, remove_stale_weights, save_code, set_auto_map, weight_files
+from .engram_outputs import EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast
 from .engram_table import EngramTable
 from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach, unpack_history
 from .packed_documents import find_documents, positions_in_documents
-
-
-# trf-ignore: TRF057
-@dataclass
-class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
-    r"""
-    [`MoeModelOutputWithPast`] with the gates of the memory.
-
-    Args:
-        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
-            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
-            enters each residual stream, in [0, 1].
-    """
-
-    engram_gates: tuple[torch.FloatTensor, ...] | None = None
-
-
-# trf-ignore: TRF057
-@dataclass
-class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    r"""
-    [`MoeCausalLMOutputWithPast`] with the gates of the memory.
-
-    Args:
-        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
-            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
-            enters each residual stream, in [0, 1].
-    """
-
-    engram_gates: tuple[torch.FloatTensor, ...] | None = None
 
 
 class HiddenStateTap(nn.Module):
@@ -362,7 +330,9 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                 f"{type(past_key_values).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache "
                 "from the config, as in DynamicCache(config=model.config)."
             )
-        return past_key_values.get_conv_state(layer_id, IDS_STATE)
+        # Cache.get_conv_state says the same, from transformers 5.21 on.
+        layer = layers[layer_id]
+        return layer.conv_states[IDS_STATE] if layer.has_previous_state[IDS_STATE] else None
 
     @merge_with_config_defaults
     @capture_outputs
@@ -524,7 +494,8 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
         loss = None
         if labels is not None:
