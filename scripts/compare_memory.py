@@ -1,6 +1,6 @@
 """Does the memory pay? EngramMoE against two controls: the same rows, steps, optimizer and seeds for all three.
 
-    python scripts/compare_memory.py        about 25 minutes on 2 cores, downloads nothing
+    python scripts/compare_memory.py        about 20 minutes on 2 cores, downloads nothing
 
 * EngramMoE, as train_tiny.py trains it;
 * the mixture of experts without memory at equal parameters: further routed experts instead of the tables (total), a
@@ -12,6 +12,7 @@ Each run is printed as it ends; the last lines are a Markdown table, with what i
 
 import argparse
 import datetime
+import os
 import statistics
 import subprocess
 import sys
@@ -89,7 +90,8 @@ def main():
 
     # Of the start: files and commit may change while it runs.
     made_with = (
-        f"commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} cores, {datetime.date.today()}"
+        f"commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} "
+        f"cores, {datetime.date.today()}"
     )
 
     tokenizer, train, held_out = prepare_text(arguments.dataset, arguments.preset)

@@ -43,7 +43,7 @@ PRESETS = {
         "engram_n_heads": 8,
     },
 }
-STEPS = {"tiny": 600, "small": 1500}
+STEPS = {"tiny": 400, "small": 1500}
 SEQ_LENGTH = 128
 ROWS_PER_STEP = 16
 HELD_OUT_ROWS = 512

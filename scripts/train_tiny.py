@@ -1,6 +1,6 @@
 """The demo: a small EngramMoE from nothing to generated text, trained with the stock Trainer on two CPU cores.
 
-    python scripts/train_tiny.py        about 3 minutes on 2 cores, downloads nothing
+    python scripts/train_tiny.py        about 2 minutes on 2 cores, downloads nothing
 
 Where other programs keep the cores busy, set OMP_NUM_THREADS=1: two threads that wait for a core are slower than one.
 

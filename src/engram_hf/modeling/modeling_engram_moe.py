@@ -307,6 +307,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             token_map = self.token_map.to(token_ids.device)
             ids = torch.where(token_ids >= 0, token_map[token_ids.clamp_min(0)], NO_MEMORY)
             pad_id = token_map[pad_id]
+        # CODEPATH: a model without compression whose vocabulary has grown since its tables were made; others never.
         elif config.vocab_size > config.engram_id_space:
             ids = torch.where(token_ids < config.engram_id_space, token_ids, pad_id)
         if token_mask is not None:
