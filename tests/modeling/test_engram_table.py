@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_config, tiny_ids, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram_hf import EngramMoEForCausalLM
 from engram_hf.modeling.engram_table import EngramTable, split_into_blocks
@@ -61,3 +62,30 @@ def test_a_table_is_built_once_in_the_asked_dtype():
     assert model.model.tables()[0].dtype == torch.bfloat16
     kept = EngramMoEForCausalLM._from_config(tiny_config(engram_table_dtype="float32"), dtype=torch.bfloat16)
     assert kept.model.tables()[0].dtype == torch.float32
+
+
+class CountBytes(TorchDispatchMode):
+    """Bytes of every new storage of at least `least_bytes`, in the order in which they were allocated."""
+
+    def __init__(self, least_bytes: int):
+        super().__init__()
+        self.least_bytes, self.allocated, self.seen = least_bytes, [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            storage = output.untyped_storage()
+            if storage.nbytes() >= self.least_bytes and storage.data_ptr() not in self.seen:
+                # Kept alive, so that no later tensor gets the same address.
+                self.seen[storage.data_ptr()] = output
+                self.allocated.append(storage.nbytes())
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_building_a_model_allocates_each_table_once(dtype):
+    config = tiny_config(engram_vocab_size=20_000, engram_block_elements=10**9)
+    with CountBytes(least_bytes=1_000_000) as counted:
+        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
+    blocks = [block for table in model.model.tables() for block in table.blocks]
+    assert counted.allocated == [block.numel() * dtype.itemsize for block in blocks]
