@@ -2,7 +2,7 @@
 
     python scripts/bench_memory.py        about a minute on 2 cores
 
-First it is checked that what is timed is right: cached decoding and many blocks give the logits of the plain forward.
+First it is checked that what is timed is right: decoding with a cache gives the logits of the plain forward.
 Ratios are of medians over interleaved rounds; absolute times hold on this machine only.
 """
 

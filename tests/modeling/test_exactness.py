@@ -219,6 +219,15 @@ def test_the_compiled_forward_gives_the_same_logits(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
+    documents, ids, positions = packed([3, 1, 11, 6])
+    expected = torch.cat([model(document).logits for document in documents], dim=1)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same_logits(compiled(ids, position_ids=positions, use_cache=use_cache).logits, expected)
+
+
+@torch.no_grad()
 def test_the_forward_compiled_by_inductor_gives_the_same_logits():
     model = tiny_model()
     ids = tiny_ids(2, SEQ)

@@ -59,7 +59,16 @@ def test_experts_are_balanced_without_a_loss(tmp_path):
     assert before > 1.9 and imbalance(model) < 1.5
 
 
-def test_hooks_are_gone_after_training_and_evaluation_is_not_counted(tmp_path):
+def test_evaluation_is_not_counted():
+    model, callback = EngramMoEForCausalLM(tiny_config()), LossFreeBalancingCallback()
+    callback.on_train_begin(None, None, None, model=model)
+    model.eval()(tiny_ids(2, 6))
+    assert not any(counts.any() for counts in callback.choices.values())
+    model.train()(tiny_ids(2, 6))
+    assert all(counts.sum() == 2 * 6 * 2 for counts in callback.choices.values())
+
+
+def test_hooks_are_gone_after_training(tmp_path):
     model, callback = EngramMoEForCausalLM(tiny_config()), LossFreeBalancingCallback()
     train(model, tmp_path, callback, max_steps=1)
     assert not callback.choices and not any(router._forward_hooks for router in routers(model))
