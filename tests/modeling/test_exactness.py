@@ -228,6 +228,41 @@ def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backend):
+    if backend == "inductor" and shape != SHAPES[0]:
+        pytest.skip("half a minute a shape; the assertion is the same")
+    model = tiny_model(shaped_config(shape))
+    _, ids, positions = packed([3, 1, 11, 6])
+    compiled = torch.compile(model, backend=backend)
+    with pytest.raises((ValueError, RuntimeError), match="Leave past_key_values out"):
+        compiled(ids, position_ids=positions, past_key_values=DynamicCache(config=model.config))
+    padded = torch.ones_like(ids)
+    padded[:, :2] = 0
+    with pytest.raises((ValueError, RuntimeError), match="need attention_mask=None"):
+        compiled(ids, position_ids=positions, attention_mask=padded, use_cache=False)
+
+
+@torch.no_grad()
+def test_the_compiled_forward_gives_no_cache_of_packed_documents(model):
+    _, ids, positions = packed([3, 1, 11, 6])
+    assert torch.compile(model, backend="aot_eager")(ids, position_ids=positions).past_key_values is None
+
+
+@torch.no_grad()
+def test_the_compiled_forward_takes_positions_beside_a_cache_or_padding(model):
+    ids, positions = tiny_ids(2, SEQ), torch.arange(SEQ).expand(2, -1)
+    compiled = torch.compile(model, backend="aot_eager")
+    cache = DynamicCache(config=model.config)
+    assert_same_logits(compiled(ids, position_ids=positions, past_key_values=cache).logits, model(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    shifted = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = compiled(ids, position_ids=shifted, attention_mask=mask, use_cache=False).logits
+    assert_same_logits(padded[:, 4:], model(ids[:, 4:]).logits)
+
+
+@torch.no_grad()
 def test_the_forward_compiled_by_inductor_gives_the_same_logits():
     model = tiny_model()
     ids = tiny_ids(2, SEQ)

@@ -363,12 +363,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             position_ids = positions_in_documents(kwargs["cu_seq_lens_q"], seq)
         if position_ids is not None and isinstance(attention_mask, torch.Tensor | None):
-            attention_mask, is_packed = find_documents(position_ids, attention_mask)
-            if is_packed and past_key_values is not None:
-                raise ValueError(
-                    "Packed documents (position_ids that restart) cannot share a cache: transformers' attention would "
-                    "mix them. Leave past_key_values out."
-                )
+            attention_mask, is_packed = find_documents(position_ids, attention_mask, past_key_values is not None)
             use_cache = use_cache and not is_packed
         # Without a cache the mask keeps packed documents apart, and a cache that is new has nothing to say about it.
         cache_of_caller = past_key_values
