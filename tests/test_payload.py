@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 
 from engram_hf import EngramMoEForSequenceClassification, EngramMoEForTokenClassification
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
-from engram_hf.modeling.engram_loading import CODE_FILES
+from engram_hf.modeling.engram_saving import CODE_FILES
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,8 @@ def test_push_to_hub_uploads_weights_code_and_the_whole_auto_map(monkeypatch):
     assert {name for name in hub.files if name.endswith(".py")} == set(CODE_FILES)
     assert all(hub.files[name] == (SOURCE / name).read_bytes() for name in CODE_FILES)
     assert json.loads(hub.files["config.json"])["auto_map"] == AUTO_MAP
-    assert "model.safetensors" in hub.files
+    index = json.loads(hub.files["model.safetensors.index.json"])
+    assert set(index["weight_map"].values()) == {name for name in hub.files if name.endswith(".safetensors")}
 
 
 REMOTE = """

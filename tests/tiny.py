@@ -7,6 +7,8 @@ from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
 VOCAB_SIZE = 99
 # Streams, largest order, taps of the convolution: all that changes what a token sees.
+# Where `save_pretrained` of a small model puts everything but its tables.
+BACKBONE = "model-00001-of-00001.safetensors"
 SHAPES = [(1, 3, 4), (4, 3, 4), (4, 2, 0), (1, 4, 3), (2, 4, 0)]
 
 

@@ -58,7 +58,7 @@ def test_a_config_survives_saving(tmp_path):
         ({"engram_compressed_vocab_size": 100}, r"an int in \[1, 99\] \(vocab_size\), got 100"),
         ({"engram_seed": -1}, "engram_seed must be at least 0, got -1"),
         ({"engram_kernel_size": -1}, "at least 0"),
-        ({"engram_table_dtype": "int8"}, "engram_table_dtype must be None or one of"),
+        ({"engram_table_dtype": "int2"}, "engram_table_dtype must be None or one of"),
         ({"hc_mult": 0}, r"hc_mult \(residual streams\) must be at least 1, got 0"),
         ({"num_experts_per_tok": 9}, r"in \[1, 4\] \(n_routed_experts\), got 9"),
         ({"n_group": 3}, "n_group must divide n_routed_experts"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_ids, tiny_model
+from tiny import BACKBONE, tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from engram_hf import EngramMoEForCausalLM, NgramHash, build_token_map
@@ -79,7 +79,7 @@ def test_without_compression_the_fingerprint_is_there_at_once():
 def test_a_bound_model_survives_saving_without_its_tokenizer(tokenizer, tmp_path):
     model = bound_model(tokenizer)
     model.save_pretrained(tmp_path)
-    assert "model.token_map" in load_file(tmp_path / "model.safetensors")
+    assert "model.token_map" in load_file(tmp_path / BACKBONE)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(640, (2, 9))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -113,9 +113,9 @@ def test_a_seed_that_changed_without_compression_is_refused(tmp_path):
 
 def test_a_swapped_token_map_is_refused(tokenizer, tmp_path):
     bound_model(tokenizer).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / BACKBONE)
     weights["model.token_map"][300:302] = weights["model.token_map"][300:302].flip(0)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, tmp_path / BACKBONE, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="differs in: map"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 

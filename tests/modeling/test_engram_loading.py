@@ -1,19 +1,26 @@
 """Checkpoints: what is written, what is refused, and what dtype arguments leave alone."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_ids, tiny_model
+from tiny import BACKBONE, tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from engram_hf.modeling.engram_loading import CODE_FILES
+from engram_hf.modeling.engram_saving import CODE_FILES
 
 
-def edit_weights(folder, edit):
-    path = folder / "model.safetensors"
-    weights = load_file(path)
+def edit_weights(folder, edit, name=BACKBONE):
+    """Change the tensors of one file of a checkpoint; its index still promises what it promised."""
+    weights = load_file(folder / name)
     edit(weights)
-    save_file(weights, path, metadata={"format": "pt"})
+    save_file(weights, folder / name, metadata={"format": "pt"})
+
+
+def table_file(folder, layer):
+    (path,) = folder.glob(f"tables-layer-{layer:02d}-*.safetensors")
+    return path.name
 
 
 @pytest.mark.parametrize("table_dtype", ["float32", "bfloat16", "float16"])
@@ -56,22 +63,55 @@ def test_saving_over_an_older_checkpoint_leaves_none_of_it(tmp_path, order):
 
 def test_a_missing_block_is_an_error_that_names_it(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda weights: weights.pop("model.layers.2.engram.table.blocks.3"))
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of the memory: model.layers.2.engram.table.blocks.3"):
+    index = tmp_path / "model.safetensors.index.json"
+    edit_weights(tmp_path, lambda w: w.pop("model.layers.2.engram.table.blocks.3"), table_file(tmp_path, 2))
+    with pytest.raises(ValueError, match=r"promises model.layers.2.engram.table.blocks.3 in tables-layer-02"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.layers.2.engram.table.blocks.3"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of the memory: layers.2.engram.table.blocks.3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.gate.weight", "model.norm.weight", "model.layers.0.engram.key_norm.weight"]
+)
+def test_any_missing_tensor_is_an_error_that_names_it(tmp_path, name):
+    tiny_model().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.pop(name))
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors of the .*: {name}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.gate.weight", "lm_head.weight"])
+def test_integers_where_floats_belong_are_an_error(tmp_path, name):
+    tiny_model().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({name: weights[name].int()}))
+    with pytest.raises(ValueError, match=f"{name} .* is int32, and must be of a floating type"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+def test_a_block_of_another_type_is_an_error(tmp_path, dtype):
+    tiny_model().save_pretrained(tmp_path)
+    name = "model.layers.0.engram.table.blocks.0"
+    edit_weights(tmp_path, lambda w: w.update({name: w[name].to(dtype)}), table_file(tmp_path, 0))
+    with pytest.raises(ValueError, match=f"{name} .* must be float32 .*from one"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_misshapen_block_is_an_error(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-
-    def cut(weights):
-        weights["model.layers.0.engram.table.blocks.0"] = weights["model.layers.0.engram.table.blocks.0"][:-1].clone()
-
-    edit_weights(tmp_path, cut)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"another shape: .*blocks.0 is \(52, 8\), needs \(53, 8\)"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    name = "model.layers.0.engram.table.blocks.0"
+    edit_weights(tmp_path, lambda w: w.update({name: w[name][:-1].clone()}), table_file(tmp_path, 0))
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=r"another shape: .*blocks.0 is \(52, 8\), needs \(53, 8\)"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_the_head_of_another_task_may_be_new(tmp_path):

@@ -31,7 +31,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_engram_moe.EngramMoEForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_engram_moe.EngramMoEForTokenClassification",
 }
-TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8", "int4")
 
 # Equal in the paper's four models. The paper prints neither the MLA ranks nor the widths of the feed-forward layers;
 # these fit every total and active count that it does print.
@@ -113,7 +113,8 @@ class EngramMoEConfig(DeepseekV3Config):
         Taps of the short convolution, dilated by N. 0 leaves the convolution out.
     engram_table_dtype (`str`, *optional*):
         Type of the rows: a fact of the checkpoint that no `dtype=` and no `.to()` changes. `None` is the type that the
-        model is built in; saving writes the actual one.
+        model is built in; saving writes the actual one. "float8_e4m3fn", "int8" and "int4" are quantized rows, each
+        with its scales; they are read as float32 and take no gradient.
     engram_block_elements (`int`, *optional*, defaults to 2147483648):
         A table is stored in blocks of whole heads: as many as fit into this number of elements, at least one.
     engram_fingerprint (`dict`, *optional*):

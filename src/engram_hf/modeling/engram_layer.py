@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .engram_quantization import QUANTIZED_FORMATS
 from .engram_table import EngramTable
 from .ngram_hashing import draw_multipliers, find_primes, hash_ngrams, pack_history
 
@@ -65,12 +66,13 @@ class EngramLayer(nn.Module):
         # The constants of the hash follow from the config, so no checkpoint holds them.
         self.primes = nn.Buffer(self.make_primes(config), persistent=False)
         self.multipliers = nn.Buffer(self.make_multipliers(config), persistent=False)
-        dtype = None if config.engram_table_dtype is None else getattr(torch, config.engram_table_dtype)
+        is_quantized = config.engram_table_dtype in QUANTIZED_FORMATS
         self.table = EngramTable(
             [rows for order in self.find_primes(config) for rows in order],
             config.engram_head_dim,
             config.engram_block_elements,
-            dtype,
+            dtype=getattr(torch, config.engram_table_dtype or "", None),
+            row_format=config.engram_table_dtype if is_quantized else None,
         )
         self.value_proj = nn.Linear(config.engram_width, self.hidden_size, bias=False)
         self.key_proj = nn.Linear(config.engram_width, self.streams * self.hidden_size, bias=False)

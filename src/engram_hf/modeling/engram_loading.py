@@ -1,94 +1,246 @@
-"""What a checkpoint of an EngramMoE model must hold, and the code that is saved beside the weights.
+"""Checkpoints on their way in: the files of a checkpoint, what of them is refused, and the tensors of the tables.
 
-Holds no model code: it is given models and folders. Which tensor lives where at run time is not decided here.
+Holds no model code: it is given names, shapes and folders. transformers loads the backbone; tables are only opened.
 """
 
-import shutil
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .configuration_engram_moe import AUTO_MAP
+import torch
+from transformers.utils import cached_file
+from transformers.utils.hub import cached_files
+
+from .engram_quantization import QUANTIZED_FORMATS
+from .engram_reader import TableFile
+from .engram_table import BlockSource, EngramTable
+from .safetensors_files import TensorPlace, read_header, read_index, read_weight_map
 
 
-# Every file of this folder but __init__: what travels to the Hub. A test compares the list with the folder.
-CODE_FILES = (
-    "configuration_engram_moe.py",
-    "embedding_inversion.py",
-    "engram_binding.py",
-    "engram_layer.py",
-    "engram_loading.py",
-    "engram_outputs.py",
-    "engram_table.py",
-    "modeling_engram_moe.py",
-    "ngram_hashing.py",
-    "packed_documents.py",
-)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MEMORY_NAMES = (".engram.", "token_map")
+BLOCK_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.blocks\.(\d+)$")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-def save_code(folder: str | Path) -> None:
-    """Copy the modeling files into a checkpoint's folder."""
-    source = Path(__file__).parent
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in CODE_FILES:
-        shutil.copyfile(source / name, Path(folder) / name)
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a model on this machine.
+
+    where: folder or repository, as the user named it.
+    file_of: tensor name to file.
+    metadata: of the index; empty where there is none.
+    """
+
+    where: str
+    file_of: Mapping[str, Path]
+    metadata: Mapping = field(default_factory=dict)
+
+    def blocks(self) -> dict[tuple[str, int], str]:
+        """(table name inside the base model, number of the block) to tensor name."""
+        matches = ((name, BLOCK_KEY.match(name)) for name in self.file_of)
+        return {(match[1], int(match[2])): name for name, match in matches if match is not None}
 
 
-def set_auto_map(config, with_code: bool) -> None:
-    """Name all classes for `trust_remote_code`, or none: a map without its files would break the checkpoint."""
-    if with_code:
-        config.auto_map = dict(AUTO_MAP)
-    elif getattr(config, "auto_map", None) is not None:
-        del config.auto_map
-
-
-def weight_files(folder: str | Path) -> dict[str, int]:
-    """Time of last change (nanoseconds) of the single weight file and of the index, where they exist."""
-    paths = [Path(folder) / name for name in (SINGLE_FILE, INDEX_FILE)]
-    return {path.name: path.stat().st_mtime_ns for path in paths if path.exists()}
-
-
-def remove_stale_weights(folder: str | Path, before: dict[str, int]) -> None:
-    """Remove the form of weights that an earlier save left and this one did not write.
-
-    A loader that finds both a single file and an index takes one of them, and it may be the old one.
+def find_checkpoint(name, arguments: Mapping) -> Checkpoint | None:
+    """The safetensors files of a folder or a repository, downloaded where they are not here.
 
     Args:
-        folder: where the model has just been saved.
-        before: `weight_files(folder)` from before that save.
+        name: folder or repository.
+        arguments: those of `from_pretrained`, of which the Hub's and `variant` matter.
+
+    Returns:
+        None where there are none: an adapter, or weights in another format.
+
+    Raises:
+        FileNotFoundError, ValueError: the index is damaged, or names files that are not there or lie elsewhere.
     """
-    after = weight_files(folder)
-    if len(after) < 2:
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
+    where, variant = str(name), arguments.get("variant")
+
+    def resolve(filename: str) -> str | None:
+        return cached_file(
+            name,
+            filename,
+            **hub,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+    single = resolve(with_variant(SINGLE_FILE, variant))
+    if single is not None:
+        return Checkpoint(where, dict.fromkeys(read_header(single), Path(single)))
+    index = resolve(with_variant(INDEX_FILE, variant))
+    if index is None:
+        return None
+    weight_map = read_weight_map(index)
+    filenames = sorted(set(weight_map.values()))
+    if Path(where).is_dir():
+        # Not looked for on the Hub: a file that is missing here has a message of its own.
+        paths = [Path(index).parent / filename for filename in filenames]
+    else:
+        paths = [Path(path) for path in cached_files(name, filenames, **hub)]
+    path_of = dict(zip(filenames, paths, strict=True))
+    file_of = {tensor: path_of[filename] for tensor, filename in weight_map.items()}
+    return Checkpoint(where, file_of, read_index(index).get("metadata") or {})
+
+
+def with_variant(filename: str, variant: str | None) -> str:
+    """transformers' name of a weight file: the variant stands before the last suffix."""
+    if variant is None:
+        return filename
+    stem, _, suffix = filename.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
+def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
+    """Where each tensor lies in its file.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, truncated, or lacks a tensor that the index promises.
+    """
+    headers = {path: read_header(path) for path in sorted(set(checkpoint.file_of.values()))}
+    lacking = [(name, path) for name, path in checkpoint.file_of.items() if name not in headers[path]]
+    if lacking:
+        raise ValueError(
+            f"The index of {checkpoint.where} promises {lacking[0][0]} in {lacking[0][1].name}, which does not hold it "
+            f"({len(lacking)} such tensors). Index and files are of two checkpoints; download it again."
+        )
+    return {name: headers[path][name] for name, path in checkpoint.file_of.items()}
+
+
+def refuse_integers(places: Mapping[str, TensorPlace], where: str) -> None:
+    """
+    Raises:
+        ValueError: a tensor of the backbone or of a memory layer holds integers, which would load as wrong numbers.
+    """
+    for name, place in places.items():
+        is_number = place.dtype is None or place.dtype.is_floating_point
+        if not is_number and not name.endswith("token_map") and BLOCK_KEY.match(name) is None:
+            raise ValueError(
+                f"{name} of {where} is {str(place.dtype).removeprefix('torch.')}, and must be of a floating type. The "
+                "checkpoint is damaged or quantized by a tool that left no quantization_config; load the original."
+            )
+
+
+def match_blocks(
+    tables: Mapping[str, EngramTable], checkpoint: Checkpoint, places: Mapping[str, TensorPlace], config
+) -> dict[str, list[str]]:
+    """The tensor of each block of each table; all of them are there, in their shape and type.
+
+    Args:
+        tables: by name inside the base model, without blocks yet.
+        checkpoint, places: where tensors are.
+        config: of the model.
+
+    Raises:
+        ValueError: names what is missing, misshapen, of another type, or too much.
+    """
+    found, where = checkpoint.blocks(), checkpoint.where
+    wanted = {(name, i): shape for name, table in tables.items() for i, shape in enumerate(table.block_shapes)}
+    missing = [f"{name}.blocks.{i}" for name, i in wanted if (name, i) not in found]
+    if missing:
+        refuse_missing(missing, where)
+    extra = sorted(set(found) - set(wanted))
+    if extra:
+        raise ValueError(
+            f"{where} holds {len(extra)} blocks that the config has no place for, such as {found[extra[0]]}. Load it "
+            "with the engram_* fields that it was saved with."
+        )
+    wrong = [
+        f"{found[key]} is {places[found[key]].shape}, needs {shape}"
+        for key, shape in wanted.items()
+        if places[found[key]].shape != shape
+    ]
+    if wrong:
+        refuse_shapes(wrong, where, config.engram_table_dtype)
+    for key in wanted:
+        check_block_type(found[key], places[found[key]].dtype, config.engram_table_dtype, where)
+    return {name: [found[name, i] for i in range(len(table.block_shapes))] for name, table in tables.items()}
+
+
+def check_block_type(name: str, dtype: torch.dtype | None, declared: str | None, where: str) -> None:
+    """
+    Raises:
+        ValueError: a block is of another type than the config declares, or of none that a table can have.
+    """
+    got = str(dtype).removeprefix("torch.")
+    expected = "uint8" if declared in QUANTIZED_FORMATS else declared
+    if expected is None and dtype is not None and dtype.is_floating_point or got == expected:
         return
-    for name, changed in before.items():
-        if after[name] == changed:
-            (Path(folder) / name).unlink()
+    raise ValueError(
+        f"{name} of {where} is {got}, and must be {expected or 'of a floating type'} (engram_table_dtype is "
+        f"{declared!r}). Config and files are of two checkpoints; load them from one."
+    )
 
 
-def refuse_incomplete_memory(loading_info: dict, where: str) -> None:
-    """Raise where a checkpoint lacks a tensor of the memory, or has one of another shape.
+def refuse_missing(names: Iterable[str], where: str) -> None:
+    """Raise for tensors of the memory that a checkpoint lacks."""
+    names = sorted(names)
+    raise ValueError(
+        f"{where} lacks {len(names)} tensors of the memory: {', '.join(names[:8])}"
+        f"{', ...' if len(names) > 8 else ''}. Download it again, load it with the config it was saved with, or name "
+        "the folder or repository of its tables with tables_from=; to add a memory to a model without one, build the "
+        "new model from its config and copy the weights over."
+    )
 
-    transformers would draw such tensors at random and say so in a notice: rows that answer, and mean nothing.
+
+def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> None:
+    """Raise for tensors of the memory that have another shape."""
+    quantized = ""
+    if row_format in QUANTIZED_FORMATS:
+        quantized = f" A row of {row_format} is its numbers and their scales; rows without scales mean nothing."
+    raise ValueError(
+        f"{where} holds a memory of another shape: {'; '.join(descriptions[:8])}.{quantized} Rows cannot be cut or "
+        "padded; load the checkpoint with the engram_* fields and hc_mult that it was saved with."
+    )
+
+
+def refuse_incomplete(loading_info: dict, where: str, base_prefix: str, is_same_class: bool) -> None:
+    """Raise where a checkpoint lacks a tensor, or has one of the memory in another shape.
+
+    transformers would draw such tensors at random and say so in a notice. Only the head of another task may be new.
 
     Args:
         loading_info: as `from_pretrained(output_loading_info=True)` gives it.
         where: the folder or repository, for the message.
+        base_prefix: what the names of the base model begin with, "" for the base model itself.
+        is_same_class: whether the checkpoint was saved from this very class, so that it has all of it.
 
     Raises:
         ValueError: names the tensors.
     """
-    missing = sorted(name for name in loading_info["missing_keys"] if any(part in name for part in MEMORY_NAMES))
-    if missing:
+    missing = set(loading_info["missing_keys"])
+    memory = [name for name in missing if any(part in name for part in MEMORY_NAMES)]
+    if memory:
+        refuse_missing(memory, where)
+    backbone = sorted(name for name in missing if is_same_class or name.startswith(base_prefix))
+    if backbone:
         raise ValueError(
-            f"{where} lacks {len(missing)} tensors of the memory: {', '.join(missing[:8])}"
-            f"{', ...' if len(missing) > 8 else ''}. Download it again, or load it with the config it was saved with; "
-            "to add a memory to a model without one, build the new model from its config and copy the weights over."
+            f"{where} lacks {len(backbone)} tensors of the model: {', '.join(backbone[:8])}"
+            f"{', ...' if len(backbone) > 8 else ''}. Download it again, or load it with the config it was saved with."
         )
-    mismatched = [entry for entry in loading_info["mismatched_keys"] if any(part in entry[0] for part in MEMORY_NAMES)]
-    if mismatched:
-        listed = "; ".join(f"{name} is {tuple(got)}, needs {tuple(needed)}" for name, got, needed in mismatched[:8])
-        raise ValueError(
-            f"{where} holds a memory of another shape: {listed}. Rows cannot be cut or padded; load the checkpoint "
-            "with the engram_* fields and hc_mult that it was saved with."
-        )
+    wrong = [
+        f"{name} is {tuple(got)}, needs {tuple(needed)}"
+        for name, got, needed in loading_info["mismatched_keys"]
+        if any(part in name for part in MEMORY_NAMES)
+    ]
+    if wrong:
+        refuse_shapes(wrong, where)
+
+
+def open_sources(checkpoint: Checkpoint, tensors: Mapping[str, list[str]]) -> dict[str, list[BlockSource]]:
+    """Open the files of tables, each once.
+
+    Args:
+        checkpoint: where they are.
+        tensors: as `match_blocks` gives them.
+    """
+    files = {path: TableFile(path) for path in {checkpoint.file_of[n] for names in tensors.values() for n in names}}
+    return {
+        table: [BlockSource(files[checkpoint.file_of[name]], name) for name in names]
+        for table, names in tensors.items()
+    }

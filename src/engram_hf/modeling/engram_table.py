@@ -1,15 +1,63 @@
 """All rows of one memory layer, in blocks. The one seam between a model and its rows: row ids in, rows out.
 
 A block is a run of whole hash heads: one parameter, one tensor in the checkpoint. Blocks are independent, so they are
-mapped, placed, sharded and saved one by one. This file knows nothing of models, hashing or gates.
+mapped, placed, sharded and saved one by one, and each has a tier of its own:
+
+* `resident`: on the device that computes (on a CPU that is the file's mapping, as in any transformers model);
+* `host`: in RAM, pinned where there is a GPU;
+* `disk`: in its file; a lookup reads the pages of its rows, and nothing else.
+
+A tier never changes a row. This file knows nothing of models, hashing or gates.
 """
 
-from collections.abc import Sequence
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
+
+from .engram_quantization import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
+from .engram_reader import PageReader, TableFile, pages_of_rows
+from .hot_rows import HotRows
+
+
+RESIDENT, HOST, DISK = "resident", "host", "disk"
+COMPARED_BYTES = 2**26
+# Lookups that may be prefetched and not yet made.
+PREFETCHES_KEPT = 8
+
+_BUILDS_BLOCKS: ContextVar[bool] = ContextVar("engram_table_builds_blocks", default=True)
+
+
+@contextmanager
+def tables_without_blocks() -> Iterator[None]:
+    """Tables that are built inside have no blocks yet; `EngramTable.open_blocks` gives them theirs."""
+    token = _BUILDS_BLOCKS.set(False)
+    try:
+        yield
+    finally:
+        _BUILDS_BLOCKS.reset(token)
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """The tensor of a file that a block comes from."""
+
+    file: TableFile
+    name: str
+
+    def tensor(self) -> torch.Tensor:
+        return self.file.tensor(self.name)
 
 
 def split_into_blocks(rows_of_head: Sequence[int], head_dim: int, block_elements: int) -> list[list[int]]:
@@ -30,38 +78,90 @@ def split_into_blocks(rows_of_head: Sequence[int], head_dim: int, block_elements
 class EngramTable(nn.Module):
     """Rows of all heads of one memory layer, each (head_dim,).
 
-    Parameters: `blocks.0`, `blocks.1`, ..., each (rows of its heads, head_dim), in the table's own dtype.
+    Parameters: `blocks.0`, `blocks.1`, ..., each (rows of its heads, row width), in the table's own dtype. A row is
+    head_dim numbers wide, or the bytes of a quantized row.
     """
 
-    def __init__(self, rows_of_head: Sequence[int], head_dim: int, block_elements: int, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        rows_of_head: Sequence[int],
+        head_dim: int,
+        block_elements: int,
+        dtype: torch.dtype | None = None,
+        row_format: str | None = None,
+    ):
         """
         Args:
             rows_of_head: rows of each head, in the order of the last axis of row ids.
             head_dim: width of a row.
             block_elements: most elements of a block that holds more than one head.
             dtype: type of the rows; None is torch's default at this moment.
+            row_format: one of QUANTIZED_FORMATS for rows of 8 or 4 bits; `dtype` is then of no account.
         """
         super().__init__()
         self.head_dim = head_dim
+        self.row_format = row_format
+        self.row_width = head_dim if row_format is None else row_bytes(row_format, head_dim)
         self.rows_of_block = split_into_blocks(rows_of_head, head_dim, block_elements)
+        self.first_rows = list(accumulate((rows for rows, _ in self.block_shapes[:-1]), initial=0))
+        storage = dtype if row_format is None else torch.uint8
+        shapes = self.block_shapes if _BUILDS_BLOCKS.get() else []
         self.blocks = nn.ParameterList(
-            nn.Parameter(torch.empty(sum(rows), head_dim, dtype=dtype)) for rows in self.rows_of_block
+            nn.Parameter(torch.empty(shape, dtype=storage), requires_grad=row_format is None) for shape in shapes
         )
-        # First row of each head inside its block.
+        self.tiers = [RESIDENT] * len(shapes)
+        self.sources: list[BlockSource | None] = [None] * len(shapes)
+        # Where the last save put a block: a file that may stand for it later.
+        self.saved_in: dict[int, tuple[Path, str]] = {}
+        self.reader = PageReader()
+        self.hot_rows: HotRows | None = None
+        self._prefetched: deque[tuple[torch.Tensor, list[Future]]] = deque(maxlen=PREFETCHES_KEPT)
+        # First row of each head inside its block, and the number of its rows.
         self.head_offsets = nn.Buffer(self.make_head_offsets(), persistent=False)
+        self.head_rows = nn.Buffer(self.make_head_rows(), persistent=False)
+
+    @property
+    def block_shapes(self) -> list[tuple[int, int]]:
+        """(rows, row width) of each block, whether it is here yet or not."""
+        return [(sum(rows), self.row_width) for rows in self.rows_of_block]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the blocks; uint8 where rows are quantized."""
         return self.blocks[0].dtype
 
     @property
     def num_rows(self) -> int:
-        return sum(block.shape[0] for block in self.blocks)
+        return sum(rows for rows, _ in self.block_shapes)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row of one head."""
+        return self.row_width * self.dtype.itemsize
+
+    @property
+    def is_resident(self) -> bool:
+        return all(tier == RESIDENT for tier in self.tiers)
 
     def make_head_offsets(self) -> torch.Tensor:
         """(heads,) int64: first row of each head inside its block."""
         offsets = [offset for rows in self.rows_of_block for offset in accumulate(rows[:-1], initial=0)]
         return torch.tensor(offsets, dtype=torch.int64)
+
+    def make_head_rows(self) -> torch.Tensor:
+        """(heads,) int64: rows of each head."""
+        return torch.tensor([rows for block in self.rows_of_block for rows in block], dtype=torch.int64)
+
+    @torch.no_grad()
+    def draw_rows(self, std: float) -> None:
+        """Draw all rows from a normal distribution, in place."""
+        for block in self.blocks:
+            if self.row_format is None:
+                init.normal_(block, mean=0.0, std=std)
+            elif not block.is_meta and not getattr(block, "_is_hf_initialized", False):
+                for part in block.split(max(1, COMPARED_BYTES // self.row_nbytes)):
+                    rows = torch.empty(part.shape[0], self.head_dim, device=block.device).normal_(0.0, std)
+                    part.copy_(quantize_rows(rows, self.row_format))
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look rows up.
@@ -70,19 +170,252 @@ class EngramTable(nn.Module):
             row_ids: (..., heads) int64, each in [0, rows of its head).
 
         Returns:
-            (..., heads * head_dim) in the dtype of the table, on the device of `row_ids`.
+            (..., heads * head_dim) in the dtype of the table (float32 where rows are quantized), on the device of
+            `row_ids`.
+
+        Raises:
+            IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
+            ValueError: a block's file has changed, or a block was moved away by something that does not know tables.
         """
-        block_rows = row_ids + self.head_offsets.to(row_ids.device)  # (..., heads), in [0, rows of the block)
-        heads_of_block = [len(rows) for rows in self.rows_of_block]
-        rows = [F.embedding(ids, block) for ids, block in zip(block_rows.split(heads_of_block, dim=-1), self.blocks)]
-        return torch.cat(rows, dim=-2).flatten(-2)
+        if self.is_resident:
+            self._check_row_ids(row_ids)
+            rows = [F.embedding(ids, self._resident(i, row_ids)) for i, ids in enumerate(self._rows_of_blocks(row_ids))]
+        else:
+            rows = self._read(row_ids)
+        found = torch.cat(rows, dim=-2)  # (..., heads, row width)
+        if self.row_format is not None:
+            found = dequantize_rows(found, self.row_format, self.head_dim)
+        return found.flatten(-2)
+
+    def _rows_of_blocks(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For each block the rows that are asked of it, (..., heads of the block), in [0, rows of the block)."""
+        block_rows = row_ids + self.head_offsets.to(row_ids.device)
+        return block_rows.split([len(rows) for rows in self.rows_of_block], dim=-1)
+
+    def _resident(self, number: int, row_ids: torch.Tensor) -> torch.Tensor:
+        block = self.blocks[number]
+        if block.is_meta and not row_ids.is_meta:
+            raise ValueError(
+                f"Block {number} of this table has no memory: accelerate's hooks, which move whole weights in every "
+                "forward, cannot serve a table. Load the model with from_pretrained(folder, device_map={...}), where "
+                'a table or a block has an entry of its own, such as "model.layers.1.engram.table": "disk".'
+            )
+        return block
+
+    def _check_row_ids(self, row_ids: torch.Tensor) -> None:
+        # On an accelerator looking would wait for it, and the kernel looks by itself.
+        if torch.compiler.is_compiling() or row_ids.device.type != "cpu":
+            return
+        is_outside = (row_ids < 0) | (row_ids >= self.head_rows)
+        if is_outside.any():
+            where = is_outside.nonzero()[0].tolist()
+            raise IndexError(
+                f"Row id {int(row_ids[tuple(where)])} at {where} is out of range: head {where[-1]} has "
+                f"{int(self.head_rows[where[-1]])} rows. Row ids come from this layer's own hash."
+            )
+
+    # Lookups that leave the device. Every one is right without a prefetch, which only brings pages closer.
+
+    def prefetch(self, row_ids: torch.Tensor) -> None:
+        """Begin to read rows that a lookup with this very tensor, or with equal ids, will ask for; returns at once.
+
+        Args:
+            row_ids: as in `forward`.
+        """
+        if self.is_resident or torch.compiler.is_compiling():
+            return
+        self._prefetch(row_ids)
+
+    @torch.compiler.disable
+    def _prefetch(self, row_ids: torch.Tensor) -> None:
+        on_cpu = row_ids.cpu()
+        self._check_row_ids(on_cpu)
+        block_rows = self._rows_of_blocks(on_cpu)
+        if row_ids.is_cuda:
+            started = [self.reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
+        else:
+            started = [self.reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
+        self._prefetched.append((row_ids, [future for future in started if future is not None]))
+
+    def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, TableFile]]:
+        for number, rows in enumerate(block_rows):
+            if self.tiers[number] != DISK:
+                continue
+            file, block = self.sources[number].file, self.blocks[number]
+            file.check_unchanged()
+            wanted = rows.reshape(-1).numpy()
+            if self.hot_rows is not None:
+                start = self.first_rows[number]
+                wanted = self.hot_rows.missing(wanted + start) - start
+            yield pages_of_rows(block.data_ptr() + wanted * self.row_nbytes, self.row_nbytes), file
+
+    @torch.compiler.disable
+    def _read(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
+        """For each block (..., heads of the block, row width), on the device of `row_ids`."""
+        started = next((futures for ids, futures in self._prefetched if ids is row_ids), None)
+        if started is not None:
+            self._prefetched = deque((p for p in self._prefetched if p[0] is not row_ids), maxlen=PREFETCHES_KEPT)
+            results = [future.result() for future in started]
+            if row_ids.is_cuda:
+                rows, event = results[0]
+                return self._arrived(rows, event, torch.cuda.current_stream(row_ids.device))
+        on_cpu = row_ids.cpu()
+        block_rows = self._rows_of_blocks(on_cpu)
+        if started is None:
+            self._check_row_ids(on_cpu)
+            for pages, file in self._pages_on_disk(block_rows):
+                self.reader.read(pages, file)
+        else:
+            for file in {source.file for source, tier in zip(self.sources, self.tiers) if tier == DISK}:
+                file.check_unchanged()
+        return [self._gather(number, rows, row_ids.device) for number, rows in enumerate(block_rows)]
+
+    def _gather(self, number: int, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """(..., heads of the block) CPU row numbers to (..., heads of the block, row width) on a device."""
+        block = self._resident(number, rows)
+        if self.tiers[number] == RESIDENT:
+            return F.embedding(rows.to(block.device), block).to(device)
+        if self.hot_rows is None:
+            return self._copy_out(block, rows, device)
+        start = self.first_rows[number]
+        found = self.hot_rows.lookup(
+            rows.reshape(-1).numpy() + start,
+            lambda missing: self._copy_out(block, torch.from_numpy(missing - start), self.hot_rows.rows.device),
+        )
+        return found.view(*rows.shape, -1).to(device)
+
+    def _copy_out(self, block: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if device.type != "cuda":
+            return F.embedding(rows, block).to(device)
+        staging = torch.empty((rows.numel(), self.row_width), dtype=block.dtype, pin_memory=True)
+        torch.index_select(block.detach(), 0, rows.reshape(-1), out=staging)
+        return staging.view(*rows.shape, -1).to(device, non_blocking=True)
+
+    def _stage(self, block_rows: Sequence[torch.Tensor], device: torch.device):
+        """In the reading thread: all rows, on their way to the GPU on a stream of their own, and their arrival."""
+        for pages, file in self._pages_on_disk(block_rows):
+            self.reader.read(pages, file)
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(device)):
+            rows = [self._gather(number, ids, device) for number, ids in enumerate(block_rows)]
+            return rows, torch.cuda.current_stream(device).record_event()
+
+    @staticmethod
+    def _arrived(rows: list[torch.Tensor], event, stream) -> list[torch.Tensor]:
+        stream.wait_event(event)
+        for tensor in rows:
+            tensor.record_stream(stream)
+        return rows
+
+    # Placing.
+
+    def open_blocks(self, sources: Sequence[BlockSource], tiers: Sequence[str], devices: Sequence) -> None:
+        """Give a table that was built without blocks its own.
+
+        Args:
+            sources: the tensor of each block; dtype and shape have been compared with this table.
+            tiers: one per block.
+            devices: where a resident block goes.
+        """
+        self.blocks = nn.ParameterList(
+            nn.Parameter(source.tensor(), requires_grad=self.row_format is None) for source in sources
+        )
+        self.sources, self.tiers = list(sources), [RESIDENT] * len(sources)
+        for number, (tier, device) in enumerate(zip(tiers, devices, strict=True)):
+            self.place(number, tier, device)
+
+    def place(self, number: int, tier: str, device: torch.device | str | int | None = None) -> None:
+        """Move a block to a tier.
+
+        Args:
+            number: of the block.
+            tier: RESIDENT, HOST or DISK.
+            device: for RESIDENT.
+
+        Raises:
+            ValueError: to disk, and no file holds these rows.
+        """
+        block, source = self.blocks[number].detach(), self.sources[number]
+        is_mapped = source is not None and block.device.type == "cpu" and block.data_ptr() == source.tensor().data_ptr()
+        if tier == DISK:
+            self._check_file_holds(number)
+            source = self.sources[number]
+            moved = source.tensor()
+            source.file.expect_random_reads(source.name)
+        elif tier == HOST:
+            moved = block
+            if is_mapped or block.device.type != "cpu":
+                moved = torch.empty(block.shape, dtype=block.dtype, pin_memory=torch.cuda.is_available())
+                if is_mapped and self._is_as_in_file(number):
+                    source.file.read_into(source.name, moved)
+                else:
+                    moved.copy_(block)
+        else:
+            moved = block.to(device)
+        # A block that is not resident takes no dense gradient: that would be a second table.
+        is_trainable = tier == RESIDENT and self.row_format is None
+        self.blocks[number] = nn.Parameter(moved, requires_grad=is_trainable)
+        self.tiers[number] = tier
+
+    def _is_as_in_file(self, number: int) -> bool:
+        """Whether a mapped block has not been written to: a tensor counts the changes made to it."""
+        return self.blocks[number]._version == 0
+
+    def _check_file_holds(self, number: int) -> None:
+        if self.tiers[number] == DISK:
+            return
+        if number in self.saved_in and self.saved_in[number][0].exists():
+            path, name = self.saved_in.pop(number)
+            self.sources[number] = BlockSource(TableFile(path), name)
+        source, block = self.sources[number], self.blocks[number]
+        if source is None:
+            raise ValueError(
+                f"Block {number} comes from no file, so it cannot live on disk. Save the model with save_pretrained "
+                "and load it again, or place the tables of a loaded model."
+            )
+        source.file.check_unchanged()
+        if block.data_ptr() == source.tensor().data_ptr() and self._is_as_in_file(number):
+            return
+        rows = max(1, COMPARED_BYTES // self.row_nbytes)
+        parts = zip(block.detach().split(rows), source.tensor().split(rows), strict=True)
+        if not all(torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in parts):
+            raise ValueError(
+                f"Block {number} has changed since it was read from {source.file.path}, so that file cannot stand for "
+                "it. Save the model with save_pretrained first."
+            )
+
+    def keep_hot_rows(self, size: int, device: torch.device | str) -> None:
+        """Keep a cache of `size` rows in front of the blocks that are not resident; 0 keeps none."""
+        self.hot_rows = HotRows(size, self.row_width, self.dtype, device) if size else None
 
     def _apply(self, fn, recurse=True):
-        """Move the table, never convert it: `.to(bfloat16)` and `.half()` leave its bytes as they are."""
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device))
-        if probe.dtype == self.dtype:
-            return super()._apply(fn, recurse)
-        return super()._apply(lambda tensor: tensor.to(probe.device), recurse)
+        """Move resident blocks, never convert them; leave the others where they are."""
+        staying = {id(block) for block, tier in zip(self.blocks, self.tiers) if tier != RESIDENT}
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device)) if len(self.blocks) else None
+        converts = probe is not None and probe.dtype != self.dtype
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) in staying:
+                return tensor
+            return tensor.to(probe.device) if converts else fn(tensor)
+
+        return super()._apply(move, recurse)
+
+    def __deepcopy__(self, memo):
+        """Blocks on disk are shared by copies; all else is copied."""
+        for block, tier in zip(self.blocks, self.tiers):
+            if tier == DISK:
+                memo[id(block)] = block
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        state = {**self.__dict__, "_prefetched": deque(maxlen=PREFETCHES_KEPT)}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
 
     def extra_repr(self) -> str:
-        return f"rows={self.num_rows}, head_dim={self.head_dim}, blocks={len(self.blocks)}, dtype={self.dtype}"
+        parts = [f"rows={self.num_rows}, head_dim={self.head_dim}, blocks={len(self.rows_of_block)}"]
+        parts.append(self.row_format or (str(self.dtype) if len(self.blocks) else "no blocks yet"))
+        parts += sorted(set(self.tiers) - {RESIDENT})
+        return ", ".join(parts)
+
+
+__all__ = ["DISK", "HOST", "RESIDENT", "QUANTIZED_FORMATS", "BlockSource", "EngramTable", "tables_without_blocks"]

@@ -49,9 +49,9 @@ from .configuration_engram_moe import EngramMoEConfig
 from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
 from .engram_layer import IDS_STATE, EngramLayer, NgramContext
-from .engram_loading import refuse_incomplete_memory, remove_stale_weights, save_code, set_auto_map, weight_files
 from .engram_outputs import EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast
 from .engram_table import EngramTable
+from .engram_tiers import TablesOnTiers
 from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach, unpack_history
 from .packed_documents import find_documents, positions_in_documents
 
@@ -119,7 +119,7 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class EngramMoEPreTrainedModel(PreTrainedModel):
+class EngramMoEPreTrainedModel(TablesOnTiers, PreTrainedModel):
     config: EngramMoEConfig
     config_class = EngramMoEConfig
     base_model_prefix = "model"
@@ -163,9 +163,9 @@ class EngramMoEPreTrainedModel(PreTrainedModel):
             init.zeros_(module.hc_base)
             init.ones_(module.hc_scale)
         elif isinstance(module, EngramTable):
-            for block in module.blocks:
-                init.normal_(block, mean=0.0, std=std)
+            module.draw_rows(std)
             init.copy_(module.head_offsets, module.make_head_offsets())
+            init.copy_(module.head_rows, module.make_head_rows())
         elif isinstance(module, EngramLayer):
             init.copy_(module.primes, module.make_primes(self.config))
             init.copy_(module.multipliers, module.make_multipliers(self.config))
@@ -174,42 +174,6 @@ class EngramMoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.conv.weight)
         elif isinstance(module, EngramMoEModel) and module.token_map is not None:
             init.constant_(module.token_map, NO_MEMORY)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; a memory that is incomplete, or hashed otherwise, is an error.
-
-        Raises:
-            ValueError: a tensor of the memory is missing or misshapen (and `output_loading_info` is not set, which
-                returns the list of such tensors instead), or the fingerprint differs.
-        """
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        where = str(pretrained_model_name_or_path)
-        # Without a checkpoint a model drawn at random is what was asked for; who asks for the list gets the list.
-        if pretrained_model_name_or_path is not None and not output_loading_info:
-            refuse_incomplete_memory(loading_info, where)
-        model.base_model.confirm_hash(where)
-        return (model, loading_info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, is_main_process=True, *args, with_code=True, **kwargs):
-        """As `PreTrainedModel.save_pretrained`; also writes the modeling code and an `auto_map` of all classes.
-
-        Args:
-            save_directory: folder to write.
-            is_main_process: whether this process writes.
-            with_code: False leaves code and `auto_map` out; the checkpoint then loads only with this package.
-        """
-        for table in self.base_model.tables():
-            self.config.engram_table_dtype = str(table.dtype).removeprefix("torch.")
-        set_auto_map(self.config, with_code)
-        before = weight_files(save_directory)
-        if is_main_process and with_code:
-            save_code(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            remove_stale_weights(save_directory, before)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
@@ -401,6 +365,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                 )
             context = self.ngram_context(token_ids, position_ids, token_mask, past_key_values)
             row_ids = {layer.engram.layer_idx: layer.engram.row_ids(context) for layer in self.memory_layers()}
+            for layer in self.memory_layers():
+                layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
 
         hidden_streams = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)

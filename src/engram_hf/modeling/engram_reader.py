@@ -1,0 +1,243 @@
+"""Rows out of files: a mapping that is opened once, and advice to the kernel in batches, so that the pages of many rows
+are read at once and nothing else is.
+
+Knows files, addresses and pages; nothing of tables or models. What it measures up to: scripts/bench_reads.py.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .safetensors_files import PIECE_BYTES, TensorContent, TensorPlace, read_header
+
+
+PAGE = mmap.PAGESIZE
+# Ranges of one system call (the kernel's IOV_MAX).
+RANGES_OF_A_CALL = 1024
+# A device takes about 256 requests before it blocks who asks, so more than that is another thread's work.
+PAGES_AT_ONCE = 128
+SAMPLED_PAGES = 256
+READING_THREADS = 32
+MADV_WILLNEED, MADV_RANDOM, MAP_NORESERVE = 3, 1, 0x4000
+
+
+class TableFile:
+    """A safetensors file, mapped and left open.
+
+    Nobody writes to it through this mapping: what is written there is the writer's own copy, in memory.
+    """
+
+    def __init__(self, path: str | Path):
+        """
+        Raises:
+            FileNotFoundError, ValueError: as `read_header`.
+        """
+        self.path = Path(path).absolute()
+        self.places: dict[str, TensorPlace] = read_header(path)
+        self.file = self.path.open("rb")
+        self.state = self._state()
+        # Copy on write, and not counted as memory that may be needed: a table may be larger than RAM and swap.
+        if hasattr(mmap, "MAP_PRIVATE"):
+            flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
+            self.mapping = mmap.mmap(self.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            self.mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.address = torch.frombuffer(self.mapping, dtype=torch.uint8).data_ptr()
+
+    def _state(self) -> tuple[int, int]:
+        status = os.fstat(self.file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Whether the open file is what it was. A change between this look and the read that follows is not seen.
+
+        Raises:
+            ValueError: size or time of the file have changed.
+        """
+        state = self._state()
+        if state != self.state:
+            raise ValueError(
+                f"{self.path} was changed while a table was open: {state[0]} bytes, {self.state[0]} when it was opened"
+                f"{'' if state[0] != self.state[0] else ', and a later time of change'}. Load the model again; never "
+                "write into the files of a loaded checkpoint (save_pretrained replaces them instead)."
+            )
+
+    def is_at_its_path(self) -> bool:
+        """Whether the path still leads to the open file, and not to one that has taken its place."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except OSError:
+            return False
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the file as a view of the mapping; nothing is read."""
+        place, dtype = self.places[name], self.dtype_of(name)
+        count = place.nbytes // dtype.itemsize
+        return torch.frombuffer(self.mapping, dtype=dtype, count=count, offset=place.start).view(place.shape)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type of a tensor that torch can hold."""
+        dtype = self.places[name].dtype
+        assert dtype is not None, f"{name} of {self.path} has a type that torch does not have"
+        return dtype
+
+    def content(self, name: str) -> TensorContent:
+        """A tensor of the file, to be written to another one; read from the file, not through the mapping."""
+        place = self.places[name]
+
+        def pieces():
+            for start in range(0, place.nbytes, PIECE_BYTES):
+                piece = bytearray(min(PIECE_BYTES, place.nbytes - start))
+                self._read(name, start, memoryview(piece))
+                yield piece
+
+        return TensorContent(self.dtype_of(name), place.shape, place.nbytes, pieces)
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Read a tensor of the file into memory that is there already, without mapping its pages."""
+        self._read(name, 0, memoryview(target.view(-1).view(torch.uint8).numpy().data))
+
+    def _read(self, name: str, start: int, target: memoryview) -> None:
+        done, first = 0, self.places[name].start + start
+        while done < len(target):
+            count = os.preadv(self.file.fileno(), [target[done : done + PIECE_BYTES]], first + done)
+            if not count:
+                raise ValueError(f"{self.path} ends in the middle of {name}. Download it again.")
+            done += count
+
+    def expect_random_reads(self, name: str) -> None:
+        """Tell the kernel to read nothing beside the pages that are asked for."""
+        place = self.places[name]
+        start = place.start // PAGE * PAGE
+        if hasattr(mmap, "MADV_RANDOM"):
+            self.mapping.madvise(mmap.MADV_RANDOM, start, place.start + place.nbytes - start)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.file.fileno(), start, place.nbytes, os.POSIX_FADV_RANDOM)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return TableFile, (self.path,)
+
+
+def pages_of_rows(addresses: np.ndarray, row_bytes: int) -> np.ndarray:
+    """Distinct page numbers, ascending, that hold the rows at these addresses, (n,) int64."""
+    first, last = addresses // PAGE, (addresses + row_bytes - 1) // PAGE
+    steps = [np.minimum(first + step, last) for step in range((row_bytes - 1) // PAGE + 2)]
+    return np.unique(np.concatenate(steps))
+
+
+class PageReader:
+    """Brings pages of mapped files into the page cache, many at once."""
+
+    def __init__(self):
+        self._process = 0
+        self._process_handle = -1
+        self._batched = sys.platform == "linux" and hasattr(os, "pidfd_open")
+        self._libc = ctypes.CDLL(None, use_errno=True) if self._batched else None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def read(self, pages: np.ndarray, file: TableFile) -> None:
+        """Have pages read; returns when the device has been asked for all of them, or later.
+
+        Args:
+            pages: (n,) page numbers (address // page size) of `file`'s mapping.
+            file: what they belong to.
+
+        Raises:
+            OSError: the kernel refuses the pages themselves.
+        """
+        if len(pages) > 4 * SAMPLED_PAGES and self._are_cached(pages, file):
+            return
+        if self._batched and self._advise(pages):
+            return
+        self._touch(pages, file)
+
+    def start(self, pages: np.ndarray, file: TableFile) -> Future | None:
+        """As `read`, but a long one goes on in the reading thread: then its future, which tells of errors."""
+        if len(pages) <= PAGES_AT_ONCE:
+            self.read(pages, file)
+            return None
+        return self.in_background(lambda: self.read(pages, file))
+
+    def in_background(self, work: Callable) -> Future:
+        """Run in the one reading thread of this reader, in the order of calls."""
+        self._belong_to_this_process()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="engram-reader")
+        return self._thread.submit(work)
+
+    def _belong_to_this_process(self) -> None:
+        if self._process != os.getpid():
+            # A forked child has neither its parent's thread nor its parent's handle.
+            self._process, self._thread, self._process_handle = os.getpid(), None, -1
+
+    def _advise(self, pages: np.ndarray) -> bool:
+        """process_madvise(MADV_WILLNEED): False where the system does not have it, or forbids it."""
+        self._belong_to_this_process()
+        try:
+            if self._process_handle < 0:
+                self._process_handle = os.pidfd_open(self._process)
+        except OSError:
+            self._batched = False
+            return False
+        ranges = np.empty((len(pages), 2), dtype=np.uint64)
+        ranges[:, 0] = pages * PAGE
+        ranges[:, 1] = PAGE
+        for start in range(0, len(pages), RANGES_OF_A_CALL):
+            part = ranges[start : start + RANGES_OF_A_CALL]
+            if not self._call(part):
+                self._batched = False
+                return False
+        return True
+
+    def _call(self, part: np.ndarray) -> bool:
+        syscall = self._libc.syscall
+        syscall.restype = ctypes.c_long
+        done = syscall(
+            ctypes.c_long(440),
+            ctypes.c_long(self._process_handle),
+            ctypes.c_void_p(part.ctypes.data),
+            ctypes.c_size_t(len(part)),
+            ctypes.c_long(MADV_WILLNEED),
+            ctypes.c_long(0),
+        )
+        return done == len(part) * PAGE
+
+    @staticmethod
+    def _touch(pages: np.ndarray, file: TableFile) -> None:
+        """Read a byte of every page in many threads: where the kernel takes no batches."""
+        content = torch.frombuffer(file.mapping, dtype=torch.uint8)
+        offsets = torch.from_numpy(pages * PAGE - file.address)
+        parts = [part for part in offsets.chunk(READING_THREADS) if len(part)]
+        with ThreadPoolExecutor(READING_THREADS) as threads:
+            list(threads.map(lambda part: content.index_select(0, part), parts))
+
+    @staticmethod
+    def _are_cached(pages: np.ndarray, file: TableFile) -> bool:
+        """Whether a sample of the pages is in the page cache: asking for each of many costs more than reading it."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        sample = pages[:: len(pages) // SAMPLED_PAGES][:SAMPLED_PAGES]
+        buffer = bytearray(1)
+        try:
+            return all(
+                os.preadv(file.file.fileno(), [buffer], int(page) * PAGE - file.address, os.RWF_NOWAIT)
+                for page in sample
+            )
+        except OSError:
+            return False
+
+    def __deepcopy__(self, memo):
+        return PageReader()
+
+    def __reduce__(self):
+        return PageReader, ()
