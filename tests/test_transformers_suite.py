@@ -87,6 +87,14 @@ class OneStreamTest(suite.CausalLMModelTest, unittest.TestCase):
         channels = config.hc_mult * config.hidden_size
         return [(batch_size, config.engram_max_ngram_size - 1), (batch_size, channels, config.engram_conv_reach)]
 
+    @unittest.skip("opens model.safetensors by name: tables lie in files of their own, so there is always an index")
+    def test_load_save_without_tied_weights(self):
+        pass
+
+    @unittest.skip("as above: overwrites model.safetensors by name")
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        pass
+
 
 class FourStreamsTest(OneStreamTest):
     model_tester_class = FourStreamsTester

@@ -3,12 +3,13 @@
 import torch
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
+from engram_hf.modeling.engram_quantization import quantize_rows
 
 
 VOCAB_SIZE = 99
-# Streams, largest order, taps of the convolution: all that changes what a token sees.
 # Where `save_pretrained` of a small model puts everything but its tables.
 BACKBONE = "model-00001-of-00001.safetensors"
+# Streams, largest order, taps of the convolution: all that changes what a token sees.
 SHAPES = [(1, 3, 4), (4, 3, 4), (4, 2, 0), (1, 4, 3), (2, 4, 0)]
 
 
@@ -59,6 +60,10 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draw every parameter so that each one matters: no zeros, no ones, a memory as loud as the rest."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            rows = 0.5 * torch.randn(parameter.shape[0], model.config.engram_head_dim, generator=generator)
+            parameter.copy_(quantize_rows(rows, model.config.engram_table_dtype))
+            continue
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             parameter.copy_(1 + 0.3 * noise)

@@ -31,6 +31,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_engram_moe.EngramMoEForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_engram_moe.EngramMoEForTokenClassification",
 }
+# Rows of a head: addresses stay within 64 bits at any width.
+MAX_ROWS = 2**40
 TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8", "int4")
 
 # Equal in the paper's four models. The paper prints neither the MLA ranks nor the widths of the feed-forward layers;
@@ -132,7 +134,7 @@ class EngramMoEConfig(DeepseekV3Config):
     ```"""
 
     model_type = "engram_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "engram_gates"]
 
     vocab_size: int = 129280
     hidden_size: int = 2560
@@ -140,7 +142,7 @@ class EngramMoEConfig(DeepseekV3Config):
     moe_intermediate_size: int = 1536
     num_hidden_layers: int = 30
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = 32
+    num_key_value_heads: int | None = None
     n_shared_experts: int = 2
     n_routed_experts: int = 55
     num_experts_per_tok: int | None = 6
@@ -177,6 +179,8 @@ class EngramMoEConfig(DeepseekV3Config):
         self.engram_layer_ids = sorted(self.engram_layer_ids)
         if isinstance(self.engram_vocab_size, tuple):
             self.engram_vocab_size = list(self.engram_vocab_size)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
         if self.engram_pad_token_id is None:
             eos = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
@@ -239,6 +243,22 @@ class EngramMoEConfig(DeepseekV3Config):
         """States a hybrid cache layer keeps: the last ids, and the convolution's inputs where there is one."""
         return 2 if self.engram_conv_reach else 1
 
+    def validate_backbone(self):
+        """Part of `@strict` validation: what would only fail, or be wrong, in a forward."""
+        least = {"hidden_size": 1, "num_hidden_layers": 1, "kv_lora_rank": 1, "hc_sinkhorn_iters": 1}
+        for name, bound in {**least, "first_k_dense_replace": 0}.items():
+            value = getattr(self, name)
+            if value is None or value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}.")
+        for name in ("hc_eps", "rms_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads must be num_attention_heads ({self.num_attention_heads}): in MLA all heads share "
+                f"one latent vector; got {self.num_key_value_heads}."
+            )
+
     def validate_engram(self):
         """Part of `@strict` validation: what the memory's fields may be."""
         self._validate_memory_layers()
@@ -277,10 +297,10 @@ class EngramMoEConfig(DeepseekV3Config):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         orders = self.engram_max_ngram_size - 1
-        if len(self.engram_vocab_sizes) != orders or any(rows < 2 for rows in self.engram_vocab_sizes):
+        if len(self.engram_vocab_sizes) != orders or any(not 2 <= n <= MAX_ROWS for n in self.engram_vocab_sizes):
             raise ValueError(
                 f"engram_vocab_size must be one number, or one for each of the {orders} orders 2 to "
-                f"{self.engram_max_ngram_size}, each at least 2; got {self.engram_vocab_size}."
+                f"{self.engram_max_ngram_size}, each in [2, {MAX_ROWS}]; got {self.engram_vocab_size}."
             )
         if self.engram_table_dtype is not None and self.engram_table_dtype not in TABLE_DTYPES:
             raise ValueError(
@@ -291,6 +311,9 @@ class EngramMoEConfig(DeepseekV3Config):
         """Part of `@strict` validation: what the router may choose from."""
         if self.first_k_dense_replace >= self.num_hidden_layers:
             return
+        missing = [n for n in ("num_experts_per_tok", "n_group", "topk_group") if not getattr(self, n)]
+        if missing:
+            raise ValueError(f"{missing[0]} must be at least 1, got {getattr(self, missing[0])}.")
         if not 0 < self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok must lie in [1, {self.n_routed_experts}] (n_routed_experts), "

@@ -46,8 +46,8 @@ def recover_token_ids(inputs_embeds: torch.Tensor, weight: torch.Tensor) -> torc
 def _row_keys(rows: torch.Tensor) -> torch.Tensor:
     """A 64-bit key of the bits of each row, (n,) int64; overflow wraps, the same on every device."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).mul(2).add(1).to(rows.device)
+    # Odd 64-bit factors, one per channel, from a multiplicative congruence.
+    odd = (torch.arange(1, rows.shape[1] + 1, device=rows.device) * 0x1E3779B97F4A7C15).mul(2).add(1)
     step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
     # Adding zero makes -0.0 and 0.0 one value, as `==` has it.
     return torch.cat([((part + 0.0).view(integer).long() * odd).sum(-1) for part in rows.split(step)])

@@ -4,6 +4,8 @@ The token map is a buffer of the checkpoint, the constants of the hash follow fr
 the config says what both must be. Nothing is looked up before they have been seen to agree.
 """
 
+import copy
+
 import torch
 
 from .ngram_hashing import NO_MEMORY, NgramHash, build_token_map, check_fingerprint
@@ -53,12 +55,12 @@ class TokenizerBinding:
         full_map = torch.full((config.vocab_size,), pad_id, dtype=torch.int64)
         full_map[: len(token_map)] = token_map
         is_bound = bool((self.token_map >= 0).any())
-        if is_bound and not torch.equal(full_map, self.token_map.cpu()):
-            raise ValueError(
-                "Another tokenizer is bound to this model; its tables are addressed by that one's token map "
-                f"(fingerprint {config.engram_fingerprint}). Use that tokenizer, or start a new model."
-            )
         size = int(token_map.max()) + 1
+        if is_bound and not torch.equal(full_map, self.token_map.cpu()):
+            other = copy.copy(config)
+            other.engram_compressed_vocab_size = size
+            fingerprint = NgramHash.from_config(other, pad_id).fingerprint(full_map)
+            check_fingerprint(config.engram_fingerprint, fingerprint, "this tokenizer (another one is bound)")
         if config.engram_compressed_vocab_size not in ("auto", size):
             raise ValueError(
                 f"The tokenizer compresses to {size} ids, the config's engram_compressed_vocab_size is "
@@ -75,10 +77,11 @@ class TokenizerBinding:
 
     def resize_token_map(self, vocab_size: int) -> None:
         """Follow a change of `vocab_size`: new ids count as padding, and the rows of all others stay where they are."""
-        old_size, self.vocab_size = self.vocab_size, vocab_size
+        self.vocab_size = vocab_size
         config = self.config
-        if vocab_size == old_size or self.token_map is None:
+        if self.token_map is None or len(self.token_map) == vocab_size:
             return
+        old_size = len(self.token_map)
         pad_id = int(self.token_map[config.engram_pad_token_id])
         token_map = torch.full((vocab_size,), pad_id, dtype=torch.int64, device=self.token_map.device)
         token_map[: min(old_size, vocab_size)] = self.token_map[:vocab_size]
@@ -98,6 +101,8 @@ class TokenizerBinding:
         config = self.config
         if not config.engram_layer_ids:
             return
+        # Until the end of this: what raises below leaves a model that looks nothing up.
+        self.hash_is_confirmed = False
         if self.token_map is None:
             fingerprint = NgramHash.from_config(config).fingerprint(None)
             if config.engram_fingerprint is not None:
@@ -122,7 +127,7 @@ class TokenizerBinding:
     def _write_hash(self, fingerprint: dict[str, str]) -> None:
         self.config.engram_fingerprint = fingerprint
         for layer in self.memory_layers():
-            layer.engram.multipliers.copy_(layer.engram.make_multipliers(self.config))
+            layer.engram.write_constants(self.config)
         self.hash_is_confirmed = True
 
 

@@ -100,6 +100,14 @@ class EngramLayer(nn.Module):
         multipliers = [0] * orders if ids is None else draw_multipliers(self.layer_idx, orders, ids, config.engram_seed)
         return torch.tensor(multipliers, dtype=torch.int64)
 
+    @torch.no_grad()
+    def write_constants(self, config) -> None:
+        """Write what follows from the config and no checkpoint holds: the hash, and the heads of the table."""
+        self.primes.copy_(self.make_primes(config))
+        self.multipliers.copy_(self.make_multipliers(config))
+        self.table.head_offsets.copy_(self.table.make_head_offsets())
+        self.table.head_rows.copy_(self.table.make_head_rows())
+
     def row_ids(self, context: NgramContext) -> torch.Tensor:
         """(batch, seq, heads) int64: the rows this layer will read, known before anything else is computed."""
         device = context.ids.device

@@ -15,7 +15,12 @@ from transformers.utils.hub import cached_files
 from .engram_quantization import QUANTIZED_FORMATS
 from .engram_reader import TableFile
 from .engram_table import BlockSource, EngramTable
-from .safetensors_files import TensorPlace, read_header, read_index, read_weight_map
+from .safetensors_files import (
+    TensorPlace,
+    read_header,
+    read_index,
+    read_weight_map,
+)
 
 
 SINGLE_FILE = "model.safetensors"
@@ -70,22 +75,32 @@ def find_checkpoint(name, arguments: Mapping) -> Checkpoint | None:
             _raise_exceptions_for_connection_errors=False,
         )
 
+    def locate(index: str, weight_map: dict[str, str]) -> dict[str, Path]:
+        filenames = sorted(set(weight_map.values()))
+        if Path(where).is_dir():
+            # Not looked for on the Hub: a file that is missing here has a message of its own.
+            paths = [Path(index).parent / filename for filename in filenames]
+        else:
+            paths = [Path(path) for path in cached_files(name, filenames, **hub)] if filenames else []
+        path_of = dict(zip(filenames, paths, strict=True))
+        return {tensor: path_of[filename] for tensor, filename in weight_map.items()}
+
     single = resolve(with_variant(SINGLE_FILE, variant))
     if single is not None:
         return Checkpoint(where, dict.fromkeys(read_header(single), Path(single)))
     index = resolve(with_variant(INDEX_FILE, variant))
     if index is None:
         return None
-    weight_map = read_weight_map(index)
-    filenames = sorted(set(weight_map.values()))
-    if Path(where).is_dir():
-        # Not looked for on the Hub: a file that is missing here has a message of its own.
-        paths = [Path(index).parent / filename for filename in filenames]
-    else:
-        paths = [Path(path) for path in cached_files(name, filenames, **hub)]
-    path_of = dict(zip(filenames, paths, strict=True))
-    file_of = {tensor: path_of[filename] for tensor, filename in weight_map.items()}
-    return Checkpoint(where, file_of, read_index(index).get("metadata") or {})
+    return Checkpoint(where, locate(index, read_weight_map(index)), read_index(index).get("metadata") or {})
+
+
+def read_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 by file name, as the checkpoint in a folder gives them; empty where it gives none."""
+    folder = Path(folder)
+    digests: dict[str, str] = {}
+    for path in folder.glob("model.safetensors.index*.json"):
+        digests |= (read_index(path).get("metadata") or {}).get("sha256") or {}
+    return digests
 
 
 def with_variant(filename: str, variant: str | None) -> str:
@@ -222,6 +237,14 @@ def refuse_incomplete(loading_info: dict, where: str, base_prefix: str, is_same_
         raise ValueError(
             f"{where} lacks {len(backbone)} tensors of the model: {', '.join(backbone[:8])}"
             f"{', ...' if len(backbone) > 8 else ''}. Download it again, or load it with the config it was saved with."
+        )
+    # Blocks are opened later, and are not among these.
+    unused = sorted(n for n in loading_info["unexpected_keys"] if any(part in n for part in MEMORY_NAMES))
+    unused = [name for name in unused if BLOCK_KEY.match(name) is None]
+    if unused:
+        raise ValueError(
+            f"{where} holds tensors of a memory that this config has no place for: {', '.join(unused[:8])}. Load it "
+            "with the config it was saved with."
         )
     wrong = [
         f"{name} is {tuple(got)}, needs {tuple(needed)}"

@@ -1,8 +1,8 @@
 """Checkpoints on their way out: everything is written beside the old checkpoint, and takes its place by renaming.
 
 A reader finds the old weights or the new ones, never a mixture: new files have names that the folder does not have yet,
-and the index that names them is replaced in one step, when all of them are on the disk. A table's blocks lie in files
-of their own, written one block at a time, or linked where a file of unchanged blocks exists.
+and the one file that names them is replaced in one step, when all of them are on the disk. The blocks of a table lie in
+files of their own, written one block at a time, or linked where a file of unchanged blocks exists.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .configuration_engram_moe import AUTO_MAP
-from .engram_loading import BLOCK_KEY, INDEX_FILE, with_variant
+from .engram_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE, read_digests, with_variant
 from .engram_table import DISK, EngramTable
 from .safetensors_files import (
     TensorContent,
@@ -65,6 +65,16 @@ def save_code(folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name in CODE_FILES:
         shutil.copyfile(source / name, Path(folder) / name)
+
+
+def remove_code(folder: str | Path) -> None:
+    """Take modeling files and `auto_map` out of a checkpoint: transformers copies what a remote model came with."""
+    for name in CODE_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
+    path = Path(folder) / "config.json"
+    if path.exists() and "auto_map" in (config := json.loads(path.read_text())):
+        del config["auto_map"]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def set_auto_map(config, with_code: bool) -> None:
@@ -192,68 +202,58 @@ def _link(source: Path, target: Path) -> str:
     except OSError:
         with source.open("rb") as file:
             return write_pieces(target, iter(lambda: file.read(2**24), b""))
-    try:
-        return read_index(source.parent / INDEX_FILE)["metadata"]["sha256"][source.name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return file_digest(target)
+    return read_digests(source.parent).get(source.name) or file_digest(target)
 
 
-def write_index(
-    stage: Path,
-    table_map: Mapping[str, str],
-    digests: Mapping[str, str],
-    config,
-    variant: str | None = None,
-) -> None:
-    """Write the index of everything in `stage`, whether transformers wrote one file or several.
-
-    Its metadata holds the size, a SHA-256 of every file and the fingerprint of the hash.
-    """
-    index_path = stage / with_variant(INDEX_FILE, variant)
-    single = stage / with_variant("model.safetensors", variant)
-    if single.exists():
-        # A loader that finds a file of this name looks for no index.
-        shard = single.with_name(f"{single.stem}-00001-of-00001.safetensors")
-        os.replace(single, shard)
-        weight_map = dict.fromkeys(read_header(shard), shard.name)
-    else:
-        weight_map = read_index(index_path)["weight_map"] if index_path.exists() else {}
-    digests = {name: file_digest(stage / name) for name in sorted(set(weight_map.values()))} | dict(digests)
-    weight_map = dict(sorted({**weight_map, **table_map}.items()))
-    headers = {name: read_header(stage / name) for name in sorted(set(weight_map.values()))}
-    total = sum(headers[filename][tensor].nbytes for tensor, filename in weight_map.items())
-    metadata = {"total_size": total, "sha256": digests, "engram_fingerprint": config.engram_fingerprint}
-    index_path.write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
-
-
-def publish(stage: Path, folder: Path, variant: str | None = None) -> dict[str, Path]:
+def publish(stage: Path, folder: Path, table_map: Mapping[str, str], digests, config, variant=None) -> dict[str, Path]:
     """Give what lies in `stage` its place in `folder`, and remove the weights that it replaces.
 
-    The replacement of the index is the one step in which the new weights take the place of the old ones. config.json
-    is a second file, renamed next to it.
+    The replacement of the index is the one step in which the new weights take the place of the old. config.json is a
+    second file, renamed next to it. There is always an index: what reads checkpoints by itself, such as Trainer when it
+    resumes, would take a single `model.safetensors` for the whole model.
+
+    Args:
+        stage: with the files of transformers and of `write_tables`.
+        folder: the checkpoint.
+        table_map, digests: as `write_tables` gives them.
+        config: of the model.
+        variant: in the names of the backbone's files.
 
     Returns:
-        tensor name to its file.
+        name of each block to its file.
     """
-    index_name = with_variant(INDEX_FILE, variant)
-    content = read_index(stage / index_name)
-    names = _free_names(folder, sorted(set(content["weight_map"].values())))
-    content["weight_map"] = {tensor: names[name] for tensor, name in content["weight_map"].items()}
-    content["metadata"]["sha256"] = {names[name]: digest for name, digest in content["metadata"]["sha256"].items()}
-    (stage / index_name).write_text(json.dumps(content, indent=2) + "\n")
+    single, index = with_variant(SINGLE_FILE, variant), with_variant(INDEX_FILE, variant)
+    if (stage / single).exists():
+        shard = stage / f"{single.removesuffix('.safetensors')}-00001-of-00001.safetensors"
+        os.replace(stage / single, shard)
+        backbone = dict.fromkeys(read_header(shard), shard.name)
+    else:
+        backbone = read_index(stage / index)["weight_map"] if (stage / index).exists() else {}
+    digests = {**digests, **{name: file_digest(stage / name) for name in {*backbone.values()}}}
+    names = _free_names(folder, sorted({*backbone.values(), *table_map.values()}))
+    weight_map = {tensor: names[name] for tensor, name in sorted({**backbone, **table_map}.items())}
+    headers = [read_header(stage / name) for name in names]
+    metadata = {
+        "total_size": sum(place.nbytes for header in headers for place in header.values()),
+        "sha256": {names[name]: digest for name, digest in digests.items()},
+        "engram_fingerprint": config.engram_fingerprint,
+    }
+    (stage / index).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
     for path in stage.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     for name, final in names.items():
         os.replace(stage / name, folder / final)
     sync_folder(folder)
-    os.replace(stage / index_name, folder / index_name)
+    os.replace(stage / index, folder / index)
+    # While a single file is there, it is what a loader takes.
+    (folder / single).unlink(missing_ok=True)
     for path in sorted(stage.iterdir()):
         os.replace(path, folder / path.name)
     sync_folder(folder)
     stage.rmdir()
     remove_stale_weights(folder, set(names.values()), variant)
-    return {tensor: folder / name for tensor, name in content["weight_map"].items()}
+    return {tensor: folder / names[name] for tensor, name in table_map.items()}
 
 
 def _free_names(folder: Path, names: list[str]) -> dict[str, str]:

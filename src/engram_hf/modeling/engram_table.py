@@ -32,7 +32,7 @@ from .hot_rows import HotRows
 
 
 RESIDENT, HOST, DISK = "resident", "host", "disk"
-COMPARED_BYTES = 2**26
+DRAWN_BYTES = 2**26
 # Lookups that may be prefetched and not yet made.
 PREFETCHES_KEPT = 8
 
@@ -159,7 +159,7 @@ class EngramTable(nn.Module):
             if self.row_format is None:
                 init.normal_(block, mean=0.0, std=std)
             elif not block.is_meta and not getattr(block, "_is_hf_initialized", False):
-                for part in block.split(max(1, COMPARED_BYTES // self.row_nbytes)):
+                for part in block.split(max(1, DRAWN_BYTES // self.row_nbytes)):
                     rows = torch.empty(part.shape[0], self.head_dim, device=block.device).normal_(0.0, std)
                     part.copy_(quantize_rows(rows, self.row_format))
 
@@ -375,9 +375,13 @@ class EngramTable(nn.Module):
         source.file.check_unchanged()
         if block.data_ptr() == source.tensor().data_ptr() and self._is_as_in_file(number):
             return
-        rows = max(1, COMPARED_BYTES // self.row_nbytes)
-        parts = zip(block.detach().split(rows), source.tensor().split(rows), strict=True)
-        if not all(torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in parts):
+        ours = block.detach().view(-1).view(torch.uint8)
+        start = 0
+        for piece in source.file.content(source.name).pieces():
+            if not torch.equal(ours[start : start + len(piece)].cpu(), torch.frombuffer(piece, dtype=torch.uint8)):
+                break
+            start += len(piece)
+        if start < len(ours):
             raise ValueError(
                 f"Block {number} has changed since it was read from {source.file.path}, so that file cannot stand for "
                 "it. Save the model with save_pretrained first."

@@ -33,10 +33,10 @@ from .engram_reader import PageReader
 from .engram_saving import (
     make_stage,
     publish,
+    remove_code,
     save_code,
     set_auto_map,
     split_state,
-    write_index,
     write_tables,
 )
 from .engram_table import EngramTable, tables_without_blocks
@@ -120,6 +120,9 @@ class TablesOnTiers:
         is_stored = pretrained_model_name_or_path is not None and kwargs.get("use_safetensors") is not False
         is_stored = is_stored and kwargs.get("gguf_file") is None
         checkpoint = find_checkpoint(pretrained_model_name_or_path, kwargs) if is_stored else None
+        if checkpoint is not None and output_loading_info and not (checkpoint.blocks() or tables_from or entries):
+            # Who asks for the list of what is missing gets it, and tables drawn at random.
+            checkpoint = None
         if checkpoint is None:
             if entries or tables_from or hot_rows:
                 raise ValueError(
@@ -139,7 +142,7 @@ class TablesOnTiers:
                 pretrained_model_name_or_path, *model_args, device_map=backbone_map, output_loading_info=True, **kwargs
             )
         if getattr(model.config, "quantization_config", None) is None:
-            refuse_integers(places, where)
+            refuse_integers({n: p for n, p in places.items() if n not in info["unexpected_keys"]}, where)
         if not output_loading_info:
             prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
             is_same_class = cls.__name__ in (model.config.architectures or [])
@@ -352,9 +355,12 @@ class TablesOnTiers:
                     if with_code:
                         save_code(stage)
                     super().save_pretrained(stage, True, backbone, False, **shared)
+                    if not with_code:
+                        remove_code(stage)
                 table_map, digests = write_tables(stage, part, tables, max_shard_size)
-                write_index(stage, table_map, digests, self.config, variant)
-                saved.update(publish(stage, Path(target), variant))
+                saved.update(publish(stage, Path(target), table_map, digests, self.config, variant))
+                if not with_code:
+                    remove_code(Path(target))
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
         for name, table in tables.items():

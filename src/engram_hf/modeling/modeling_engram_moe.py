@@ -43,6 +43,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_engram_moe import EngramMoEConfig
@@ -53,7 +54,7 @@ from .engram_outputs import EngramMoECausalLMOutputWithPast, EngramMoEModelOutpu
 from .engram_table import EngramTable
 from .engram_tiers import TablesOnTiers
 from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach, unpack_history
-from .packed_documents import find_documents, positions_in_documents
+from .packed_documents import document_positions, find_documents, positions_in_documents, positions_under_mask
 
 
 class HiddenStateTap(nn.Module):
@@ -174,6 +175,9 @@ class EngramMoEPreTrainedModel(TablesOnTiers, PreTrainedModel):
                 init.zeros_(module.conv.weight)
         elif isinstance(module, EngramMoEModel) and module.token_map is not None:
             init.constant_(module.token_map, NO_MEMORY)
+            module.hash_is_confirmed = module.hash_is_confirmed and (
+                module.token_map.is_meta or bool((module.token_map >= 0).any())
+            )
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
@@ -186,6 +190,12 @@ class EngramMoEPreTrainedModel(TablesOnTiers, PreTrainedModel):
             raise ValueError(
                 f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's pad is "
                 f"{self.config.engram_pad_token_id}."
+            )
+        compressed = self.config.engram_compressed_vocab_size
+        if new_num_tokens is not None and isinstance(compressed, int) and new_num_tokens < compressed:
+            raise ValueError(
+                f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's token map has {compressed} "
+                "different ones."
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.base_model.resize_token_map(embeddings.num_embeddings)
@@ -256,7 +266,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             past_key_values: where the ids before these are kept.
 
         Raises:
-            ValueError: no tokenizer is bound yet, or the cache keeps no ids.
+            ValueError: no tokenizer is bound yet, an id is none of the vocabulary, or the cache keeps no ids.
         """
         config = self.config
         if not self.hash_is_confirmed:
@@ -266,6 +276,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             )
         # Products of ids and multipliers need 64 bits, also where a data set holds 32.
         token_ids = ids = token_ids.long()
+        if ids.device.type == "cpu" and not is_tracing(ids) and bool((ids >= config.vocab_size).any()):
+            raise ValueError(f"Token ids must be below vocab_size ({config.vocab_size}), got {int(ids.max())}.")
         pad_id = config.engram_pad_token_id
         if self.token_map is not None:
             token_map = self.token_map.to(token_ids.device)
@@ -281,7 +293,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         if history is not None:
             past_ids, run_before = unpack_history(history.to(ids.device))
             seen = torch.cat([past_ids[:, 1 - config.engram_max_ngram_size :], ids], dim=1)
-        reach = token_reach(ids, position_ids.to(ids.device), config.engram_reach, run_before)
+        positions = document_positions(position_ids.to(ids.device))
+        reach = token_reach(ids, positions, config.engram_reach, run_before)
         return NgramContext(ids, reach, ngram_taps(seen, reach, config.engram_max_ngram_size, pad_id))
 
     def _past_ids(self, past_key_values: Cache | None) -> torch.Tensor | None:
@@ -327,15 +340,19 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             position_ids = positions_in_documents(kwargs["cu_seq_lens_q"], seq)
         if position_ids is not None and isinstance(attention_mask, torch.Tensor | None):
-            attention_mask, is_packed = find_documents(position_ids, attention_mask, past_key_values is not None)
+            past_seen = None if past_key_values is None else past_key_values.get_seq_length()
+            attention_mask, is_packed = find_documents(position_ids, attention_mask, past_seen)
             use_cache = use_cache and not is_packed
         # Without a cache the mask keeps packed documents apart, and a cache that is new has nothing to say about it.
         cache_of_caller = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        memory_positions = position_ids
         if position_ids is None:
             past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(seq, device=inputs_embeds.device) + past_seen).unsqueeze(0)
+            position_ids = memory_positions = (torch.arange(seq, device=inputs_embeds.device) + past_seen).unsqueeze(0)
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+                memory_positions = positions_under_mask(attention_mask, position_ids)
 
         token_mask = None
         if isinstance(attention_mask, dict):
@@ -363,7 +380,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                     f"engram_input_ids must have one id per position, {tuple(inputs_embeds.shape[:2])}, "
                     f"got {tuple(token_ids.shape)}."
                 )
-            context = self.ngram_context(token_ids, position_ids, token_mask, past_key_values)
+            context = self.ngram_context(token_ids, memory_positions, token_mask, past_key_values)
             row_ids = {layer.engram.layer_idx: layer.engram.row_ids(context) for layer in self.memory_layers()}
             for layer in self.memory_layers():
                 layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
@@ -489,17 +506,18 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        is_beside = inputs_embeds is not None and is_first_iteration and input_ids.shape == inputs_embeds.shape[:2]
-        if engram_input_ids is None and is_beside:
+        if engram_input_ids is None and inputs_embeds is not None and is_first_iteration:
             # Embeddings are what the layers compute with, the ids beside them what the memory reads.
-            engram_input_ids = input_ids
+            engram_input_ids = input_ids if input_ids.shape == inputs_embeds.shape[:2] else None
         if engram_input_ids is not None:
-            whole = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
-            if is_first_iteration:
-                inputs["engram_input_ids"] = engram_input_ids[:, -whole.shape[1] :]
-            elif not kwargs.get("use_cache", True):
-                generated = inputs["input_ids"][:, engram_input_ids.shape[1] :]
-                inputs["engram_input_ids"] = torch.cat([engram_input_ids, generated], dim=1)
+            here = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+            prompt = engram_input_ids.shape[1]
+            # Generated from embeddings alone, `input_ids` holds no prompt.
+            has_prompt = inputs_embeds is None or input_ids.shape[1] >= inputs_embeds.shape[1]
+            read = torch.cat([engram_input_ids, input_ids[:, prompt if has_prompt else 0 :]], dim=1)
+            cache = inputs.get("past_key_values")
+            start = cache.get_seq_length() if cache is not None else read.shape[1] - here.shape[1]
+            inputs["engram_input_ids"] = read[:, start : start + here.shape[1]]
         return inputs
 
 

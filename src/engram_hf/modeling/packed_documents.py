@@ -13,17 +13,18 @@ def positions_in_documents(cumulative_lengths: torch.Tensor, seq: int) -> torch.
 
 
 BESIDE_PADDING = (
-    "Packed documents (position_ids that restart) need attention_mask=None: transformers does not keep them apart "
-    "beside a mask with padding. Give padding at the end of a row position 0 and leave the mask out."
+    "Packed documents (position_ids that do not count up by one) need attention_mask=None: transformers does not keep "
+    "them apart beside a mask with padding, and a compiled forward cannot look whether a mask hides anything. Give "
+    "padding at the end of a row position 0 and leave the mask out."
 )
 BESIDE_A_CACHE = (
-    "Packed documents (position_ids that restart) cannot share a cache: transformers' attention would mix them. Leave "
-    "past_key_values out."
+    "Packed documents (position_ids that do not count up by one, or do not go on where the cache ends) cannot share a "
+    "cache: transformers' attention would mix them. Leave past_key_values out."
 )
 
 
 def find_documents(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, has_cache: bool = False
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: int | torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, bool]:
     """Whether a row holds several documents, and the mask to go on with: transformers keeps documents apart only where
     there is none, so one that hides nothing is dropped.
@@ -34,33 +35,65 @@ def find_documents(
     Args:
         position_ids: (batch or 1, seq).
         attention_mask: (batch, seen), 0 for padding; masks of other shapes are their maker's affair.
-        has_cache: whether the caller gave a cache.
+        past_seen: tokens in the caller's cache; None for no cache.
 
     Raises:
         ValueError: several documents beside real padding, which transformers' masks cannot express, or with a cache;
             RuntimeError of the same text from a traced forward.
     """
-    if position_ids.shape[1] == 1 or (attention_mask is not None and attention_mask.ndim != 2):
+    has_cache = past_seen is not None
+    if attention_mask is not None and attention_mask.ndim != 2:
         return attention_mask, False
     if is_tracing(position_ids):
-        if attention_mask is None and not has_cache:
-            return None, True
-        message = BESIDE_PADDING if attention_mask is not None else BESIDE_A_CACHE
-        torch._assert_async(~restarts(position_ids, attention_mask).any(), message)
-        return attention_mask, False
+        if attention_mask is not None:
+            torch._assert_async(~_restarts_beside_padding(position_ids, attention_mask).any(), BESIDE_PADDING)
+        elif has_cache:
+            torch._assert_async(~_does_not_go_on(position_ids, past_seen).any(), BESIDE_A_CACHE)
+        return attention_mask, attention_mask is None and not has_cache and position_ids.shape[1] > 1
     if attention_mask is None or bool((attention_mask > 0).all()):
-        is_packed = find_packed_sequence_indices(position_ids) is not None
-        if is_packed and has_cache:
+        if has_cache and _does_not_go_on(position_ids, past_seen).any():
             raise ValueError(BESIDE_A_CACHE)
-        return None, is_packed
-    if restarts(position_ids, attention_mask).any():
+        return None, not has_cache and find_packed_sequence_indices(position_ids) is not None
+    if _restarts_beside_padding(position_ids, attention_mask).any():
         raise ValueError(BESIDE_PADDING)
     return attention_mask, False
 
 
-def restarts(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(batch or 1, seq - 1 or seq) bool: where a document begins behind another one."""
-    if attention_mask is None:
-        return position_ids.diff(dim=1) != 1
-    token_mask = attention_mask[:, -position_ids.shape[1] :] > 0
-    return token_mask & (position_ids == 0) & (token_mask.long().cumsum(-1) > 1)
+def _does_not_go_on(position_ids: torch.Tensor, past_seen) -> torch.Tensor:
+    places = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return position_ids != places + past_seen
+
+
+def _restarts_beside_padding(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(batch, seq) bool: where a document begins behind another one. Padding between tokens may count or not."""
+    is_token = attention_mask > 0
+    rank = is_token.long().cumsum(-1)[:, -position_ids.shape[1] :]
+    here = is_token[:, -position_ids.shape[1] :]
+    follows = torch.nn.functional.pad(here[:, 1:] & here[:, :-1], (1, 0))
+    jumps = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0)) & follows
+    return here & (rank > 1) & (jumps | (position_ids == 0))
+
+
+def document_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """(batch or 1, seq): the same positions, but counted from where a piece begins that does not go on by one."""
+    begins = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    start = (places * begins).cummax(-1).values
+    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids)
+
+
+def positions_under_mask(mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Positions of tokens under a mask that says for each whom it sees: one that does not see the token before it
+    begins a document.
+
+    Args:
+        mask: (batch, 1, seq, seen), bool with True for "sees", or floats that are added to scores.
+        position_ids: (batch or 1, seq), as they would be without the mask.
+    """
+    seq = position_ids.shape[1]
+    sees = mask if mask.dtype == torch.bool else mask == 0
+    before = sees[:, 0, 1:, :].diagonal(sees.shape[-1] - seq, dim1=1, dim2=2)  # (batch, seq - 1)
+    begins = torch.nn.functional.pad(~before, (1, 0))
+    places = torch.arange(seq, device=mask.device).expand_as(begins)
+    start = (places * begins).cummax(-1).values
+    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids)
