@@ -92,7 +92,7 @@ def test_the_base_model_takes_entries_with_and_without_the_prefix(tmp_path):
     [
         (
             {"": "cpu", "model.layers.1.engram.table": "disk"},
-            "names layers.1.engram.table, and the tables .* are: model",
+            "names layers.1.engram.table, and the tables .* are",
         ),
         ({"": "cpu", f"{FIRST}.blocks.9": "disk"}, "names block 9 of .*, which has blocks 0 to 3"),
         ({"": "cpu", FIRST: "tape"}, "got 'tape'"),
