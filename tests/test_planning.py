@@ -42,3 +42,35 @@ def test_counts_are_those_of_a_real_model():
     # Two expert layers; two of four experts, each three matrices of 32 x 16, are not computed with.
     unused = 2 * 2 * 3 * 32 * 16
     assert counted.active == counted.total - counted.tables - unused - 2 * 99 * 32
+
+
+def test_the_estimate_is_what_a_loaded_model_takes(tmp_path):
+    model = tiny_model(tiny_config(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    first, second = (table.name for table in model.engram_tables())
+    for device_map in (
+        None,
+        "cpu",
+        {"": "cpu", first: "disk"},
+        {"": "cpu", f"{first}.blocks.1": "disk", second: "cpu"},
+    ):
+        estimate = estimate_memory(tmp_path, device_map)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+        tables = {"cpu": 0, "disk": 0}
+        for table in loaded.engram_tables():
+            for block in table.blocks:
+                tables["disk" if block.tier == "disk" else "cpu"] += block.nbytes
+        assert estimate.tables == {place: nbytes for place, nbytes in tables.items() if nbytes}
+        backbone = [p for n, p in loaded.named_parameters() if ".table." not in n] + list(loaded.buffers())
+        assert estimate.backbone == {"cpu": sum(tensor.nbytes for tensor in backbone)}
+        trained = sum(p.nbytes + 8 * p.numel() for p in loaded.parameters() if p.requires_grad)
+        assert estimate.optimizer == {"cpu": trained}
+
+
+def test_the_estimate_places_the_backbone_before_tables_where_memory_is_short():
+    config = EngramMoEConfig.preset("engram-27b")
+    estimate = estimate_memory(config, "auto", "bfloat16", max_memory={0: 45 * 10**9, "cpu": 8 * 10**9})
+    assert estimate.backbone["cuda:0"] == pytest.approx(41.9e9, rel=0.01) and "cpu" not in estimate.backbone
+    assert {"host", "disk"} & set(estimate.tables) and sum(estimate.tables.values()) == pytest.approx(11.58e9, rel=0.01)
+    with pytest.raises(ValueError, match="device_map names layers.3.engram.table"):
+        estimate_memory(config, {"": "cpu", "model.layers.3.engram.table": "disk"})

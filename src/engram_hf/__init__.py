@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .hub.quantizing import quantize_tables
+from .hub.verifying import verify_tables
 from .modeling.configuration_engram_moe import EngramMoEConfig
 from .modeling.modeling_engram_moe import (
     EngramMoEForCausalLM,
@@ -19,6 +21,7 @@ from .modeling.modeling_engram_moe import (
     EngramMoEModel,
 )
 from .modeling.ngram_hashing import NgramHash, build_token_map
+from .planning import count_parameters, estimate_memory
 from .training.balancing import LossFreeBalancingCallback
 
 
@@ -39,4 +42,8 @@ __all__ = [
     "LossFreeBalancingCallback",
     "NgramHash",
     "build_token_map",
+    "count_parameters",
+    "estimate_memory",
+    "quantize_tables",
+    "verify_tables",
 ]

@@ -3,11 +3,26 @@
 Counts a model on the meta device, so a config of any size costs milliseconds and no memory.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from .modeling.configuration_engram_moe import EngramMoEConfig
+from .modeling.engram_loading import BLOCK_KEY
+from .modeling.engram_placement import (
+    AUTOMATIC,
+    Place,
+    check_entries,
+    memory_limits,
+    memory_of,
+    place_of_layer,
+    plan_places,
+    split_device_map,
+)
+from .modeling.engram_table import DISK, HOST
 from .modeling.modeling_engram_moe import EngramMoEForCausalLM
 
 
@@ -49,3 +64,139 @@ def count_parameters(config: EngramMoEConfig) -> ParameterCount:
     vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
     unused = routed - routed * config.num_experts_per_tok // config.n_routed_experts
     return ParameterCount(total, total - tables - vocabulary - unused, tables, routed)
+
+
+# AdamW: two numbers of four bytes for each that is trained.
+OPTIMIZER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by place: a device ("cuda:0", "cpu"), "host" (tables in RAM under an accelerator) or "disk".
+
+    backbone, tables: the weights.
+    optimizer: AdamW's state and a gradient for every weight that takes one: the backbone and resident tables.
+    step: what the largest moment of a forward without gradients adds.
+    """
+
+    backbone: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, int] = field(default_factory=dict)
+    optimizer: dict[str, int] = field(default_factory=dict)
+    step: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def places(self) -> list[str]:
+        """All places that hold anything, accelerators first."""
+        names = {*self.backbone, *self.tables, *self.optimizer, *self.step}
+        return sorted(
+            names,
+            key=lambda name: (["cpu", "host", "disk"].index(name) if name in ("cpu", "host", "disk") else -1, name),
+        )
+
+
+def estimate_memory(
+    config_or_path,
+    device_map=None,
+    dtype: torch.dtype | str | None = None,
+    max_memory: Mapping | None = None,
+    batch_size: int = 1,
+    seq_length: int = 2048,
+) -> MemoryEstimate:
+    """What loading a model in this way will take, before anything is allocated.
+
+    Args:
+        config_or_path: a config, a folder or a repository.
+        device_map, dtype, max_memory: as for `from_pretrained`. "auto" without an accelerator plans for the CPU.
+        batch_size, seq_length: of the forward whose largest moment is counted.
+
+    Raises:
+        ValueError: an entry of `device_map` names no table or means nothing.
+
+    Example:
+        >>> estimate = estimate_memory("engram-tiny", device_map={"": "cpu", "model.layers.1.engram.table": "disk"})
+        >>> estimate.tables["disk"]
+        16781312
+    """
+    config = config_or_path
+    if isinstance(config_or_path, str | Path):
+        config = AutoConfig.from_pretrained(config_or_path)
+    dtype = dtype if dtype not in (None, "auto") else (getattr(config, "dtype", None) or torch.float32)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with torch.device("meta"):
+        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
+    backbone_map, entries = split_device_map(device_map)
+    blocks = {name: [block.nbytes for block in table.blocks] for name, table in model.named_tables().items()}
+    check_entries(entries, blocks, f"{model.base_model_prefix}.")
+    sizes = {name: p.nbytes for name, p in model.state_dict(keep_vars=True).items() if BLOCK_KEY.match(name) is None}
+    limits = memory_limits(max_memory) if device_map in AUTOMATIC else None
+    values = _backbone_devices(backbone_map, sizes, limits)
+    devices = [torch.device(value) for value in values.values() if value != DISK]
+    main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    default = {
+        name: place_of_layer(values[f"model.{name.removesuffix('table')}value_proj.weight"], main_device)
+        for name in blocks
+    }
+    if limits is not None:
+        for name, nbytes in sizes.items():
+            if values[name] != DISK:
+                limits[memory_of(Place("", values[name]))] -= nbytes
+    planned = plan_places(blocks, entries, default, limits)
+
+    estimate = MemoryEstimate()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, nbytes in sizes.items():
+        _add(estimate.backbone, str(values[name]), nbytes)
+        if name in trained and values[name] != DISK:
+            elements = model.get_parameter(name).numel()
+            _add(estimate.optimizer, str(values[name]), nbytes + OPTIMIZER_BYTES * elements)
+    for name, places in planned.items():
+        table = model.get_submodule(f"model.{name}")
+        for place, block in zip(places, table.blocks, strict=True):
+            is_resident = place.tier not in (HOST, DISK)
+            where = str(torch.device(place.device)) if is_resident else place.tier
+            where = "cpu" if where == HOST and main_device.type == "cpu" else where
+            _add(estimate.tables, where, block.nbytes)
+            if is_resident and block.requires_grad:
+                _add(estimate.optimizer, where, block.nbytes + OPTIMIZER_BYTES * block.numel())
+    _add(estimate.step, str(main_device), max(_moments(config, dtype, batch_size * seq_length)))
+    return estimate
+
+
+def _add(bytes_of: dict[str, int], where: str, nbytes: int) -> None:
+    bytes_of[where] = bytes_of.get(where, 0) + nbytes
+
+
+def _backbone_devices(device_map, sizes: Mapping[str, int], limits: Mapping | None) -> dict[str, object]:
+    """The device, or "disk", of each tensor of the backbone."""
+    if limits is None:
+        device_map = (
+            device_map if isinstance(device_map, Mapping) else {"": "cpu" if device_map is None else device_map}
+        )
+        values = {}
+        for name in sizes:
+            keys = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
+            value = device_map[max(keys, key=len)] if keys else "cpu"
+            values[name] = value if value == DISK else str(torch.device(value))
+        return values
+    left, values = dict(limits), {}
+    for name, nbytes in sizes.items():
+        key = next((key for key, free in left.items() if free >= nbytes), None)
+        if key is not None:
+            left[key] -= nbytes
+        values[name] = DISK if key is None else ("cpu" if key == "cpu" else str(torch.device(key)))
+    return values
+
+
+def _moments(config: EngramMoEConfig, dtype: torch.dtype, tokens: int) -> Iterator[int]:
+    """Bytes of what lies beside the residual streams at the widest points of a forward."""
+    streams = tokens * config.hidden_size * config.hc_mult * dtype.itemsize
+    # Logits, and their copy in float32 for the loss.
+    yield streams + tokens * config.vocab_size * (dtype.itemsize + 4)
+    # Rows, keys and values of a memory layer; scores are in float32.
+    if config.engram_layer_ids:
+        yield 3 * streams + tokens * (
+            config.engram_width * (4 + dtype.itemsize) + 2 * config.hc_mult * config.hidden_size * 4
+        )
+    # Gate, up and product of the widest feed-forward layer.
+    routed = config.num_experts_per_tok * config.moe_intermediate_size
+    yield 2 * streams + 3 * tokens * max(config.intermediate_size, routed) * dtype.itemsize

@@ -142,7 +142,7 @@ def write_tables(
                 filename = f"tables-layer-{layer:02d}-{number:05d}-of-{len(groups):05d}.safetensors"
                 source = _whole_file(names, own, blocks, table)
                 if source is not None:
-                    digests[filename] = _link(source, stage / filename)
+                    digests[filename] = link_file(source, stage / filename)
                     progress.update(source.stat().st_size)
                 else:
                     contents = {name: _content(own[name], blocks[name], table) for name in names}
@@ -195,8 +195,9 @@ def _content(number: int, block: torch.Tensor, table: EngramTable) -> TensorCont
     return source.file.content(source.name)
 
 
-def _link(source: Path, target: Path) -> str:
+def link_file(source: Path, target: Path) -> str:
     """A second name for a file, or a copy where the system has no such names; its SHA-256."""
+    source = source.resolve()
     try:
         os.link(source, target)
     except OSError:

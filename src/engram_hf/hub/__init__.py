@@ -1,0 +1,1 @@
+"""What leaves and arrives: verifying and converting checkpoints."""
