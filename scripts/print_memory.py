@@ -1,6 +1,6 @@
 """What a model will take, by tier, before anything is allocated: weights, tables, optimizer state, the largest step.
 
-python scripts/print_memory.py engram-27b --device-map '{"": "cpu", "model.layers.1.engram.table": "disk"}'   seconds
+python scripts/print_memory.py engram-27b --device-map '{"": 0, "model.layers.1.engram.table": "disk"}'    seconds
 """
 
 import argparse

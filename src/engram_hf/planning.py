@@ -15,6 +15,7 @@ from .modeling.engram_loading import BLOCK_KEY
 from .modeling.engram_placement import (
     AUTOMATIC,
     Place,
+    as_device,
     check_entries,
     memory_limits,
     memory_of,
@@ -88,10 +89,8 @@ class MemoryEstimate:
     def places(self) -> list[str]:
         """All places that hold anything, accelerators first."""
         names = {*self.backbone, *self.tables, *self.optimizer, *self.step}
-        return sorted(
-            names,
-            key=lambda name: (["cpu", "host", "disk"].index(name) if name in ("cpu", "host", "disk") else -1, name),
-        )
+        off_accelerator = ["cpu", "host", "disk"]
+        return sorted(names - set(off_accelerator)) + [name for name in off_accelerator if name in names]
 
 
 def estimate_memory(
@@ -127,15 +126,16 @@ def estimate_memory(
     backbone_map, entries = split_device_map(device_map)
     blocks = {name: [block.nbytes for block in table.blocks] for name, table in model.named_tables().items()}
     check_entries(entries, blocks, f"{model.base_model_prefix}.")
-    sizes = {name: p.nbytes for name, p in model.state_dict(keep_vars=True).items() if BLOCK_KEY.match(name) is None}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
     limits = memory_limits(max_memory) if device_map in AUTOMATIC else None
     values = _backbone_devices(backbone_map, sizes, limits)
-    devices = [torch.device(value) for value in values.values() if value != DISK]
+    devices = [as_device(value) for value in values.values() if value != DISK]
     main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-    default = {
-        name: place_of_layer(values[f"model.{name.removesuffix('table')}value_proj.weight"], main_device)
-        for name in blocks
-    }
+    default = {}
+    for name in blocks:
+        layer = f"{model.base_model_prefix}.{name.removesuffix('table')}value_proj.weight"
+        default[name] = place_of_layer(values[layer], main_device)
     if limits is not None:
         for name, nbytes in sizes.items():
             if values[name] != DISK:
@@ -153,7 +153,7 @@ def estimate_memory(
         table = model.get_submodule(f"model.{name}")
         for place, block in zip(places, table.blocks, strict=True):
             is_resident = place.tier not in (HOST, DISK)
-            where = str(torch.device(place.device)) if is_resident else place.tier
+            where = str(as_device(place.device)) if is_resident else place.tier
             where = "cpu" if where == HOST and main_device.type == "cpu" else where
             _add(estimate.tables, where, block.nbytes)
             if is_resident and block.requires_grad:
@@ -166,24 +166,23 @@ def _add(bytes_of: dict[str, int], where: str, nbytes: int) -> None:
     bytes_of[where] = bytes_of.get(where, 0) + nbytes
 
 
-def _backbone_devices(device_map, sizes: Mapping[str, int], limits: Mapping | None) -> dict[str, object]:
+def _backbone_devices(device_map, sizes: Mapping[str, int], limits: Mapping | None) -> dict[str, str]:
     """The device, or "disk", of each tensor of the backbone."""
+    values: dict[str, str] = {}
     if limits is None:
-        device_map = (
-            device_map if isinstance(device_map, Mapping) else {"": "cpu" if device_map is None else device_map}
-        )
-        values = {}
+        if not isinstance(device_map, Mapping):
+            device_map = {"": "cpu" if device_map is None else device_map}
         for name in sizes:
             keys = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
             value = device_map[max(keys, key=len)] if keys else "cpu"
-            values[name] = value if value == DISK else str(torch.device(value))
+            values[name] = value if value == DISK else str(as_device(value))
         return values
-    left, values = dict(limits), {}
+    left = dict(limits)
     for name, nbytes in sizes.items():
         key = next((key for key, free in left.items() if free >= nbytes), None)
         if key is not None:
             left[key] -= nbytes
-        values[name] = DISK if key is None else ("cpu" if key == "cpu" else str(torch.device(key)))
+        values[name] = DISK if key is None else str(as_device(key))
     return values
 
 
@@ -194,9 +193,8 @@ def _moments(config: EngramMoEConfig, dtype: torch.dtype, tokens: int) -> Iterat
     yield streams + tokens * config.vocab_size * (dtype.itemsize + 4)
     # Rows, keys and values of a memory layer; scores are in float32.
     if config.engram_layer_ids:
-        yield 3 * streams + tokens * (
-            config.engram_width * (4 + dtype.itemsize) + 2 * config.hc_mult * config.hidden_size * 4
-        )
+        scores = 2 * config.hc_mult * config.hidden_size * 4
+        yield 3 * streams + tokens * (config.engram_width * (4 + dtype.itemsize) + scores)
     # Gate, up and product of the widest feed-forward layer.
     routed = config.num_experts_per_tok * config.moe_intermediate_size
     yield 2 * streams + 3 * tokens * max(config.intermediate_size, routed) * dtype.itemsize

@@ -28,6 +28,13 @@ class Place(NamedTuple):
     device: torch.device | str | int = "cpu"
 
 
+def as_device(value) -> torch.device:
+    """A device; a number is an accelerator also where there is none, so that plans can be made anywhere."""
+    if isinstance(value, int) and not torch.accelerator.is_available():
+        return torch.device("cuda", value)
+    return torch.device(value)
+
+
 def split_device_map(device_map):
     """The part of a `device_map` that transformers understands, and the entries of tables and blocks.
 
@@ -56,7 +63,7 @@ def place_of_entry(value) -> Place:
     if value == "disk":
         return Place(DISK)
     try:
-        device = torch.device(value)
+        device = as_device(value)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f'A table or block goes to "cpu" (host memory), "disk", or an accelerator such as 0 or "cuda:0"; got '
@@ -71,7 +78,7 @@ def place_of_layer(value, main_device: torch.device) -> Place:
     """Where a table without an entry goes, from where its layer is: with its layer, on the tier of that name."""
     if value == "disk":
         return Place(DISK)
-    device = torch.device(value)
+    device = as_device(value)
     if device.type == "cpu" and main_device.type != "cpu":
         return Place(HOST)
     return Place(RESIDENT, device)
@@ -139,7 +146,7 @@ def memory_of(place: Place) -> object:
     """The key of `max_memory` that a block at this place counts against."""
     if place.tier == HOST:
         return "cpu"
-    device = torch.device(place.device)
+    device = as_device(place.device)
     return "cpu" if device.type == "cpu" else (device.index or 0)
 
 
