@@ -51,6 +51,26 @@ class EngramRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+class ShortConvolution(nn.Conv1d):
+    """Depthwise, causal and dilated, tap by tap, since each token has its own reach."""
+
+    def forward(self, channels: torch.Tensor, history: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            channels: (batch, seq, channels), the tokens themselves.
+            history: (batch, at least reach of the convolution + seq, channels), ends with them.
+            reach: (batch, seq) tokens before it that each may see.
+        """
+        weight = self.weight.squeeze(1)  # (channels, kernel size), the current token last
+        seq, end = channels.shape[1], history.shape[1]
+        mixed = channels * weight[:, -1]
+        for tap in range(1, self.kernel_size[0]):
+            shift = tap * self.dilation[0]
+            shifted = history[:, end - seq - shift : end - shift].masked_fill((reach < shift).unsqueeze(-1), 0.0)
+            mixed = mixed + shifted * weight[:, -1 - tap]
+        return mixed
+
+
 class EngramLayer(nn.Module):
     """The memory of one decoder layer."""
 
@@ -82,7 +102,7 @@ class EngramLayer(nn.Module):
         if self.kernel_size:
             channels = self.streams * self.hidden_size
             self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
-            self.conv = nn.Conv1d(
+            self.conv = ShortConvolution(
                 channels, channels, self.kernel_size, groups=channels, dilation=self.max_ngram_size, bias=False
             )
 
@@ -155,8 +175,6 @@ class EngramLayer(nn.Module):
     ) -> torch.Tensor:
         """Depthwise, causal, dilated; tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
-        seq = channels.shape[1]
-        weight = self.conv.weight.squeeze(1)  # (channels, kernel size), the current token last
         if past_key_values is not None and self.conv_reach:
             states = past_key_values.update_conv_state(
                 channels.transpose(1, 2), self.layer_idx, state_idx=CONV_STATE, conv_kernel_size=self.conv_reach
@@ -164,11 +182,4 @@ class EngramLayer(nn.Module):
             history = states.transpose(1, 2)
         else:
             history = channels
-        history = F.pad(history, (0, 0, self.conv_reach, 0))
-        end = history.shape[1]
-        mixed = channels * weight[:, -1]
-        for tap in range(1, self.kernel_size):
-            shift = tap * self.max_ngram_size
-            shifted = history[:, end - seq - shift : end - shift].masked_fill((reach < shift).unsqueeze(-1), 0.0)
-            mixed = mixed + shifted * weight[:, -1 - tap]
-        return mixed.unflatten(-1, (self.streams, self.hidden_size))
+        return self.conv(channels, F.pad(history, (0, 0, self.conv_reach, 0)), reach).unflatten(-1, normed.shape[2:])

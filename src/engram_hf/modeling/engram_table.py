@@ -179,7 +179,7 @@ class EngramTable(nn.Module):
         """
         if self.is_resident:
             self._check_row_ids(row_ids)
-            rows = [F.embedding(ids, self._resident(i, row_ids)) for i, ids in enumerate(self._rows_of_blocks(row_ids))]
+            rows = [F.embedding(ids, self._block(i, row_ids)) for i, ids in enumerate(self._rows_of_blocks(row_ids))]
         else:
             rows = self._read(row_ids)
         found = torch.cat(rows, dim=-2)  # (..., heads, row width)
@@ -192,7 +192,7 @@ class EngramTable(nn.Module):
         block_rows = row_ids + self.head_offsets.to(row_ids.device)
         return block_rows.split([len(rows) for rows in self.rows_of_block], dim=-1)
 
-    def _resident(self, number: int, row_ids: torch.Tensor) -> torch.Tensor:
+    def _block(self, number: int, row_ids: torch.Tensor) -> torch.Tensor:
         block = self.blocks[number]
         if block.is_meta and not row_ids.is_meta:
             raise ValueError(
@@ -241,7 +241,7 @@ class EngramTable(nn.Module):
         for number, rows in enumerate(block_rows):
             if self.tiers[number] != DISK:
                 continue
-            file, block = self.sources[number].file, self.blocks[number]
+            file, block = self.sources[number].file, self._block(number, rows)
             file.check_unchanged()
             wanted = rows.reshape(-1).numpy()
             if self.hot_rows is not None:
@@ -272,7 +272,7 @@ class EngramTable(nn.Module):
 
     def _gather(self, number: int, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         """(..., heads of the block) CPU row numbers to (..., heads of the block, row width) on a device."""
-        block = self._resident(number, rows)
+        block = self._block(number, rows)
         if self.tiers[number] == RESIDENT:
             return F.embedding(rows.to(block.device), block).to(device)
         if self.hot_rows is None:
