@@ -7,7 +7,7 @@ import torch
 from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONE, tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from engram_hf import EngramMoEForCausalLM, NgramHash, build_token_map
 
@@ -151,3 +151,84 @@ def test_new_token_ids_count_as_padding_and_move_no_row(tokenizer, compressed, t
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="cannot shrink to 0 ids"):
         model.resize_token_embeddings(0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"engram_seed": 5, "engram_pad_token_id": 7}, "differs in: multipliers, pad"),
+        ({"engram_layer_ids": []}, "has no place for"),
+        ({"engram_kernel_size": 0}, "has no place for"),
+        ({"engram_block_elements": 2**31}, "has no place for|another shape"),
+        ({"hc_mult": 4}, "another shape|mismatch"),
+    ],
+)
+def test_a_config_of_ones_own_must_be_that_of_the_checkpoint(tmp_path, fields, message):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny_config(**fields))
+    edit_config(tmp_path, engram_fingerprint=None, **fields)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_without_compression_does_not_fit_a_bound_checkpoint(tokenizer, tmp_path):
+    bound_model(tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no place for: model.token_map"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, config=tiny_config(vocab_size=640, engram_compressed_vocab_size=None)
+        )
+
+
+def test_tables_keep_their_type_under_a_config_that_declares_none(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny_config(), dtype=torch.bfloat16)
+    assert model.engram_tables()[0].dtype == "float32"
+    with pytest.raises(ValueError, match="is float32, and must be bfloat16"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=tiny_config(engram_table_dtype="bfloat16"))
+
+
+def test_a_refused_state_dict_leaves_no_model_that_answers(tokenizer):
+    model = bound_model(tokenizer)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    good = {name: tensor.clone() for name, tensor in state.items()}
+    state["model.token_map"] = state["model.token_map"].flip(0)
+    with pytest.raises(ValueError, match="differs in"):
+        model.load_state_dict(state)
+    with pytest.raises(ValueError, match="no row can be found"):
+        model(torch.randint(600, (1, 5)))
+    model.load_state_dict(good)
+    model(torch.randint(600, (1, 5)))
+
+
+def test_the_base_model_resizes_its_map(tokenizer, tmp_path):
+    base = bound_model(tokenizer).model
+    base.resize_token_embeddings(700)
+    assert len(base.token_map) == 700
+    base(torch.tensor([[5, 690]]))
+    base.save_pretrained(tmp_path)
+    assert len(AutoModel.from_pretrained(tmp_path).token_map) == 700
+
+
+def test_the_vocabulary_cannot_shrink_below_the_compressed_ids(tokenizer):
+    model = bound_model(tokenizer)
+    with pytest.raises(ValueError, match="token map has .* different ones"):
+        model.resize_token_embeddings(300)
+
+
+def test_a_model_from_meta_is_whole_after_its_state_dict():
+    model = tiny_model()
+    with torch.device("meta"):
+        twin = EngramMoEForCausalLM(tiny_config())
+    twin.to_empty(device="cpu")
+    twin.load_state_dict(model.state_dict())
+    ids = torch.randint(3, 99, (2, 9))
+    twin.model.rotary_emb = model.model.rotary_emb
+    torch.testing.assert_close(twin.eval()(ids).logits, model(ids).logits)
+
+
+def test_drawing_a_bound_model_anew_unbinds_it(tokenizer):
+    model = bound_model(tokenizer)
+    model.apply(model._init_weights)
+    with pytest.raises(ValueError, match="no row can be found"):
+        model(torch.randint(600, (1, 5)))
