@@ -58,11 +58,17 @@ class RecordingHub:
         self.files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
 
 
-def test_push_to_hub_uploads_weights_code_and_the_whole_auto_map(monkeypatch):
+@pytest.mark.parametrize("door", ["push_to_hub", "save_pretrained"])
+def test_push_to_hub_uploads_weights_code_and_the_whole_auto_map(monkeypatch, tmp_path, door):
     hub = RecordingHub()
     monkeypatch.setattr("transformers.utils.hub._hf_api", hub)
     monkeypatch.setattr("transformers.utils.hub.ModelCard.load", lambda *args, **kwargs: ModelCard(CARD))
-    tiny_model().push_to_hub("somebody/engram")
+    model = tiny_model()
+    if door == "push_to_hub":
+        model.push_to_hub("somebody/engram")
+    else:
+        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="somebody/engram")
     assert {name for name in hub.files if name.endswith(".py")} == set(CODE_FILES)
     assert all(hub.files[name] == (SOURCE / name).read_bytes() for name in CODE_FILES)
     assert json.loads(hub.files["config.json"])["auto_map"] == AUTO_MAP

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers.utils import logging
+from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from .engram_loading import (
     find_checkpoint,
@@ -370,16 +371,16 @@ class TablesOnTiers:
                 if (full := f"{self._tables_prefix()}{name}.blocks.{i}") in saved
             }
         if hub is not None:
+            card = create_and_tag_model_card(hub["repo_id"], self.model_tags, token=token)
+            card.save(folder / "README.md")
             self._upload_modified_files(save_directory, token=token, **hub)
 
     def _begin_upload(self, folder: Path, token, kwargs: dict) -> dict:
         """Create the repository, and remember what lies in the folder, as transformers does before it saves."""
-        from huggingface_hub import create_repo
-
         names = {"private", "repo_type", "exist_ok", "space_sdk"}
         repo_id = kwargs.pop("repo_id", folder.name)
         upload = {"commit_message": kwargs.pop("commit_message", None), "create_pr": kwargs.pop("create_pr", False)}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         options["exist_ok"] = True
-        repo_id = create_repo(repo_id, token=token, **options).repo_id
+        repo_id = hf_api().create_repo(repo_id, token=token, **options).repo_id
         return {**upload, "repo_id": repo_id, "files_timestamps": self._get_files_timestamps(folder)}
