@@ -19,11 +19,13 @@ from .safetensors_files import PIECE_BYTES, TensorContent, TensorPlace, read_hea
 
 
 PAGE = mmap.PAGESIZE
+PAGE_SHIFT = PAGE.bit_length() - 1
 # Ranges of one system call (the kernel's IOV_MAX).
 RANGES_OF_A_CALL = 1024
 # A device takes about 256 requests before it blocks who asks, so more than that is another thread's work.
 PAGES_AT_ONCE = 128
 SAMPLED_PAGES = 256
+ASKING_THREADS = 4
 READING_THREADS = 32
 MADV_WILLNEED, MADV_RANDOM, MAP_NORESERVE = 3, 1, 0x4000
 
@@ -129,10 +131,20 @@ class TableFile:
 
 
 def pages_of_rows(addresses: np.ndarray, row_bytes: int) -> np.ndarray:
-    """Distinct page numbers, ascending, that hold the rows at these addresses, (n,) int64."""
-    first, last = addresses // PAGE, (addresses + row_bytes - 1) // PAGE
-    steps = [np.minimum(first + step, last) for step in range((row_bytes - 1) // PAGE + 2)]
-    return np.unique(np.concatenate(steps))
+    """Distinct page numbers, ascending, that hold the rows at these addresses, (n,) int64.
+
+    Addresses differ by multiples of `row_bytes`. Few steps: beside a busy thread each one may wait for the interpreter.
+    """
+    pages = addresses >> PAGE_SHIFT
+    if len(addresses) and not (PAGE % row_bytes == 0 and int(addresses[0]) % row_bytes == 0):
+        last = (addresses + row_bytes - 1) // PAGE
+        steps = range(1, (row_bytes - 1) // PAGE + 2)
+        pages = np.concatenate([pages, *(np.minimum(pages + step, last) for step in steps)])
+    pages.sort()
+    is_new = np.empty(len(pages), dtype=bool)
+    is_new[:1] = True
+    np.not_equal(pages[1:], pages[:-1], out=is_new[1:])
+    return pages[is_new]
 
 
 class PageReader:
@@ -192,12 +204,15 @@ class PageReader:
         ranges = np.empty((len(pages), 2), dtype=np.uint64)
         ranges[:, 0] = pages * PAGE
         ranges[:, 1] = PAGE
-        for start in range(0, len(pages), RANGES_OF_A_CALL):
-            part = ranges[start : start + RANGES_OF_A_CALL]
-            if not self._call(part):
-                self._batched = False
-                return False
-        return True
+        parts = [ranges[start : start + RANGES_OF_A_CALL] for start in range(0, len(pages), RANGES_OF_A_CALL)]
+        if len(parts) <= ASKING_THREADS:
+            is_done = all(map(self._call, parts))
+        else:
+            # While one waits for the interpreter, beside a busy thread, another is asking.
+            with ThreadPoolExecutor(ASKING_THREADS) as threads:
+                is_done = all(threads.map(self._call, parts))
+        self._batched = is_done
+        return is_done
 
     def _call(self, part: np.ndarray) -> bool:
         syscall = self._libc.syscall

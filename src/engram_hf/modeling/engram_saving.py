@@ -52,6 +52,8 @@ CODE_FILES = (
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
+# A system may refuse to map a file for the safetensors library that is larger than its RAM.
+LARGEST_FILE = 5 * 10**9
 STAGE_PREFIX = ".saving-"
 # Files that a save of this package or of transformers leaves, and a later one may remove.
 WEIGHT_FILE = re.compile(r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5})(\.\d+)?\.safetensors")
@@ -125,7 +127,7 @@ def write_tables(
     Returns:
         tensor name to file name, and file name to SHA-256.
     """
-    limit = convert_file_size_to_int(max_shard_size)
+    limit = min(convert_file_size_to_int(max_shard_size), LARGEST_FILE)
     weight_map, digests = {}, {}
     total = sum(block.nbytes for block in blocks.values())
     is_short = total < PROGRESS_BYTES

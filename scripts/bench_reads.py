@@ -1,0 +1,195 @@
+"""Cold random rows from a file larger than the page cache, against fio and the ways others read, in one run.
+
+    python scripts/bench_reads.py         two minutes on 2 cores; writes a file of 0.93 of RAM, and removes it
+
+fio reads random 4K pages at depth 128 (apt install fio; where it is missing, its line is left out). Before anything is
+timed, the rows that a lookup gives are compared with the bytes of the file. The safetensors library cannot map a file
+larger than RAM, so the file is a little smaller than that, and larger than what the page cache can hold. Rows a second
+are medians over interleaved rounds, each with rows that no other round asks for; the page cache is emptied of the file
+between them.
+"""
+
+import argparse
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors import safe_open
+from tqdm import tqdm
+
+from engram_hf.modeling.engram_reader import TableFile
+from engram_hf.modeling.engram_table import DISK, BlockSource, EngramTable, tables_without_blocks
+from engram_hf.modeling.safetensors_files import PIECE_BYTES, TensorContent, write_file
+
+
+WIDTH = 64
+ROW_BYTES = 4 * WIDTH
+# What a prefill of 4,096 tokens asks of 16 heads.
+ROWS_OF_A_CALL = 65_536
+# The slow ways are asked for fewer rows, or a round would take minutes.
+ROWS_OF_SLOW_WAYS = 128
+
+
+def write_table(path: Path, rows: int) -> None:
+    """A table of one block whose rows all differ."""
+    base = np.random.default_rng(0).integers(0, 2**62, PIECE_BYTES // 8, dtype=np.uint64)
+
+    def pieces():
+        left, number = rows * ROW_BYTES, 0
+        while left:
+            piece = (base ^ np.uint64(number)).view(np.uint8)[:left]
+            yield piece.data
+            left, number = left - len(piece), number + 1
+
+    with tqdm(total=rows * ROW_BYTES, desc=f"Writing {path.name}", unit="B", unit_scale=True) as progress:
+        write_file(
+            path, {"blocks.0": TensorContent(torch.float32, (rows, WIDTH), rows * ROW_BYTES, pieces)}, progress.update
+        )
+
+
+def open_table(path: Path, rows: int) -> EngramTable:
+    with tables_without_blocks():
+        table = EngramTable([rows], WIDTH, rows * WIDTH, torch.float32)
+    table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [DISK], [None])
+    return table
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache; pages that a mapping holds are let go by it first."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds(work, *arguments) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def busy_thread():
+    """Another Python thread that never rests."""
+    stop = threading.Event()
+
+    def spin():
+        while not stop.is_set():
+            sum(range(100))
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def fio_reads(path: Path) -> float | None:
+    """Random 4K reads a second at depth 128; None without fio."""
+    if shutil.which("fio") is None:
+        return None
+    for engine in ("io_uring", "libaio"):
+        command = ["fio", "--name=r", f"--filename={path}", "--readonly", "--rw=randread", "--bs=4k", "--iodepth=128"]
+        command += [f"--ioengine={engine}", "--direct=1", "--runtime=2", "--time_based", "--output-format=json"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode == 0:
+            return json.loads(run.stdout)["jobs"][0]["read"]["iops"]
+    return None
+
+
+def plain_gather(path: Path, start: int, ids: np.ndarray) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        for i in ids:
+            mapping[start + int(i) * ROW_BYTES : start + int(i + 1) * ROW_BYTES]
+
+
+def accelerate_offload(path: Path, rows: int) -> torch.nn.Module:
+    """An embedding that accelerate has on disk, in the same file."""
+    with torch.device("meta"):
+        embedding = torch.nn.Embedding(rows, WIDTH)
+    index = {"weight": {"safetensors_file": str(path), "weight_name": "blocks.0", "dtype": "float32"}}
+    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=OffloadedWeightsLoader(index=index))
+    return add_hook_to_module(embedding, hook)
+
+
+def slices(path: Path, ids: np.ndarray) -> None:
+    with safe_open(path, "pt") as file:
+        rows = file.get_slice("blocks.0")
+        for i in ids:
+            rows[int(i) : int(i) + 1].clone()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parser.add_argument("--gib", type=int, default=int(0.93 * ram / 2**30), help="of the file (default: 0.93 of RAM)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write it (default: the temporary folder)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    generator = np.random.default_rng(1)
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        big = Path(name) / "table.safetensors"
+        rows = arguments.gib * 2**30 // ROW_BYTES
+        write_table(big, rows)
+        table, offloaded = open_table(big, rows), accelerate_offload(big, rows)
+        start = table.sources[0].file.places["blocks.0"].start
+
+        def draw(count: int) -> np.ndarray:
+            return generator.integers(0, rows, count)
+
+        def look_up(ids: np.ndarray) -> torch.Tensor:
+            return table(torch.from_numpy(ids).view(1, -1, 1))
+
+        ids = draw(1000)
+        with big.open("rb") as file:
+            expected = b"".join(os.pread(file.fileno(), ROW_BYTES, start + int(i) * ROW_BYTES) for i in ids)
+        if look_up(ids).numpy().tobytes() != expected:
+            raise RuntimeError("A lookup gives other bytes than the file holds; nothing is timed.")
+
+        rates: dict[str, list[float]] = {}
+        for _ in tqdm(range(arguments.rounds), desc="Rounds"):
+            forget(big)
+            if (rate := fio_reads(big)) is not None:
+                rates.setdefault("fio, 4K random reads at depth 128", []).append(rate)
+            forget(big)
+            rates.setdefault("engram-hf", []).append(ROWS_OF_A_CALL / seconds(look_up, draw(ROWS_OF_A_CALL)))
+            forget(big)
+            with busy_thread():
+                rate = ROWS_OF_A_CALL / seconds(look_up, draw(ROWS_OF_A_CALL))
+            rates.setdefault("engram-hf beside a busy Python thread", []).append(rate)
+            forget(big)
+            rate = ROWS_OF_SLOW_WAYS / seconds(plain_gather, big, start, draw(ROWS_OF_SLOW_WAYS))
+            rates.setdefault("plain mapping", []).append(rate)
+            forget(big)
+            rate = ROWS_OF_SLOW_WAYS / seconds(slices, big, draw(ROWS_OF_SLOW_WAYS))
+            rates.setdefault("safetensors slices", []).append(rate)
+            forget(big)
+            ids = torch.from_numpy(draw(ROWS_OF_SLOW_WAYS))
+            with torch.no_grad():
+                rate = ROWS_OF_SLOW_WAYS / seconds(offloaded, ids)
+            rates.setdefault("accelerate's disk offload", []).append(rate)
+
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"\n{arguments.gib} GiB, rows of {ROW_BYTES} bytes, {ROWS_OF_A_CALL:,} rows a call, cold:\n")
+    print("| way | rows a second | spread | engram-hf reads ... times as many |\n|---|---|---|---|")
+    for name, median in medians.items():
+        spread = f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
+        print(f"| {name} | {median:,.0f} | {spread} | {medians['engram-hf'] / median:,.2f} |")
+
+
+if __name__ == "__main__":
+    main()
