@@ -371,7 +371,7 @@ class TablesOnTiers:
                 if (full := f"{self._tables_prefix()}{name}.blocks.{i}") in saved
             }
         if hub is not None:
-            card = create_and_tag_model_card(hub["repo_id"], self.model_tags, token=token)
+            card = create_and_tag_model_card(hub["repo_id"], self.model_tags, token if isinstance(token, str) else None)
             card.save(folder / "README.md")
             self._upload_modified_files(save_directory, token=token, **hub)
 

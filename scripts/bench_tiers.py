@@ -1,0 +1,212 @@
+"""Decode and prefill of one model with its tables resident, in host memory and on disk, side by side in one run.
+
+    python scripts/bench_tiers.py         about six minutes on 2 cores; writes 14 GB and removes them
+
+A backbone of about 140M active parameters with memory layers 1 and 14 of 16: a sampled token's rows can hide only
+behind the layers before the memory layer. First it is checked that all placements give the same bits. Times are medians
+over interleaved rounds. Cold means that the tables' files are out of the page cache and that no round asks for another
+one's rows; loading (time, memory) is measured in processes of their own.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
+
+
+CONFIG = {
+    "vocab_size": 32_000,
+    "hidden_size": 768,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "kv_lora_rank": 256,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "hc_mult": 1,
+    "engram_layer_ids": [1, 14],
+    "engram_vocab_size": 400_000,
+    "engram_head_dim": 64,
+    "engram_compressed_vocab_size": None,
+}
+PREFILL_TOKENS = 1024
+STEPS = 12
+ROWS_OF_8_GIB = 1_049_000
+RESIDENT, HOST, WARM, COLD, COLD_BARE, NONE = (
+    "resident",
+    "host",
+    "disk, warm",
+    "disk, cold, with prefetch",
+    "disk, cold, without",
+    "no memory layers",
+)
+LOAD = """
+import json, sys, time, resource
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+import engram_hf
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+folder, device_map = sys.argv[1], json.loads(sys.argv[2])
+before, start = rss(), time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+seconds = time.perf_counter() - start
+tables = sum(table.nbytes for table in model.engram_tables())
+status = Path("/proc/self/status").read_text()
+peak = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+print(json.dumps({"seconds": seconds, "now": rss() - before, "peak": peak - before, "tables": tables}))
+"""
+
+
+def forget(model) -> None:
+    """Take the files of the tables out of the page cache."""
+    for file in {source.file for table in model.model.tables() for source in table.sources}:
+        file.mapping.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def decode_seconds(model, ids: torch.Tensor) -> float:
+    """Seconds of one step, the median over the steps after a prompt of 8 tokens. ids: (batch, 8 + STEPS)."""
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    times = []
+    for t in range(8, ids.shape[1]):
+        start = time.perf_counter()
+        model(ids[:, t : t + 1], past_key_values=cache)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def prefill_seconds(model, ids: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(ids, logits_to_keep=1, use_cache=False)
+    return time.perf_counter() - start
+
+
+def reading_seconds(model, ids: torch.Tensor) -> float:
+    """Reading alone: all rows that a prefill asks for, cold."""
+    positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    context = model.model.ngram_context(ids, positions)
+    row_ids = [(layer.engram.table, layer.engram.row_ids(context)) for layer in model.model.memory_layers()]
+    start = time.perf_counter()
+    for table, rows in row_ids:
+        table(rows)
+    return time.perf_counter() - start
+
+
+def load(folder: str, device_map) -> dict:
+    command = [sys.executable, "-c", LOAD, folder, json.dumps(device_map)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        config = EngramMoEConfig(**CONFIG)
+        print(f"{count_parameters(config).active / 1e6:.0f}M active parameters; building and saving", flush=True)
+        built = EngramMoEForCausalLM(config)
+        names = [table.name for table in built.engram_tables()]
+        built.save_pretrained(folder)
+        del built
+        none = EngramMoEForCausalLM(EngramMoEConfig(**{**CONFIG, "engram_layer_ids": []})).eval()
+        none.save_pretrained(folder + "/none")
+        on_disk = {"": "cpu", **dict.fromkeys(names, "disk")}
+        maps = {RESIDENT: None, HOST: {"": "cpu", **dict.fromkeys(names, "cpu")}}
+        models = {name: AutoModelForCausalLM.from_pretrained(folder, device_map=maps[name]) for name in maps}
+        for table in models[RESIDENT].model.tables():
+            # Mapped, they would keep the pages of the files in the cache, and nothing would be cold.
+            for block in table.blocks:
+                block.data = block.data.clone()
+        for name in (WARM, COLD, COLD_BARE):
+            models[name] = AutoModelForCausalLM.from_pretrained(folder, device_map=on_disk)
+        models[NONE] = none
+        for table in models[COLD_BARE].model.tables():
+            table.prefetch = lambda row_ids: None
+
+        ids = torch.randint(CONFIG["vocab_size"], (2, 40))
+        expected = models[RESIDENT](ids).logits
+        for name in (HOST, WARM, COLD, COLD_BARE):
+            if not torch.equal(models[name](ids).logits, expected):
+                raise RuntimeError(f"{name} gives other logits than resident; nothing is timed.")
+
+        lengths = {"decode, 1 sequence": (1, 8 + STEPS), "decode, 8 sequences": (8, 8 + STEPS)}
+        shapes = {**lengths, "prefill": (1, PREFILL_TOKENS)}
+        times: dict[tuple[str, str], list[float]] = {}
+        reading = []
+        for _ in tqdm(range(arguments.rounds), desc="Rounds"):
+            for what, shape in shapes.items():
+                measure = prefill_seconds if what == "prefill" else decode_seconds
+                for name, model in models.items():
+                    ids = torch.randint(CONFIG["vocab_size"], shape)
+                    if name in (COLD, COLD_BARE):
+                        for each in (WARM, COLD, COLD_BARE):
+                            forget(models[each])
+                    elif name != NONE:
+                        # The rows of these ids, in memory and in the page cache.
+                        reading_seconds(model, ids)
+                    times.setdefault((what, name), []).append(measure(model, ids))
+            ids = torch.randint(CONFIG["vocab_size"], shapes["prefill"])
+            for name in (WARM, COLD, COLD_BARE):
+                forget(models[name])
+            reading.append(reading_seconds(models[COLD], ids))
+
+        print("\n| | " + " | ".join(shapes) + " |\n|---|" + "---|" * len(shapes))
+        for name in models:
+            cells = []
+            for what in shapes:
+                ratios = [a / b for a, b in zip(times[what, name], times[what, RESIDENT], strict=True)]
+                cells.append(f"{1e3 * statistics.median(times[what, name]):,.1f} ms ({statistics.median(ratios):.3f})")
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        larger = max(statistics.median(reading), statistics.median(times["prefill", RESIDENT]))
+        print(
+            f"\nin brackets: the median of the ratios to resident, round by round. Prefill cold is "
+            f"{statistics.median(times['prefill', COLD]) / larger:.3f} of the larger of compute and reading "
+            f"({1e3 * statistics.median(reading):,.0f} ms)."
+        )
+
+        del models, none
+        print("\nbuilding and saving tables of 8 GiB", flush=True)
+        EngramMoEForCausalLM(EngramMoEConfig(**{**CONFIG, "engram_vocab_size": ROWS_OF_8_GIB})).save_pretrained(folder)
+        print("\n| load | seconds | resident memory after, MB | peak, MB |\n|---|---|---|---|")
+        for name, path, device_map in (
+            ("no memory layers", folder + "/none", None),
+            ("disk", folder, on_disk),
+            ("host", folder, maps[HOST]),
+            ("resident (mapped)", folder, None),
+        ):
+            loads = [load(path, device_map) for _ in range(3)]
+            middle = sorted(loads, key=lambda each: each["seconds"])[1]
+            print(f"| {name} | {middle['seconds']:.2f} | {middle['now'] / 1e6:,.0f} | {middle['peak'] / 1e6:,.0f} |")
+        print(f"tables: {middle['tables'] / 1e6:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
