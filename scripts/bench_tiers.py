@@ -19,11 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
+from engram_hf.modeling.engram_reader import PAGE
 
 
 CONFIG = {
@@ -75,11 +77,16 @@ print(json.dumps({"seconds": seconds, "now": rss() - before, "peak": peak - befo
 """
 
 
-def forget(model) -> None:
-    """Take the files of the tables out of the page cache."""
-    for file in {source.file for table in model.model.tables() for source in table.sources}:
+def forget(models: dict) -> None:
+    """Take the files of the tables out of the page cache; every mapping of them lets their pages go first."""
+    files = [s.file for m in models.values() for table in m.model.tables() for s in table.sources if s is not None]
+    for file in files:
         file.mapping.madvise(mmap.MADV_DONTNEED)
+    for file in files:
         os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    pages = np.random.randint(files[0].address // PAGE, (files[0].address + files[0].state[0]) // PAGE, 2000)
+    if files[0].cached_share(pages) > 0.01:
+        raise RuntimeError(f"The page cache still holds {files[0].path}; nothing is cold.")
 
 
 def decode_seconds(model, ids: torch.Tensor) -> float:
@@ -167,15 +174,13 @@ def main() -> None:
                 for name, model in models.items():
                     ids = torch.randint(CONFIG["vocab_size"], shape)
                     if name in (COLD, COLD_BARE):
-                        for each in (WARM, COLD, COLD_BARE):
-                            forget(models[each])
+                        forget(models)
                     elif name != NONE:
                         # The rows of these ids, in memory and in the page cache.
                         reading_seconds(model, ids)
                     times.setdefault((what, name), []).append(measure(model, ids))
             ids = torch.randint(CONFIG["vocab_size"], shapes["prefill"])
-            for name in (WARM, COLD, COLD_BARE):
-                forget(models[name])
+            forget(models)
             reading.append(reading_seconds(models[COLD], ids))
 
         print("\n| | " + " | ".join(shapes) + " |\n|---|" + "---|" * len(shapes))

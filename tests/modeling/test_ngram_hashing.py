@@ -10,7 +10,13 @@ from tiny import tiny_config
 from transformers import PythonBackend
 
 from engram_hf import NgramHash, build_token_map
-from engram_hf.modeling.ngram_hashing import check_fingerprint, pack_history, unpack_history
+from engram_hf.modeling.ngram_hashing import (
+    MANY_TOKENS,
+    check_fingerprint,
+    pack_history,
+    token_reach,
+    unpack_history,
+)
 
 
 GOLDEN_IDS = torch.tensor([[5, 17, 17, 42, 3, 999, 0, 1]])
@@ -186,3 +192,37 @@ def test_a_fingerprint_names_what_differs():
     with pytest.raises(ValueError, match="differs in: map") as error:
         check_fingerprint(fingerprint, other, "this")
     assert fingerprint["map"] in str(error.value) and other["map"] in str(error.value)
+
+
+@pytest.mark.parametrize("orders", [2, 3, 4])
+def test_many_tokens_have_the_row_ids_of_few(orders):
+    config = tiny_config(
+        engram_max_ngram_size=orders, vocab_size=5003, engram_vocab_size=10_007, engram_layer_ids=[0, 2]
+    )
+    hashing = NgramHash.from_config(config)
+    ids = torch.randint(5003, (3, MANY_TOKENS), generator=torch.Generator().manual_seed(0))
+    for layer_id in (0, 2):
+        many = hashing.row_ids(layer_id, ids)
+        assert many.is_contiguous()
+        assert torch.equal(many[:, :200], hashing.row_ids(layer_id, ids[:, :200]))
+        tail = hashing.row_ids(layer_id, ids[:, -200:])
+        assert torch.equal(many[:, -200 + orders :], tail[:, orders:])
+
+
+@pytest.mark.parametrize("history", [0, 1, 4])
+def test_the_reach_of_a_token_is_a_count_of_real_tokens_before_it(history):
+    generator = torch.Generator().manual_seed(history)
+    for _ in range(50):
+        ids = torch.where(torch.rand(2, history + 6, generator=generator) < 0.3, -1, 7)
+        positions = torch.arange(6).unsqueeze(0) + int(torch.randint(9, (1,), generator=generator))
+        before = torch.randint(5, (2,), generator=generator)
+        reach = token_reach(ids, positions, 4, before)
+        for row in range(2):
+            for t in range(6):
+                place, count = history + t, 0
+                while ids[row, place] >= 0 and count < 4 and count < positions[0, t]:
+                    earlier = place - count - 1
+                    if earlier < 0 and before[row] < -earlier or earlier >= 0 and ids[row, earlier] < 0:
+                        break
+                    count += 1
+                assert reach[row, t] == count, (ids[row], t, before[row])

@@ -114,6 +114,24 @@ class TableFile:
                 raise ValueError(f"{self.path} ends in the middle of {name}. Download it again.")
             done += count
 
+    def cached_share(self, pages: np.ndarray, least: float = 0.0) -> float:
+        """Share of some pages that are in the page cache; 0 where the system does not tell.
+
+        Args:
+            pages: (n,) page numbers of the mapping.
+            least: where the share cannot reach this any more, it is not counted to the end.
+        """
+        if not hasattr(os, "RWF_NOWAIT"):
+            return 0.0
+        found, buffer = 0, bytearray(1)
+        for number, page in enumerate(pages.tolist()):
+            try:
+                found += os.preadv(self.file.fileno(), [buffer], page * PAGE - self.address, os.RWF_NOWAIT)
+            except OSError:
+                if number + 1 - found > (1 - least) * len(pages):
+                    break
+        return found / max(1, len(pages))
+
     def expect_random_reads(self, name: str) -> None:
         """Tell the kernel to read nothing beside the pages that are asked for."""
         place = self.places[name]
@@ -167,7 +185,11 @@ class PageReader:
         Raises:
             OSError: the kernel refuses the pages themselves.
         """
-        if len(pages) > 4 * SAMPLED_PAGES and self._are_cached(pages, file):
+        if (
+            len(pages) > 4 * SAMPLED_PAGES
+            and file.cached_share(pages[:: len(pages) // SAMPLED_PAGES], least=1.0) == 1.0
+        ):
+            # Asking for each of many costs more than reading it.
             return
         if self._batched and self._advise(pages):
             return
@@ -235,21 +257,6 @@ class PageReader:
         parts = [part for part in offsets.chunk(READING_THREADS) if len(part)]
         with ThreadPoolExecutor(READING_THREADS) as threads:
             list(threads.map(lambda part: content.index_select(0, part), parts))
-
-    @staticmethod
-    def _are_cached(pages: np.ndarray, file: TableFile) -> bool:
-        """Whether a sample of the pages is in the page cache: asking for each of many costs more than reading it."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return False
-        sample = pages[:: len(pages) // SAMPLED_PAGES][:SAMPLED_PAGES]
-        buffer = bytearray(1)
-        try:
-            return all(
-                os.preadv(file.file.fileno(), [buffer], int(page) * PAGE - file.address, os.RWF_NOWAIT)
-                for page in sample
-            )
-        except OSError:
-            return False
 
     def __deepcopy__(self, memo):
         return PageReader()

@@ -299,8 +299,9 @@ class TablesOnTiers:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         context = base.ngram_context(input_ids, position_ids, attention_mask)
+        row_ids = base.all_row_ids(context)
         for layer in base.memory_layers():
-            layer.engram.table.prefetch(layer.engram.row_ids(context))
+            layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
 
     def save_pretrained(
         self,

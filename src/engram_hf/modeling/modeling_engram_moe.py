@@ -53,7 +53,7 @@ from .engram_layer import IDS_STATE, EngramLayer, NgramContext
 from .engram_outputs import EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast
 from .engram_table import EngramTable
 from .engram_tiers import TablesOnTiers
-from .ngram_hashing import NO_MEMORY, ngram_taps, token_reach, unpack_history
+from .ngram_hashing import NO_MEMORY, hash_layers, ngram_taps, token_reach, unpack_history
 from .packed_documents import document_positions, find_documents, positions_in_documents, positions_under_mask
 
 
@@ -297,6 +297,14 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         reach = token_reach(ids, positions, config.engram_reach, run_before)
         return NgramContext(ids, reach, ngram_taps(seen, reach, config.engram_max_ngram_size, pad_id))
 
+    def all_row_ids(self, context: NgramContext) -> dict[int, torch.Tensor]:
+        """Layer id to the row ids, (batch, seq, heads), that its memory will read: one hash for all layers."""
+        memories = [layer.engram for layer in self.memory_layers()]
+        device = context.ids.device
+        multipliers = [memory.multipliers.to(device) for memory in memories]
+        row_ids = hash_layers(context.taps, multipliers, [memory.primes.to(device) for memory in memories])
+        return {memory.layer_idx: ids for memory, ids in zip(memories, row_ids, strict=True)}
+
     def _past_ids(self, past_key_values: Cache | None) -> torch.Tensor | None:
         """(batch, kept) packed history of the tokens before these; None before the first forward."""
         if past_key_values is None:
@@ -381,7 +389,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                     f"got {tuple(token_ids.shape)}."
                 )
             context = self.ngram_context(token_ids, memory_positions, token_mask, past_key_values)
-            row_ids = {layer.engram.layer_idx: layer.engram.row_ids(context) for layer in self.memory_layers()}
+            row_ids = self.all_row_ids(context)
             for layer in self.memory_layers():
                 layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
 

@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from sympy import nextprime
 from tokenizers import Regex, normalizers
+from transformers.utils.import_utils import is_tracing
 
 
+# From this many tokens on, head by head with numpy beats all heads at once with torch.
+MANY_TOKENS = 1024
 # A compressed id below zero carries no memory: padding, image spans, everything before the start.
 NO_MEMORY = -1
 LAYER_SEED_STEP = 10007
@@ -92,11 +95,17 @@ def token_reach(
     Returns:
         (batch, seq) int64 in [0, window]; 0 for a token without memory.
     """
-    distances = torch.arange(window, 0, -1, device=ids.device)
+    seq = positions.shape[1]
     run_before = ids.new_zeros(ids.shape[0]) if run_before is None else run_before
-    real = torch.cat([distances <= run_before.unsqueeze(1), ids >= 0], dim=1).long()  # (batch, window + ids)
-    runs = real.unfold(1, window + 1, 1).flip(-1).cumprod(-1)  # (batch, ids, window + 1), the token itself first
-    return torch.minimum(runs[..., 1:].sum(-1)[:, -positions.shape[1] :], positions.clamp_min(0))
+    if ids.shape[1] == 1:
+        run = run_before.unsqueeze(1)
+    else:
+        places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        last_gap = torch.where(ids >= 0, 0, places).cummax(1).values  # (batch, ids), 1-based, 0 for none
+        run = places - 1 - last_gap + torch.where(last_gap == 0, run_before.unsqueeze(1), 0)
+        run, ids = run[:, -seq:], ids[:, -seq:]
+    reach = torch.minimum(run.clamp_max(window), positions.clamp_min(0))
+    return torch.where(ids >= 0, reach, 0)
 
 
 def pack_history(ids: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
@@ -132,7 +141,8 @@ def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_
         list of N tensors (batch, seq), all in [0, compressed vocabulary size).
     """
     seq = reach.shape[1]
-    padded = F.pad(ids, (max_ngram_size - 1, 0), value=NO_MEMORY)
+    missing = max(0, seq + max_ngram_size - 1 - ids.shape[1])
+    padded = F.pad(ids, (missing, 0), value=NO_MEMORY) if missing else ids
     end = padded.shape[1]
     taps = [torch.where(ids[:, -seq:] >= 0, ids[:, -seq:], pad_id)]
     for shift in range(1, max_ngram_size):
@@ -151,12 +161,41 @@ def hash_ngrams(taps: Sequence[torch.Tensor], multipliers: torch.Tensor, primes:
     Returns:
         (batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
     """
-    mix = taps[0] * multipliers[0]
+    return hash_layers(taps, [multipliers], [primes])[0]
+
+
+def hash_layers(
+    taps: Sequence[torch.Tensor], multipliers: Sequence[torch.Tensor], primes: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Row ids of several layers over the same tokens, each as `hash_ngrams` gives it."""
+    if taps[0].numel() >= MANY_TOKENS and taps[0].device.type == "cpu" and not is_tracing(taps[0]):
+        arrays = [tap.reshape(-1).numpy() for tap in taps]
+        shape = (*taps[0].shape, -1)
+        layers = zip(multipliers, primes, strict=True)
+        return [_hash_many(arrays, m.tolist(), p.tolist()).view(shape) for m, p in layers]
+    factors = torch.stack(list(multipliers))  # (layers, N)
+    mix = taps[0].unsqueeze(-1) * factors[:, 0]  # (batch, seq, layers)
     mixes = []
     for shift in range(1, len(taps)):
-        mix = mix ^ (taps[shift] * multipliers[shift])
+        mix = mix ^ (taps[shift].unsqueeze(-1) * factors[:, shift])
         mixes.append(mix)
-    return (torch.stack(mixes, dim=-1).unsqueeze(-1) % primes).flatten(-2)
+    # (batch, seq, layers, orders, heads per order)
+    row_ids = torch.stack(mixes, dim=-1).unsqueeze(-1) % torch.stack(list(primes))
+    return list(row_ids.flatten(-2).unbind(2))
+
+
+def _hash_many(taps: list[np.ndarray], multipliers: list[int], primes: list[list[int]]) -> torch.Tensor:
+    """(tokens, heads), on a CPU: numpy divides by one number many times as fast as by a vector of them."""
+    row_ids = np.empty((sum(map(len, primes)), len(taps[0])), dtype=np.int64)
+    mix, quotient, head = taps[0] * multipliers[0], np.empty_like(taps[0]), 0
+    for tap, multiplier, heads in zip(taps[1:], multipliers[1:], primes, strict=True):
+        mix ^= tap * multiplier
+        for prime in heads:
+            np.floor_divide(mix, prime, out=quotient)
+            np.multiply(quotient, prime, out=quotient)
+            np.subtract(mix, quotient, out=row_ids[head])
+            head += 1
+    return torch.from_numpy(row_ids).t().contiguous()
 
 
 def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: int, seed: int) -> list[int]:
