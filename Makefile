@@ -38,5 +38,6 @@ bench: install
 	$(BIN)/python scripts/bench_hash.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_reads.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_tiers.py
+	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_lookup.py
 	$(BIN)/python scripts/bench_hot_rows.py

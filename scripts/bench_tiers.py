@@ -1,20 +1,17 @@
 """Decode and prefill of one model with its tables resident, in host memory and on disk, side by side in one run.
 
-    python scripts/bench_tiers.py         about six minutes on 2 cores; writes 14 GB and removes them
+    python scripts/bench_tiers.py         about four minutes on 2 cores; writes 5 GB and removes them
 
 A backbone of about 140M active parameters with memory layers 1 and 14 of 16: a sampled token's rows can hide only
 behind the layers before the memory layer. First it is checked that all placements give the same bits. Times are medians
 over interleaved rounds. Cold means that the tables' files are out of the page cache and that no round asks for another
-one's rows; loading (time, memory) is measured in processes of their own.
+one's rows.
 """
 
 import argparse
-import json
 import mmap
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -50,7 +47,6 @@ CONFIG = {
 }
 PREFILL_TOKENS = 1024
 STEPS = 12
-ROWS_OF_8_GIB = 1_049_000
 RESIDENT, HOST, WARM, COLD, COLD_BARE, NONE = (
     "resident",
     "host",
@@ -59,22 +55,6 @@ RESIDENT, HOST, WARM, COLD, COLD_BARE, NONE = (
     "disk, cold, without",
     "no memory layers",
 )
-LOAD = """
-import json, sys, time, resource
-from pathlib import Path
-import torch
-from transformers import AutoModelForCausalLM
-import engram_hf
-rss = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-folder, device_map = sys.argv[1], json.loads(sys.argv[2])
-before, start = rss(), time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
-seconds = time.perf_counter() - start
-tables = sum(table.nbytes for table in model.engram_tables())
-status = Path("/proc/self/status").read_text()
-peak = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-print(json.dumps({"seconds": seconds, "now": rss() - before, "peak": peak - before, "tables": tables}))
-"""
 
 
 def forget(models: dict) -> None:
@@ -116,14 +96,6 @@ def reading_seconds(model, ids: torch.Tensor) -> float:
     for table, rows in row_ids:
         table(rows)
     return time.perf_counter() - start
-
-
-def load(folder: str, device_map) -> dict:
-    command = [sys.executable, "-c", LOAD, folder, json.dumps(device_map)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(run.stderr[-2000:])
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -196,21 +168,6 @@ def main() -> None:
             f"{statistics.median(times['prefill', COLD]) / larger:.3f} of the larger of compute and reading "
             f"({1e3 * statistics.median(reading):,.0f} ms)."
         )
-
-        del models, none
-        print("\nbuilding and saving tables of 8 GiB", flush=True)
-        EngramMoEForCausalLM(EngramMoEConfig(**{**CONFIG, "engram_vocab_size": ROWS_OF_8_GIB})).save_pretrained(folder)
-        print("\n| load | seconds | resident memory after, MB | peak, MB |\n|---|---|---|---|")
-        for name, path, device_map in (
-            ("no memory layers", folder + "/none", None),
-            ("disk", folder, on_disk),
-            ("host", folder, maps[HOST]),
-            ("resident (mapped)", folder, None),
-        ):
-            loads = [load(path, device_map) for _ in range(3)]
-            middle = sorted(loads, key=lambda each: each["seconds"])[1]
-            print(f"| {name} | {middle['seconds']:.2f} | {middle['now'] / 1e6:,.0f} | {middle['peak'] / 1e6:,.0f} |")
-        print(f"tables: {middle['tables'] / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":
