@@ -1,6 +1,6 @@
 """Quantize the tables of a checkpoint, block by block, and print the loss before and after.
 
-    python scripts/quantize_tables.py output/engram-tiny output/engram-tiny-int8 --format int8      half a minute
+    python scripts/quantize_tables.py output/tiny output/tiny-int8 --format int8      half a minute
 
 The loss is that of held-out text: the Python standard library's by default, as scripts/train_tiny.py holds it out.
 """

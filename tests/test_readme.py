@@ -4,6 +4,9 @@ import re
 import subprocess
 from pathlib import Path
 
+from tiny import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
+
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -14,6 +17,14 @@ def test_the_first_example_has_eight_lines_and_runs(capsys):
     assert len([line for line in example.splitlines() if line]) == 8
     exec(compile(example, "README.md", "exec"), {})
     assert "torch.Size([1, 12, 4])" in capsys.readouterr().out
+
+
+def test_the_example_of_tiers_runs(tmp_path):
+    tiny_model(tiny_config(engram_layer_ids=[1])).save_pretrained(tmp_path)
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(compile(example.replace("output/tiny", str(tmp_path)), "README.md", "exec"), names)
+    assert names["model"].engram_tables()[0].tiers.keys() == {"host"}
 
 
 def test_every_make_verb_and_script_that_is_named_exists():

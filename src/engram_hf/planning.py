@@ -112,7 +112,7 @@ def estimate_memory(
         ValueError: an entry of `device_map` names no table or means nothing.
 
     Example:
-        >>> estimate = estimate_memory("engram-tiny", device_map={"": "cpu", "model.layers.1.engram.table": "disk"})
+        >>> estimate = estimate_memory("output/tiny", device_map={"": "cpu", "model.layers.1.engram.table": "disk"})
         >>> estimate.tables["disk"]
         16781312
     """

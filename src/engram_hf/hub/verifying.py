@@ -38,7 +38,7 @@ def verify_tables(path: str | Path) -> list[VerifiedFile]:
         ValueError: a file is truncated or changed, or no digest was saved for it; names the files and their tensors.
 
     Example:
-        >>> verify_tables("engram-tiny")
+        >>> verify_tables("output/tiny")
         [VerifiedFile(name='model-00001-of-00001.safetensors', ...), ...]
     """
     checkpoint = find_checkpoint(str(path), {"local_files_only": True}) if Path(path).is_dir() else None
