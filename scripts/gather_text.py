@@ -44,6 +44,10 @@ def gather_documents() -> list[Document]:
     return documents
 
 
+# Local files with rows, and the builder of `datasets` that reads them.
+TABLE_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+
 def load_documents(name_or_path: str) -> list[Document]:
     """Documents of a file, of a folder of files, or of any data set that `datasets` can load.
 
@@ -54,10 +58,15 @@ def load_documents(name_or_path: str) -> list[Document]:
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
         documents = [(str(file), file.read_text("utf-8", "replace")) for file in files]
-    elif path.suffix in (".json", ".jsonl"):
-        documents = _rows_of(load_dataset("json", data_files=str(path), split="train", streaming=True), name_or_path)
+    elif path.is_file() and path.suffix in TABLE_FILES:
+        builder = TABLE_FILES[path.suffix]
+        documents = _rows_of(load_dataset(builder, data_files=str(path), split="train", streaming=True), name_or_path)
     elif path.is_file():
-        text = path.read_text("utf-8", "replace")
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            kinds = ", ".join(TABLE_FILES)
+            raise ValueError(f"{path} is neither text in UTF-8 nor one of {kinds} ({error}).") from error
         starts = range(0, len(text), DOCUMENT_CHARACTERS)
         documents = [(f"{path}[{start}]", text[start : start + DOCUMENT_CHARACTERS]) for start in starts]
     else:
