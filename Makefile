@@ -33,7 +33,7 @@ test: install
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 bench: install
-	@which fio > /dev/null || echo "fio is missing (apt install fio): the table of reads will have no line for it"
+	@which fio > /dev/null || echo "fio is missing (apt install fio): a libaio loop takes its place"
 	$(BIN)/python scripts/bench_memory.py
 	$(BIN)/python scripts/bench_hash.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_reads.py
