@@ -7,8 +7,6 @@ with the bytes of the file. --plot also writes a picture of the curve.
 """
 
 import argparse
-import mmap
-import os
 import statistics
 import tempfile
 import time
@@ -16,37 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from made_tables import check, forget, open_table, write_table
 from tqdm import tqdm
 
-from engram_hf.modeling.engram_reader import TableFile
-from engram_hf.modeling.engram_table import DISK, HOST, RESIDENT, BlockSource, EngramTable, tables_without_blocks
-from engram_hf.modeling.safetensors_files import PIECE_BYTES, TensorContent, write_file
+from engram_hf.modeling.engram_table import DISK, HOST, RESIDENT, EngramTable
 
 
 WIDTH = 8
-ROW_BYTES = 2 * WIDTH
 LOOKUPS = 4096
-
-
-def write_table(path: Path, rows: int) -> None:
-    """A table of one block of bfloat16 rows of small numbers that all differ nearly everywhere."""
-    base = np.random.default_rng(0).integers(0, 2**14, PIECE_BYTES // 2, dtype=np.uint16)
-
-    def pieces():
-        left, number = rows * ROW_BYTES, 0
-        while left:
-            piece = (base ^ np.uint16(number % 2**14)).view(np.uint8)[:left]
-            yield piece.data
-            left, number = left - len(piece), number + 1
-
-    write_file(path, {"blocks.0": TensorContent(torch.bfloat16, (rows, WIDTH), rows * ROW_BYTES, pieces)})
-
-
-def open_table(path: Path, rows: int, tier: str) -> EngramTable:
-    with tables_without_blocks():
-        table = EngramTable([rows], WIDTH, rows * WIDTH, torch.bfloat16)
-    table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [tier], ["cpu"])
-    return table
 
 
 def look_up(table: EngramTable, ids: np.ndarray) -> tuple[float, torch.Tensor]:
@@ -54,12 +29,6 @@ def look_up(table: EngramTable, ids: np.ndarray) -> tuple[float, torch.Tensor]:
     start = time.perf_counter()
     rows = table(row_ids)
     return time.perf_counter() - start, rows
-
-
-def forget(table: EngramTable) -> None:
-    file = table.sources[0].file
-    file.mapping.madvise(mmap.MADV_DONTNEED)
-    os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main() -> None:
@@ -75,20 +44,15 @@ def main() -> None:
     for rows in tqdm(sizes, desc="Sizes"):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
             path = Path(name) / "table.safetensors"
-            write_table(path, rows)
+            write_table(path, rows, WIDTH, torch.bfloat16)
             for tier in (RESIDENT, HOST, DISK):
-                table = open_table(path, rows, tier)
-                start = table.sources[0].file.places["blocks.0"].start
-                ids = generator.integers(0, rows, LOOKUPS)
-                with path.open("rb") as file:
-                    expected = b"".join(os.pread(file.fileno(), ROW_BYTES, start + int(i) * ROW_BYTES) for i in ids)
-                if look_up(table, ids)[1].view(torch.uint8).numpy().tobytes() != expected:
-                    raise RuntimeError(f"{tier} gives other bytes than the file holds; nothing is timed.")
+                table = open_table(path, rows, WIDTH, torch.bfloat16, tier)
+                check(table, generator.integers(0, rows, LOOKUPS))
                 times: dict[str, list[float]] = {}
                 for _ in range(arguments.rounds):
                     ids = generator.integers(0, rows, LOOKUPS)
                     if tier == DISK:
-                        forget(table)
+                        forget([table.sources[0].file])
                         times.setdefault("disk, cold", []).append(look_up(table, ids)[0])
                         times.setdefault("disk, warm", []).append(look_up(table, ids)[0])
                     else:

@@ -27,12 +27,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader
 from libaio_reads import reads_a_second
+from made_tables import check, forget, open_table, write_table
 from safetensors import safe_open
 from tqdm import tqdm
 
-from engram_hf.modeling.engram_reader import TableFile
-from engram_hf.modeling.engram_table import DISK, BlockSource, EngramTable, tables_without_blocks
-from engram_hf.modeling.safetensors_files import PIECE_BYTES, TensorContent, write_file
+from engram_hf.modeling.engram_table import DISK
 
 
 WIDTH = 64
@@ -41,36 +40,6 @@ ROW_BYTES = 4 * WIDTH
 ROWS_OF_A_CALL = 65_536
 # The slow ways are asked for fewer rows, or a round would take minutes.
 ROWS_OF_SLOW_WAYS = 128
-
-
-def write_table(path: Path, rows: int) -> None:
-    """A table of one block whose rows all differ."""
-    base = np.random.default_rng(0).integers(0, 2**62, PIECE_BYTES // 8, dtype=np.uint64)
-
-    def pieces():
-        left, number = rows * ROW_BYTES, 0
-        while left:
-            piece = (base ^ np.uint64(number)).view(np.uint8)[:left]
-            yield piece.data
-            left, number = left - len(piece), number + 1
-
-    with tqdm(total=rows * ROW_BYTES, desc=f"Writing {path.name}", unit="B", unit_scale=True) as progress:
-        write_file(
-            path, {"blocks.0": TensorContent(torch.float32, (rows, WIDTH), rows * ROW_BYTES, pieces)}, progress.update
-        )
-
-
-def open_table(path: Path, rows: int) -> EngramTable:
-    with tables_without_blocks():
-        table = EngramTable([rows], WIDTH, rows * WIDTH, torch.float32)
-    table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [DISK], [None])
-    return table
-
-
-def forget(path: Path) -> None:
-    """Take a file out of the page cache; pages that a mapping holds are let go by it first."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def seconds(work, *arguments) -> float:
@@ -144,8 +113,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         big = Path(name) / "table.safetensors"
         rows = arguments.gib * 2**30 // ROW_BYTES
-        write_table(big, rows)
-        table, offloaded = open_table(big, rows), accelerate_offload(big, rows)
+        write_table(big, rows, WIDTH, torch.float32)
+        table, offloaded = open_table(big, rows, WIDTH, torch.float32, DISK), accelerate_offload(big, rows)
         start = table.sources[0].file.places["blocks.0"].start
 
         def draw(count: int) -> np.ndarray:
@@ -154,31 +123,26 @@ def main() -> None:
         def look_up(ids: np.ndarray) -> torch.Tensor:
             return table(torch.from_numpy(ids).view(1, -1, 1))
 
-        ids = draw(1000)
-        with big.open("rb") as file:
-            expected = b"".join(os.pread(file.fileno(), ROW_BYTES, start + int(i) * ROW_BYTES) for i in ids)
-        if look_up(ids).numpy().tobytes() != expected:
-            raise RuntimeError("A lookup gives other bytes than the file holds; nothing is timed.")
-
+        check(table, draw(1000))
         rates: dict[str, list[float]] = {}
         for _ in tqdm(range(arguments.rounds), desc="Rounds"):
-            forget(big)
+            forget([table.sources[0].file])
             who, rate = device_reads(big)
             if rate is not None:
                 rates.setdefault(f"{who}, 4K random reads at depth 128", []).append(rate)
-            forget(big)
+            forget([table.sources[0].file])
             rates.setdefault("engram-hf", []).append(ROWS_OF_A_CALL / seconds(look_up, draw(ROWS_OF_A_CALL)))
-            forget(big)
+            forget([table.sources[0].file])
             with busy_thread():
                 rate = ROWS_OF_A_CALL / seconds(look_up, draw(ROWS_OF_A_CALL))
             rates.setdefault("engram-hf beside a busy Python thread", []).append(rate)
-            forget(big)
+            forget([table.sources[0].file])
             rate = ROWS_OF_SLOW_WAYS / seconds(plain_gather, big, start, draw(ROWS_OF_SLOW_WAYS))
             rates.setdefault("plain mapping", []).append(rate)
-            forget(big)
+            forget([table.sources[0].file])
             rate = ROWS_OF_SLOW_WAYS / seconds(slices, big, draw(ROWS_OF_SLOW_WAYS))
             rates.setdefault("safetensors slices", []).append(rate)
-            forget(big)
+            forget([table.sources[0].file])
             ids = torch.from_numpy(draw(ROWS_OF_SLOW_WAYS))
             with torch.no_grad():
                 rate = ROWS_OF_SLOW_WAYS / seconds(offloaded, ids)

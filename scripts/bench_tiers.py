@@ -9,20 +9,17 @@ one's rows.
 """
 
 import argparse
-import mmap
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from made_tables import forget
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
-from engram_hf.modeling.engram_reader import PAGE
 
 
 CONFIG = {
@@ -57,16 +54,9 @@ RESIDENT, HOST, WARM, COLD, COLD_BARE, NONE = (
 )
 
 
-def forget(models: dict) -> None:
-    """Take the files of the tables out of the page cache; every mapping of them lets their pages go first."""
-    files = [s.file for m in models.values() for table in m.model.tables() for s in table.sources if s is not None]
-    for file in files:
-        file.mapping.madvise(mmap.MADV_DONTNEED)
-    for file in files:
-        os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    pages = np.random.randint(files[0].address // PAGE, (files[0].address + files[0].state[0]) // PAGE, 2000)
-    if files[0].cached_share(pages) > 0.01:
-        raise RuntimeError(f"The page cache still holds {files[0].path}; nothing is cold.")
+def forget_tables(models: dict) -> None:
+    """Take the files of the tables out of the page cache, whoever of the models has them mapped."""
+    forget([s.file for m in models.values() for table in m.model.tables() for s in table.sources if s is not None])
 
 
 def decode_seconds(model, ids: torch.Tensor) -> float:
@@ -91,9 +81,9 @@ def reading_seconds(model, ids: torch.Tensor) -> float:
     """Reading alone: all rows that a prefill asks for, cold."""
     positions = torch.arange(ids.shape[1]).unsqueeze(0)
     context = model.model.ngram_context(ids, positions)
-    row_ids = [(layer.engram.table, layer.engram.row_ids(context)) for layer in model.model.memory_layers()]
+    row_ids = model.model.all_row_ids(context).values()
     start = time.perf_counter()
-    for table, rows in row_ids:
+    for table, rows in zip(model.model.tables(), row_ids, strict=True):
         table(rows)
     return time.perf_counter() - start
 
@@ -112,6 +102,9 @@ def main() -> None:
         config = EngramMoEConfig(**CONFIG)
         print(f"{count_parameters(config).active / 1e6:.0f}M active parameters; building and saving", flush=True)
         built = EngramMoEForCausalLM(config)
+        for layer in built.model.memory_layers():
+            # It starts at zero, and would hide what it costs to be wrong.
+            torch.nn.init.normal_(layer.engram.conv.weight, std=0.1)
         names = [table.name for table in built.engram_tables()]
         built.save_pretrained(folder)
         del built
@@ -146,13 +139,13 @@ def main() -> None:
                 for name, model in models.items():
                     ids = torch.randint(CONFIG["vocab_size"], shape)
                     if name in (COLD, COLD_BARE):
-                        forget(models)
+                        forget_tables(models)
                     elif name != NONE:
                         # The rows of these ids, in memory and in the page cache.
                         reading_seconds(model, ids)
                     times.setdefault((what, name), []).append(measure(model, ids))
             ids = torch.randint(CONFIG["vocab_size"], shapes["prefill"])
-            forget(models)
+            forget_tables(models)
             reading.append(reading_seconds(models[COLD], ids))
 
         print("\n| | " + " | ".join(shapes) + " |\n|---|" + "---|" * len(shapes))

@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 
 from engram_hf import EngramMoEForSequenceClassification, EngramMoEForTokenClassification
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
-from engram_hf.modeling.engram_saving import CODE_FILES
+from engram_hf.modeling.engram_publishing import CODE_FILES
 
 
 ROOT = Path(__file__).parent.parent

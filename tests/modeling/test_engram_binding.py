@@ -31,7 +31,7 @@ def test_binding_writes_map_number_and_fingerprint(tokenizer):
     context = [
         model.model.ngram_context(torch.tensor([[tokenizer.convert_tokens_to_ids(c)]]), torch.zeros(1, 1)) for c in "aA"
     ]
-    rows = [model.model.layers[0].engram.row_ids(c) for c in context]
+    rows = [model.model.all_row_ids(c)[0] for c in context]
     assert torch.equal(*rows)
     assert torch.equal(rows[0], hashing.row_ids(0, token_map[tokenizer.convert_tokens_to_ids("a")].view(1, 1)))
 
@@ -139,13 +139,12 @@ def test_new_token_ids_count_as_padding_and_move_no_row(tokenizer, compressed, t
     model = bound_model(tokenizer) if compressed else tiny_model(tiny_config(vocab_size=640))
     ids = torch.randint(3, 600, (2, 9))
     positions = torch.arange(9).unsqueeze(0)
-    layer = model.model.layers[2].engram
-    before = layer.row_ids(model.model.ngram_context(ids, positions))
+    before = model.model.all_row_ids(model.model.ngram_context(ids, positions))[2]
     model.resize_token_embeddings(700)
-    after = layer.row_ids(model.model.ngram_context(ids, positions))
+    after = model.model.all_row_ids(model.model.ngram_context(ids, positions))[2]
     assert torch.equal(before, after)
     pad, new = torch.full((1, 1), model.config.engram_pad_token_id), torch.full((1, 1), 650)
-    rows = [layer.row_ids(model.model.ngram_context(token, positions[:, :1])) for token in (pad, new)]
+    rows = [model.model.all_row_ids(model.model.ngram_context(token, positions[:, :1]))[2] for token in (pad, new)]
     assert torch.equal(*rows)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)

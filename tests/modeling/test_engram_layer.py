@@ -5,6 +5,8 @@ import torch
 from naive import naive_memory, naive_row_ids
 from tiny import SHAPES, shaped_config, tiny_ids, tiny_model
 
+from engram_hf.modeling.ngram_hashing import hash_layers
+
 
 @pytest.mark.parametrize("elements", [10**6, 1000])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -14,7 +16,7 @@ def test_a_memory_layer_equals_the_naive_one(shape, elements):
     layer = model.model.layers[2].engram
     ids = tiny_ids(2, 13)
     context = model.model.ngram_context(ids, torch.arange(13).unsqueeze(0))
-    row_ids = layer.row_ids(context)
+    (row_ids,) = hash_layers(context.taps, [layer.multipliers], [layer.primes])
     hidden = torch.randn(2, 13, shape[0], 32)
     added, gates = layer(hidden, row_ids, context)
     assert gates.shape == (2, 13, shape[0]) and ((gates > 0) & (gates < 1)).all()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import BACKBONE, tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from engram_hf.modeling.engram_saving import CODE_FILES
+from engram_hf.modeling.engram_publishing import CODE_FILES
 
 
 def edit_weights(folder, edit, name=BACKBONE):

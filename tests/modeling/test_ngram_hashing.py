@@ -13,10 +13,8 @@ from engram_hf import NgramHash, build_token_map
 from engram_hf.modeling.ngram_hashing import (
     MANY_TOKENS,
     check_fingerprint,
-    pack_history,
-    token_reach,
-    unpack_history,
 )
+from engram_hf.modeling.token_history import pack_history, token_reach, unpack_history
 
 
 GOLDEN_IDS = torch.tensor([[5, 17, 17, 42, 3, 999, 0, 1]])

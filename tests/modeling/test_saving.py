@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engram_hf import verify_tables
-from engram_hf.modeling import engram_saving, safetensors_files
-from engram_hf.modeling.engram_saving import CODE_FILES
+from engram_hf.modeling import engram_publishing
+from engram_hf.modeling.engram_publishing import CODE_FILES
 from engram_hf.modeling.safetensors_files import PIECE_BYTES, read_header
 
 
@@ -112,20 +113,19 @@ def test_saving_holds_no_more_than_a_block_in_memory(tmp_path):
         assert peak < 2 * max(block, PIECE_BYTES) < table / 3
 
 
-def test_no_space_left_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", [5_000, 9_000, 60_000])
+def test_no_space_left_leaves_the_old_checkpoint(tmp_path, limit):
+    """The system itself refuses to write more: the size of a file is limited, first below a table's, then the rest."""
     old = tiny_model(seed=1)
     old.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    written = safetensors_files.write_pieces
-
-    def full(path, pieces, on_bytes=None):
-        if "layer-02" in str(path):
-            raise OSError(28, "No space left on device")
-        return written(path, pieces, on_bytes)
-
-    monkeypatch.setattr(safetensors_files, "write_pieces", full)
-    with pytest.raises(OSError, match="No space left"):
-        tiny_model(seed=2).save_pretrained(tmp_path)
+    new, limits = tiny_model(seed=2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            new.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert_same_state(load(tmp_path), old)
 
@@ -191,7 +191,7 @@ def test_a_save_without_code_leaves_none_also_over_one_with_it(tmp_path):
     model.save_pretrained(tmp_path, with_code=False)
     assert not list(tmp_path.glob("*.py"))
     assert not hasattr(AutoConfig.from_pretrained(tmp_path), "auto_map")
-    assert set(CODE_FILES) == {path.name for path in Path(engram_saving.__file__).parent.glob("[!_]*.py")}
+    assert set(CODE_FILES) == {path.name for path in Path(engram_publishing.__file__).parent.glob("[!_]*.py")}
 
 
 def test_other_files_of_a_folder_are_left_alone(tmp_path):

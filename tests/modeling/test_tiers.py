@@ -1,6 +1,5 @@
 """Where blocks live changes no number: placements through `device_map`, moves, hot rows, prefetch, many readers."""
 
-import copy
 import multiprocessing
 import os
 
@@ -214,16 +213,6 @@ def test_a_compiled_forward_reads_from_disk(tmp_path):
     torch.testing.assert_close(disk(ids, use_cache=False).logits, model(ids).logits)
 
 
-def test_copies_share_what_is_on_disk(tmp_path):
-    saved_model(tmp_path)
-    model = load(tmp_path, device_map=PLACEMENTS["mixed"], hot_rows=7)
-    twin = copy.deepcopy(model)
-    assert twin.model.tables()[0].blocks[0].data_ptr() == model.model.tables()[0].blocks[0].data_ptr()
-    assert twin.model.tables()[1].blocks[0].data_ptr() != model.model.tables()[1].blocks[0].data_ptr()
-    ids = tiny_ids(2, 9)
-    assert torch.equal(twin(ids).logits, model(ids).logits)
-
-
 @torch.no_grad()
 def test_tables_and_backbone_may_be_two_folders(tmp_path):
     model = tiny_model()
@@ -263,7 +252,7 @@ def test_a_prefetch_that_failed_is_an_error_at_the_read(tmp_path):
     def fail():
         raise OSError("the device is gone")
 
-    table._prefetched.append((row_ids, [table.reader.in_background(fail)]))
+    table.reader.remember(row_ids, [table.reader.in_background(fail)])
     with pytest.raises(OSError, match="the device is gone"):
         table(row_ids)
     # The failed reading is forgotten, and the next one is right.

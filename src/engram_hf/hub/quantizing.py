@@ -10,9 +10,9 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint, read_headers
+from ..modeling.engram_publishing import link_file, publish, staging
 from ..modeling.engram_quantization import QUANTIZED_FORMATS, quantize_rows, row_bytes
 from ..modeling.engram_reader import TableFile
-from ..modeling.engram_saving import link_file, make_stage, publish
 from ..modeling.safetensors_files import TensorContent, write_file
 
 
@@ -46,8 +46,7 @@ def quantize_tables(source: str | Path, target: str | Path, row_format: str = "f
     if config.engram_table_dtype in QUANTIZED_FORMATS:
         raise ValueError(f"The tables of {source} are {config.engram_table_dtype} already; start from the original.")
     places = read_headers(checkpoint)
-    stage = make_stage(target)
-    try:
+    with staging(target) as stage:
         _copy_rest(source, stage, {path.name for path in checkpoint.file_of.values()}, row_format)
         table_map, digests, backbone = {}, {}, {}
         rows = sum(place.shape[0] for name, place in places.items() if BLOCK_KEY.match(name))
@@ -67,8 +66,6 @@ def quantize_tables(source: str | Path, target: str | Path, row_format: str = "f
                 table_map.update(dict.fromkeys(blocks, path.name))
         (stage / INDEX_FILE).write_text(json.dumps({"weight_map": backbone}))
         publish(stage, target, table_map, digests, config)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return target
 
 

@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache
 
 from .engram_quantization import QUANTIZED_FORMATS
 from .engram_table import EngramTable
-from .ngram_hashing import draw_multipliers, find_primes, hash_ngrams, pack_history
+from .ngram_hashing import draw_multipliers, find_primes
+from .token_history import pack_history
 
 
 # States of a hybrid cache layer.
@@ -127,11 +128,6 @@ class EngramLayer(nn.Module):
         self.multipliers.copy_(self.make_multipliers(config))
         self.table.head_offsets.copy_(self.table.make_head_offsets())
         self.table.head_rows.copy_(self.table.make_head_rows())
-
-    def row_ids(self, context: NgramContext) -> torch.Tensor:
-        """(batch, seq, heads) int64: the rows this layer will read, known before anything else is computed."""
-        device = context.ids.device
-        return hash_ngrams(context.taps, self.multipliers.to(device), self.primes.to(device))
 
     def forward(
         self,

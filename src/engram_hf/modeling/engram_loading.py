@@ -13,8 +13,8 @@ from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
 
 from .engram_quantization import QUANTIZED_FORMATS
-from .engram_reader import TableFile
-from .engram_table import BlockSource, EngramTable
+from .engram_reader import BlockSource, TableFile
+from .engram_table import EngramTable
 from .safetensors_files import (
     TensorPlace,
     read_header,
@@ -133,8 +133,8 @@ def refuse_integers(places: Mapping[str, TensorPlace], where: str) -> None:
         ValueError: a tensor of the backbone or of a memory layer holds integers, which would load as wrong numbers.
     """
     for name, place in places.items():
-        is_number = place.dtype is None or place.dtype.is_floating_point
-        if not is_number and not name.endswith("token_map") and BLOCK_KEY.match(name) is None:
+        is_float = place.dtype is not None and place.dtype.is_floating_point
+        if not is_float and not name.endswith("token_map") and BLOCK_KEY.match(name) is None:
             raise ValueError(
                 f"{name} of {where} is {str(place.dtype).removeprefix('torch.')}, and must be of a floating type. The "
                 "checkpoint is damaged or quantized by a tool that left no quantization_config; load the original."

@@ -8,8 +8,10 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,10 @@ PAGES_AT_ONCE = 128
 SAMPLED_PAGES = 256
 ASKING_THREADS = 4
 READING_THREADS = 32
-MADV_WILLNEED, MADV_RANDOM, MAP_NORESERVE = 3, 1, 0x4000
+PAGES_LOOKED_AT = 2**20
+# Lookups that may be prefetched and not yet made.
+PREFETCHES_KEPT = 8
+PROCESS_MADVISE, MAP_NORESERVE = 440, 0x4000
 
 
 class TableFile:
@@ -45,12 +50,12 @@ class TableFile:
         self.places: dict[str, TensorPlace] = read_header(path)
         self.file = self.path.open("rb")
         self.state = self._state()
+        self._map()
+
+    def _map(self) -> None:
         # Copy on write, and not counted as memory that may be needed: a table may be larger than RAM and swap.
-        if hasattr(mmap, "MAP_PRIVATE"):
-            flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
-            self.mapping = mmap.mmap(self.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        else:
-            self.mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
+        self.mapping = mmap.mmap(self.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.address = torch.frombuffer(self.mapping, dtype=torch.uint8).data_ptr()
 
     def _state(self) -> tuple[int, int]:
@@ -87,8 +92,27 @@ class TableFile:
     def dtype_of(self, name: str) -> torch.dtype:
         """Type of a tensor that torch can hold."""
         dtype = self.places[name].dtype
-        assert dtype is not None, f"{name} of {self.path} has a type that torch does not have"
+        if dtype is None:
+            raise ValueError(f"{name} of {self.path} has a type that torch does not have. Update torch, or convert it.")
         return dtype
+
+    def was_written(self, name: str) -> bool:
+        """Whether this process has written to a tensor of its mapping, in whatever way: the kernel keeps such pages
+        apart from the file. A page counts for all tensors on it; True where the system does not tell."""
+        place = self.places[name]
+        first = (self.address + place.start) // PAGE
+        pages = (self.address + place.start + place.nbytes - 1) // PAGE - first + 1
+        try:
+            with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+                for start in range(0, pages, PAGES_LOOKED_AT):
+                    pagemap.seek(8 * (first + start))
+                    entries = np.frombuffer(pagemap.read(8 * min(PAGES_LOOKED_AT, pages - start)), dtype=np.uint64)
+                    in_memory, of_file = entries >> np.uint64(62) != 0, (entries >> np.uint64(61)) & np.uint64(1) != 0
+                    if (in_memory & ~of_file).any():
+                        return True
+        except OSError:
+            return True
+        return False
 
     def content(self, name: str) -> TensorContent:
         """A tensor of the file, to be written to another one; read from the file, not through the mapping."""
@@ -136,16 +160,62 @@ class TableFile:
         """Tell the kernel to read nothing beside the pages that are asked for."""
         place = self.places[name]
         start = place.start // PAGE * PAGE
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.mapping.madvise(mmap.MADV_RANDOM, start, place.start + place.nbytes - start)
+        self.mapping.madvise(mmap.MADV_RANDOM, start, place.start + place.nbytes - start)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.file.fileno(), start, place.nbytes, os.POSIX_FADV_RANDOM)
 
     def __deepcopy__(self, memo):
-        return self
+        """The same open file, under a mapping of its own."""
+        twin = object.__new__(TableFile)
+        twin.__dict__.update(self.__dict__)
+        twin._map()
+        return twin
 
     def __reduce__(self):
-        return TableFile, (self.path,)
+        return _open_again, (self.path, self.state)
+
+
+def _open_again(path: Path, state: tuple[int, int]) -> TableFile:
+    file = TableFile(path)
+    if file.state != state:
+        raise ValueError(f"{path} is not the file that was open when the model was pickled. Load the model again.")
+    return file
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """The tensor of a file that a block comes from."""
+
+    file: TableFile
+    name: str
+
+    def tensor(self) -> torch.Tensor:
+        return self.file.tensor(self.name)
+
+    def is_under(self, block: torch.Tensor) -> bool:
+        """Whether a block is still a view of this mapping, so that it changes where the file does."""
+        address = self.file.address + self.file.places[self.name].start
+        return block.device.type == "cpu" and block.data_ptr() == address
+
+    def was_written(self) -> bool:
+        return self.file.was_written(self.name)
+
+    def holds(self, block: torch.Tensor) -> bool:
+        """Whether the file has the bytes of a block; reads it only where nothing else can tell."""
+        if self.is_under(block) and not self.was_written():
+            return True
+        return not block.is_meta and same_bytes(block, self.file.content(self.name).pieces())
+
+
+def same_bytes(tensor: torch.Tensor, pieces: Iterable[bytes | bytearray | memoryview]) -> bool:
+    """Whether a tensor has these bytes; compares piece by piece."""
+    ours, start = tensor.detach().reshape(-1).view(torch.uint8), 0
+    for piece in pieces:
+        here = ours[start : start + len(piece)].cpu()
+        if len(here) != len(piece) or not torch.equal(here, torch.frombuffer(piece, dtype=torch.uint8)):
+            return False
+        start += len(piece)
+    return start == len(ours)
 
 
 def pages_of_rows(addresses: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -174,6 +244,20 @@ class PageReader:
         self._batched = sys.platform == "linux" and hasattr(os, "pidfd_open")
         self._libc = ctypes.CDLL(None, use_errno=True) if self._batched else None
         self._thread: ThreadPoolExecutor | None = None
+        self._started: list[tuple[torch.Tensor, list[Future]]] = []
+        self._lock = threading.Lock()
+
+    def remember(self, row_ids: torch.Tensor, futures: list[Future]) -> None:
+        """Keep what has been started for a lookup, until `take`; of many that nobody takes the oldest are let go."""
+        with self._lock:
+            self._started = [*self._started, (row_ids, futures)][-PREFETCHES_KEPT:]
+
+    def take(self, row_ids: torch.Tensor) -> list[Future] | None:
+        """What has been started for a lookup with this very tensor; None for nothing."""
+        with self._lock:
+            found = next((futures for ids, futures in self._started if ids is row_ids), None)
+            self._started = [each for each in self._started if each[0] is not row_ids]
+            return found
 
     def read(self, pages: np.ndarray, file: TableFile) -> None:
         """Have pages read; returns when the device has been asked for all of them, or later.
@@ -240,11 +324,11 @@ class PageReader:
         syscall = self._libc.syscall
         syscall.restype = ctypes.c_long
         done = syscall(
-            ctypes.c_long(440),
+            ctypes.c_long(PROCESS_MADVISE),
             ctypes.c_long(self._process_handle),
             ctypes.c_void_p(part.ctypes.data),
             ctypes.c_size_t(len(part)),
-            ctypes.c_long(MADV_WILLNEED),
+            ctypes.c_long(mmap.MADV_WILLNEED),
             ctypes.c_long(0),
         )
         return done == len(part) * PAGE

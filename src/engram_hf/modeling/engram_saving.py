@@ -1,116 +1,32 @@
-"""Checkpoints on their way out: everything is written beside the old checkpoint, and takes its place by renaming.
+"""Saving a model whose tables live on tiers: the part of `EngramMoEPreTrainedModel` that does it.
 
-A reader finds the old weights or the new ones, never a mixture: new files have names that the folder does not have yet,
-and the one file that names them is replaced in one step, when all of them are on the disk. The blocks of a table lie in
-files of their own, written one block at a time, or linked where a file of unchanged blocks exists.
+transformers saves the backbone. The blocks of a table lie in files of their own, written one block at a time, or linked
+where a file of unchanged blocks exists.
 """
 
-import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
-from transformers.utils.hub import convert_file_size_to_int
+from transformers.utils.hub import convert_file_size_to_int, create_and_tag_model_card, hf_api
 
-from .configuration_engram_moe import AUTO_MAP
-from .engram_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE, read_digests, with_variant
+from .engram_loading import BLOCK_KEY
+from .engram_publishing import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
 from .engram_table import DISK, EngramTable
-from .safetensors_files import (
-    TensorContent,
-    file_digest,
-    read_header,
-    read_index,
-    sync_folder,
-    write_file,
-    write_pieces,
-)
+from .safetensors_files import TensorContent, write_file
 
 
-CODE_FILES = (
-    "configuration_engram_moe.py",
-    "embedding_inversion.py",
-    "engram_binding.py",
-    "engram_layer.py",
-    "engram_loading.py",
-    "engram_outputs.py",
-    "engram_placement.py",
-    "engram_quantization.py",
-    "engram_reader.py",
-    "engram_saving.py",
-    "engram_table.py",
-    "engram_tiers.py",
-    "hot_rows.py",
-    "modeling_engram_moe.py",
-    "ngram_hashing.py",
-    "packed_documents.py",
-    "safetensors_files.py",
-)
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
 # A system may refuse to map a file for the safetensors library that is larger than its RAM.
 LARGEST_FILE = 5 * 10**9
-STAGE_PREFIX = ".saving-"
-# Files that a save of this package or of transformers leaves, and a later one may remove.
-WEIGHT_FILE = re.compile(r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5})(\.\d+)?\.safetensors")
-
-logger = logging.get_logger(__name__)
-
-
-def save_code(folder: str | Path) -> None:
-    """Copy the modeling files into a checkpoint's folder."""
-    source = Path(__file__).parent
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in CODE_FILES:
-        shutil.copyfile(source / name, Path(folder) / name)
-
-
-def remove_code(folder: str | Path) -> None:
-    """Take modeling files and `auto_map` out of a checkpoint: transformers copies what a remote model came with."""
-    for name in CODE_FILES:
-        (Path(folder) / name).unlink(missing_ok=True)
-    path = Path(folder) / "config.json"
-    if path.exists() and "auto_map" in (config := json.loads(path.read_text())):
-        del config["auto_map"]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def set_auto_map(config, with_code: bool) -> None:
-    """Name all classes for `trust_remote_code`, or none: a map without its files would break the checkpoint."""
-    if with_code:
-        config.auto_map = dict(AUTO_MAP)
-    elif getattr(config, "auto_map", None) is not None:
-        del config.auto_map
 
 
 def split_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors of the backbone and memory layers, and the blocks of tables."""
     blocks = {name: tensor for name, tensor in state.items() if BLOCK_KEY.match(name) is not None}
     return {name: tensor for name, tensor in state.items() if name not in blocks}, blocks
-
-
-def make_stage(folder: str | Path) -> Path:
-    """A folder inside `folder` to write in; what an interrupted save has left there is removed."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{STAGE_PREFIX}*"):
-        if not _is_running(int(left.name.split("-")[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{STAGE_PREFIX}{os.getpid()}-", dir=folder))
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write_tables(
@@ -155,11 +71,8 @@ def write_tables(
 
 def _is_in_file(number: int, block: torch.Tensor, table: EngramTable) -> bool:
     """Whether this is the table's own block, on disk and as its file has it."""
-    return (
-        table.tiers[number] == DISK
-        and table.blocks[number]._version == 0
-        and block.data_ptr() == table.blocks[number].data_ptr()
-    )
+    source = table.sources[number]
+    return table.tiers[number] == DISK and source.is_under(block) and source.holds(block)
 
 
 def _group(own: dict[str, int], blocks, table: EngramTable, limit: int) -> Iterator[list[str]]:
@@ -190,95 +103,112 @@ def _whole_file(names: list[str], own: dict[str, int], blocks, table: EngramTabl
 
 
 def _content(number: int, block: torch.Tensor, table: EngramTable) -> TensorContent:
-    if not _is_in_file(number, block, table):
-        return TensorContent.of(block)
     source = table.sources[number]
+    if source is None or not source.is_under(block):
+        return TensorContent.of(block)
     source.file.check_unchanged()
-    return source.file.content(source.name)
+    return TensorContent.of(block) if source.was_written() else source.file.content(source.name)
 
 
-def link_file(source: Path, target: Path) -> str:
-    """A second name for a file, or a copy where the system has no such names; its SHA-256."""
-    source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
-        with source.open("rb") as file:
-            return write_pieces(target, iter(lambda: file.read(2**24), b""))
-    return read_digests(source.parent).get(source.name) or file_digest(target)
+class SavesTables:
+    """Part of `EngramMoEPreTrainedModel`."""
 
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        *args,
+        with_code: bool = True,
+        tables_to=None,
+        **kwargs,
+    ):
+        """As `PreTrainedModel.save_pretrained`, with blocks in files of their own; also writes the modeling code and an
+        `auto_map` of all classes. A save that fails or is killed leaves the checkpoint that was there.
 
-def publish(stage: Path, folder: Path, table_map: Mapping[str, str], digests, config, variant=None) -> dict[str, Path]:
-    """Give what lies in `stage` its place in `folder`, and remove the weights that it replaces.
+        Args:
+            save_directory: folder to write.
+            is_main_process: whether this process writes.
+            state_dict: tensors to write instead of the model's own.
+            push_to_hub: also upload the folder; see transformers for the arguments that go with it.
+            max_shard_size: most bytes of a file; a block that is larger has a file of its own.
+            variant: written into the names of the backbone's files and of the index.
+            token: of the Hub.
+            with_code: False leaves code and `auto_map` out; the checkpoint then loads only with this package.
+            tables_to: folder for the tables, where they are not to lie beside the backbone; `tables_from` reads them.
 
-    The replacement of the index is the one step in which the new weights take the place of the old. config.json is a
-    second file, renamed next to it. There is always an index: what reads checkpoints by itself, such as Trainer when it
-    resumes, would take a single `model.safetensors` for the whole model.
+        Raises:
+            OSError: no space left, for one; nothing has changed then.
+        """
+        backbone, blocks = split_state(self.state_dict() if state_dict is None else state_dict)
+        shared = {"max_shard_size": max_shard_size, "variant": variant, "token": token, **kwargs}
+        is_plain = not kwargs.get("distributed_checkpoint") and not getattr(self, "_hf_peft_config_loaded", False)
+        if not is_main_process or not is_plain:
+            return super().save_pretrained(
+                save_directory, is_main_process, backbone if is_plain else state_dict, push_to_hub, **shared
+            )
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file; save_pretrained needs a folder.")
+        tables = self.named_tables()
+        self._check_blocks(tables, blocks)
+        apart = tables_to is not None and Path(tables_to).resolve() != folder.resolve()
+        if apart:
+            refuse_model_in(tables_to)
+        set_auto_map(self.config, with_code)
+        hub = self._begin_upload(folder, token, kwargs) if push_to_hub else None
+        saved = {}
+        if apart:
+            with staging(tables_to) as stage:
+                written = write_tables(stage, blocks, tables, max_shard_size)
+                saved = publish(stage, Path(tables_to), *written, self.config)
+        with staging(folder) as stage:
+            if with_code:
+                save_code(stage)
+            super().save_pretrained(stage, True, backbone, False, **shared)
+            if not with_code:
+                remove_code(stage)
+            written = write_tables(stage, {} if apart else blocks, tables, max_shard_size)
+            saved |= publish(stage, folder, *written, self.config, variant)
+        if not with_code:
+            remove_code(folder)
+        if state_dict is None:
+            for name, table in tables.items():
+                full_names = [f"{self._tables_prefix()}{name}.blocks.{i}" for i in range(len(table.block_shapes))]
+                table.follow_save({i: (saved[full], full) for i, full in enumerate(full_names)})
+        if hub is not None:
+            card = create_and_tag_model_card(hub["repo_id"], self.model_tags, token if isinstance(token, str) else None)
+            card.save(folder / "README.md")
+            self._upload_modified_files(save_directory, token=token, **hub)
 
-    Args:
-        stage: with the files of transformers and of `write_tables`.
-        folder: the checkpoint.
-        table_map, digests: as `write_tables` gives them.
-        config: of the model.
-        variant: in the names of the backbone's files.
+    def _check_blocks(self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor]) -> None:
+        """Whether all blocks are there, of one type, which the config then names."""
+        prefix = self._tables_prefix()
+        wanted = [
+            f"{prefix}{name}.blocks.{i}" for name, table in tables.items() for i in range(len(table.block_shapes))
+        ]
+        missing = [name for name in wanted if name not in blocks]
+        if missing:
+            raise ValueError(
+                f"The state_dict lacks {len(missing)} blocks of the tables, such as {missing[0]}; without them what "
+                "is saved could not be loaded. Give all of model.state_dict()."
+            )
+        dtypes = {str(blocks[name].dtype).removeprefix("torch.") for name in wanted}
+        if len(dtypes) > 1:
+            raise ValueError(f"The blocks of the tables must be of one type, got {sorted(dtypes)}.")
+        for table in tables.values():
+            self.config.engram_table_dtype = table.row_format or next(iter(dtypes))
 
-    Returns:
-        name of each block to its file.
-    """
-    single, index = with_variant(SINGLE_FILE, variant), with_variant(INDEX_FILE, variant)
-    if (stage / single).exists():
-        shard = stage / f"{single.removesuffix('.safetensors')}-00001-of-00001.safetensors"
-        os.replace(stage / single, shard)
-        backbone = dict.fromkeys(read_header(shard), shard.name)
-    else:
-        backbone = read_index(stage / index)["weight_map"] if (stage / index).exists() else {}
-    digests = {**digests, **{name: file_digest(stage / name) for name in {*backbone.values()}}}
-    names = _free_names(folder, sorted({*backbone.values(), *table_map.values()}))
-    weight_map = {tensor: names[name] for tensor, name in sorted({**backbone, **table_map}.items())}
-    headers = [read_header(stage / name) for name in names]
-    metadata = {
-        "total_size": sum(place.nbytes for header in headers for place in header.values()),
-        "sha256": {names[name]: digest for name, digest in digests.items()},
-        "engram_fingerprint": config.engram_fingerprint,
-    }
-    (stage / index).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
-    for path in stage.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for name, final in names.items():
-        os.replace(stage / name, folder / final)
-    sync_folder(folder)
-    os.replace(stage / index, folder / index)
-    # While a single file is there, it is what a loader takes.
-    (folder / single).unlink(missing_ok=True)
-    for path in sorted(stage.iterdir()):
-        os.replace(path, folder / path.name)
-    sync_folder(folder)
-    stage.rmdir()
-    remove_stale_weights(folder, set(names.values()), variant)
-    return {tensor: folder / names[name] for tensor, name in table_map.items()}
-
-
-def _free_names(folder: Path, names: list[str]) -> dict[str, str]:
-    """Names that the folder does not have yet: as they are, or all with the same number added."""
-    taken = {path.name for path in folder.iterdir()}
-    numbered, count = {name: name for name in names}, 1
-    while taken & set(numbered.values()):
-        count += 1
-        numbered = {name: f"{name.removesuffix('.safetensors')}.{count}.safetensors" for name in names}
-    return numbered
-
-
-def remove_stale_weights(folder: Path, kept: set[str], variant: str | None) -> None:
-    """Remove weight files of an earlier save of the same variant, and what an interrupted one has left."""
-    needed = set(kept)
-    for index in folder.glob("model.safetensors.index*.json"):
-        if index.name != with_variant(INDEX_FILE, variant):
-            needed |= set(read_index(index)["weight_map"].values())
-    for path in folder.iterdir():
-        match = WEIGHT_FILE.fullmatch(path.name)
-        if match is None or path.name in needed:
-            continue
-        is_other_variant = path.name.startswith("model") and (match[2] or "").lstrip(".") != (variant or "")
-        if not is_other_variant or (match[2] or "").lstrip(".").isdigit():
-            path.unlink()
+    def _begin_upload(self, folder: Path, token, kwargs: dict) -> dict:
+        """Create the repository, and remember what lies in the folder, as transformers does before it saves."""
+        names = {"private", "repo_type", "exist_ok", "space_sdk"}
+        repo_id = kwargs.pop("repo_id", folder.name)
+        upload = {"commit_message": kwargs.pop("commit_message", None), "create_pr": kwargs.pop("create_pr", False)}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        options["exist_ok"] = True
+        repo_id = hf_api().create_repo(repo_id, token=token, **options).repo_id
+        return {**upload, "repo_id": repo_id, "files_timestamps": self._get_files_timestamps(folder)}

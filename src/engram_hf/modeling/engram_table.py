@@ -10,13 +10,9 @@ mapped, placed, sharded and saved one by one, and each has a tier of its own:
 A tier never changes a row. This file knows nothing of models, hashing or gates.
 """
 
-import copy
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,16 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .engram_quantization import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
-from .engram_reader import PageReader, TableFile, pages_of_rows
+from .engram_reader import BlockSource, PageReader, TableFile, pages_of_rows
 from .hot_rows import HotRows
 
 
 RESIDENT, HOST, DISK = "resident", "host", "disk"
 DRAWN_BYTES = 2**26
-# Lookups that may be prefetched and not yet made.
-PREFETCHES_KEPT = 8
+
+logger = logging.get_logger(__name__)
 
 _BUILDS_BLOCKS: ContextVar[bool] = ContextVar("engram_table_builds_blocks", default=True)
 
@@ -47,17 +44,6 @@ def tables_without_blocks() -> Iterator[None]:
         yield
     finally:
         _BUILDS_BLOCKS.reset(token)
-
-
-@dataclass(frozen=True)
-class BlockSource:
-    """The tensor of a file that a block comes from."""
-
-    file: TableFile
-    name: str
-
-    def tensor(self) -> torch.Tensor:
-        return self.file.tensor(self.name)
 
 
 def split_into_blocks(rows_of_head: Sequence[int], head_dim: int, block_elements: int) -> list[list[int]]:
@@ -115,7 +101,6 @@ class EngramTable(nn.Module):
         self.saved_in: dict[int, tuple[Path, str]] = {}
         self.reader = PageReader()
         self.hot_rows: HotRows | None = None
-        self._prefetched: deque[tuple[torch.Tensor, list[Future]]] = deque(maxlen=PREFETCHES_KEPT)
         # First row of each head inside its block, and the number of its rows.
         self.head_offsets = nn.Buffer(self.make_head_offsets(), persistent=False)
         self.head_rows = nn.Buffer(self.make_head_rows(), persistent=False)
@@ -179,6 +164,8 @@ class EngramTable(nn.Module):
         """
         if self.is_resident:
             self._check_row_ids(row_ids)
+            if not torch.compiler.is_compiling():
+                self._check_files()
             rows = [F.embedding(ids, self._block(i, row_ids)) for i, ids in enumerate(self._rows_of_blocks(row_ids))]
         else:
             rows = self._read(row_ids)
@@ -214,6 +201,12 @@ class EngramTable(nn.Module):
                 f"{int(self.head_rows[where[-1]])} rows. Row ids come from this layer's own hash."
             )
 
+    def _check_files(self) -> None:
+        """Every file that a block is still mapped from is what it was when it was opened."""
+        sources = zip(self.blocks, self.sources)
+        for file in {source.file for block, source in sources if source is not None and source.is_under(block)}:
+            file.check_unchanged()
+
     # Lookups that leave the device. Every one is right without a prefetch, which only brings pages closer.
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
@@ -228,6 +221,7 @@ class EngramTable(nn.Module):
 
     @torch.compiler.disable
     def _prefetch(self, row_ids: torch.Tensor) -> None:
+        self._check_files()
         on_cpu = row_ids.cpu()
         self._check_row_ids(on_cpu)
         block_rows = self._rows_of_blocks(on_cpu)
@@ -235,14 +229,13 @@ class EngramTable(nn.Module):
             started = [self.reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
             started = [self.reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
-        self._prefetched.append((row_ids, [future for future in started if future is not None]))
+        self.reader.remember(row_ids, [future for future in started if future is not None])
 
     def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, TableFile]]:
         for number, rows in enumerate(block_rows):
             if self.tiers[number] != DISK:
                 continue
             file, block = self.sources[number].file, self._block(number, rows)
-            file.check_unchanged()
             wanted = rows.reshape(-1).numpy()
             if self.hot_rows is not None:
                 start = self.first_rows[number]
@@ -252,22 +245,19 @@ class EngramTable(nn.Module):
     @torch.compiler.disable
     def _read(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
         """For each block (..., heads of the block, row width), on the device of `row_ids`."""
-        started = next((futures for ids, futures in self._prefetched if ids is row_ids), None)
+        started = self.reader.take(row_ids)
         if started is not None:
-            self._prefetched = deque((p for p in self._prefetched if p[0] is not row_ids), maxlen=PREFETCHES_KEPT)
             results = [future.result() for future in started]
             if row_ids.is_cuda:
                 rows, event = results[0]
                 return self._arrived(rows, event, torch.cuda.current_stream(row_ids.device))
+        self._check_files()
         on_cpu = row_ids.cpu()
         block_rows = self._rows_of_blocks(on_cpu)
         if started is None:
             self._check_row_ids(on_cpu)
             for pages, file in self._pages_on_disk(block_rows):
                 self.reader.read(pages, file)
-        else:
-            for file in {source.file for source, tier in zip(self.sources, self.tiers) if tier == DISK}:
-                file.check_unchanged()
         return [self._gather(number, rows, row_ids.device) for number, rows in enumerate(block_rows)]
 
     def _gather(self, number: int, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -334,58 +324,91 @@ class EngramTable(nn.Module):
         Raises:
             ValueError: to disk, and no file holds these rows.
         """
-        block, source = self.blocks[number].detach(), self.sources[number]
-        is_mapped = source is not None and block.device.type == "cpu" and block.data_ptr() == source.tensor().data_ptr()
         if tier == DISK:
-            self._check_file_holds(number)
-            source = self.sources[number]
-            moved = source.tensor()
+            source = self._source_that_holds(number)
+            moved = source.tensor() if not source.is_under(self.blocks[number]) else self.blocks[number].detach()
             source.file.expect_random_reads(source.name)
-        elif tier == HOST:
-            moved = block
-            if is_mapped or block.device.type != "cpu":
-                moved = torch.empty(block.shape, dtype=block.dtype, pin_memory=torch.cuda.is_available())
-                if is_mapped and self._is_as_in_file(number):
-                    source.file.read_into(source.name, moved)
-                else:
-                    moved.copy_(block)
         else:
-            moved = block.to(device)
+            moved = self._in_memory(number) if tier == HOST else self.blocks[number].detach().to(device)
         # A block that is not resident takes no dense gradient: that would be a second table.
         is_trainable = tier == RESIDENT and self.row_format is None
         self.blocks[number] = nn.Parameter(moved, requires_grad=is_trainable)
         self.tiers[number] = tier
 
-    def _is_as_in_file(self, number: int) -> bool:
-        """Whether a mapped block has not been written to: a tensor counts the changes made to it."""
-        return self.blocks[number]._version == 0
+    def _in_memory(self, number: int) -> torch.Tensor:
+        """A block in host memory of its own, as it is; it is not copied where it has that already."""
+        block, source = self.blocks[number].detach(), self.sources[number]
+        is_mapped = source is not None and source.is_under(block)
+        if block.device.type == "cpu" and not is_mapped:
+            return block
+        copied = torch.empty(block.shape, dtype=block.dtype, pin_memory=torch.cuda.is_available())
+        if not is_mapped:
+            return copied.copy_(block)
+        source.file.check_unchanged()
+        if source.was_written():
+            return copied.copy_(block)
+        source.file.read_into(source.name, copied)
+        return copied
 
-    def _check_file_holds(self, number: int) -> None:
-        if self.tiers[number] == DISK:
-            return
+    def _source_that_holds(self, number: int) -> BlockSource:
+        """The file that a block comes from, or that the last save has put it in, whichever has its rows."""
+        block, sources = self.blocks[number], [self.sources[number]]
         if number in self.saved_in and self.saved_in[number][0].exists():
-            path, name = self.saved_in.pop(number)
-            self.sources[number] = BlockSource(TableFile(path), name)
-        source, block = self.sources[number], self.blocks[number]
-        if source is None:
+            path, name = self.saved_in[number]
+            sources.append(BlockSource(TableFile(path), name))
+        known = [source for source in sources if source is not None]
+        if not known:
             raise ValueError(
                 f"Block {number} comes from no file, so it cannot live on disk. Save the model with save_pretrained "
                 "and load it again, or place the tables of a loaded model."
             )
-        source.file.check_unchanged()
-        if block.data_ptr() == source.tensor().data_ptr() and self._is_as_in_file(number):
-            return
-        ours = block.detach().view(-1).view(torch.uint8)
-        start = 0
-        for piece in source.file.content(source.name).pieces():
-            if not torch.equal(ours[start : start + len(piece)].cpu(), torch.frombuffer(piece, dtype=torch.uint8)):
-                break
-            start += len(piece)
-        if start < len(ours):
-            raise ValueError(
-                f"Block {number} has changed since it was read from {source.file.path}, so that file cannot stand for "
-                "it. Save the model with save_pretrained first."
-            )
+        for source in known:
+            source.file.check_unchanged()
+            if source.holds(block):
+                self.sources[number] = source
+                return source
+        raise ValueError(
+            f"Block {number} has changed since it was read from {known[0].file.path}, so that file cannot stand for "
+            "it. Save the model with save_pretrained, which makes a file that can."
+        )
+
+    def follow_save(self, saved_in: dict[int, tuple[Path, str]]) -> None:
+        """Know where a save has put each block, and read those on disk from there if their own file is gone.
+
+        Args:
+            saved_in: number of a block to the file that holds it now, and its name there.
+        """
+        self.saved_in = saved_in
+        opened: dict[Path, TableFile] = {}
+        for number, (path, name) in saved_in.items():
+            if self.tiers[number] == DISK and not self.sources[number].file.is_at_its_path():
+                if path not in opened:
+                    opened[path] = TableFile(path)
+                self._read_from(number, BlockSource(opened[path], name))
+
+    def _read_from(self, number: int, source: BlockSource) -> None:
+        self.sources[number] = source
+        self.blocks[number] = nn.Parameter(source.tensor(), requires_grad=False)
+        source.file.expect_random_reads(source.name)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As in any module, but a block on disk that gets its own rows again stays there, unwritten; one that gets
+        other rows has them in host memory."""
+        for number, block in enumerate(self.blocks):
+            name = f"{prefix}blocks.{number}"
+            given = state_dict.get(name)
+            if self.tiers[number] != DISK or given is None or given.shape != block.shape:
+                continue
+            source = self.sources[number]
+            if given.dtype == block.dtype and source.holds(given) and source.holds(block):
+                state_dict[name] = block
+            else:
+                logger.warning(f"{name} gets other rows than its file has, and moves from disk to host memory.")
+                self.blocks[number] = nn.Parameter(torch.empty_like(block), requires_grad=False)
+                self.tiers[number] = HOST
+        if self.hot_rows is not None:
+            self.hot_rows.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def keep_hot_rows(self, size: int, device: torch.device | str) -> None:
         """Keep a cache of `size` rows in front of the blocks that are not resident; 0 keeps none."""
@@ -404,16 +427,18 @@ class EngramTable(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def __deepcopy__(self, memo):
-        """Blocks on disk are shared by copies; all else is copied."""
-        for block, tier in zip(self.blocks, self.tiers):
-            if tier == DISK:
-                memo[id(block)] = block
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        state = {**self.__dict__, "_prefetched": deque(maxlen=PREFETCHES_KEPT)}
-        twin.__dict__.update(copy.deepcopy(state, memo))
-        return twin
+    def __getstate__(self) -> dict:
+        """For copies and pickles: blocks on disk are opened there again, not copied. One that was written is copied."""
+        on_disk = [t == DISK and s.holds(b) for t, s, b in zip(self.tiers, self.sources, self.blocks)]
+        kept = [nn.Parameter(b[:0].clone(), requires_grad=False) if d else b for d, b in zip(on_disk, self.blocks)]
+        tiers = [HOST if t == DISK and not d else t for t, d in zip(self.tiers, on_disk)]
+        return {**self.__dict__, "tiers": tiers, "_modules": {**self._modules, "blocks": nn.ParameterList(kept)}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for number, source in enumerate(self.sources):
+            if self.tiers[number] == DISK and source is not None:
+                self._read_from(number, source)
 
     def extra_repr(self) -> str:
         parts = [f"rows={self.num_rows}, head_dim={self.head_dim}, blocks={len(self.rows_of_block)}"]

@@ -1,18 +1,17 @@
-"""Loading, saving and moving a model whose tables live on tiers: the part of `EngramMoEPreTrainedModel` that does it.
+"""Loading and moving a model whose tables live on tiers: the part of `EngramMoEPreTrainedModel` that does it.
 
-transformers loads and saves the backbone and never sees a block; the blocks are opened, placed and written here.
+transformers loads the backbone and never sees a block; the blocks are opened and placed here.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
-from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from .engram_loading import (
+    HUB_ARGUMENTS,
     find_checkpoint,
     match_blocks,
     open_sources,
@@ -31,15 +30,6 @@ from .engram_placement import (
     split_device_map,
 )
 from .engram_reader import PageReader
-from .engram_saving import (
-    make_stage,
-    publish,
-    remove_code,
-    save_code,
-    set_auto_map,
-    split_state,
-    write_tables,
-)
 from .engram_table import EngramTable, tables_without_blocks
 from .hot_rows import HotRows
 from .ngram_hashing import check_fingerprint
@@ -127,7 +117,8 @@ class TablesOnTiers:
         if checkpoint is None:
             if entries or tables_from or hot_rows:
                 raise ValueError(
-                    f"Tables can be placed only where they lie in safetensors files, and {where} has none."
+                    f"Tables can be placed only where they lie in safetensors files, and {where} has none. If it holds "
+                    "an adapter, load its base model with these arguments, then model.load_adapter(folder)."
                 )
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=device_map, output_loading_info=True, **kwargs
@@ -150,7 +141,8 @@ class TablesOnTiers:
             refuse_incomplete(info, where, prefix, is_same_class)
         tables = checkpoint
         if tables_from is not None:
-            found = find_checkpoint(tables_from, {key: kwargs.get(key) for key in ("cache_dir", "token")})
+            hub = {key: kwargs.get(key) for key in HUB_ARGUMENTS if key not in ("revision", "subfolder")}
+            found = find_checkpoint(tables_from, hub)
             if found is None:
                 raise FileNotFoundError(f"tables_from={str(tables_from)!r} holds no safetensors files.")
             tables, places = found, read_headers(found)
@@ -302,86 +294,3 @@ class TablesOnTiers:
         row_ids = base.all_row_ids(context)
         for layer in base.memory_layers():
             layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
-
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        *args,
-        with_code: bool = True,
-        tables_to=None,
-        **kwargs,
-    ):
-        """As `PreTrainedModel.save_pretrained`, with blocks in files of their own; also writes the modeling code and an
-        `auto_map` of all classes. A save that fails or is killed leaves the checkpoint that was there.
-
-        Args:
-            save_directory: folder to write.
-            is_main_process: whether this process writes.
-            state_dict: tensors to write instead of the model's own.
-            push_to_hub: also upload the folder; see transformers for the arguments that go with it.
-            max_shard_size: most bytes of a file; a block that is larger has a file of its own.
-            variant: written into the names of the backbone's files and of the index.
-            token: of the Hub.
-            with_code: False leaves code and `auto_map` out; the checkpoint then loads only with this package.
-            tables_to: folder for the tables, where they are not to lie beside the backbone; `tables_from` reads them.
-
-        Raises:
-            OSError: no space left, for one; nothing has changed then.
-        """
-        tables = self.named_tables()
-        for table in tables.values():
-            self.config.engram_table_dtype = table.row_format or str(table.dtype).removeprefix("torch.")
-        backbone, blocks = split_state(self.state_dict() if state_dict is None else state_dict)
-        shared = {"max_shard_size": max_shard_size, "variant": variant, "token": token, **kwargs}
-        is_plain = not kwargs.get("distributed_checkpoint") and not getattr(self, "_hf_peft_config_loaded", False)
-        if not is_main_process or not is_plain:
-            return super().save_pretrained(
-                save_directory, is_main_process, state_dict if is_plain is False else backbone, push_to_hub, **shared
-            )
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise FileExistsError(f"{folder} is a file; save_pretrained needs a folder.")
-        set_auto_map(self.config, with_code)
-        hub = self._begin_upload(folder, token, kwargs) if push_to_hub else None
-        saved = {}
-        for target, part in ((tables_to, blocks), (folder, {})) if tables_to else ((folder, blocks),):
-            stage = make_stage(target)
-            try:
-                if Path(target) == folder:
-                    if with_code:
-                        save_code(stage)
-                    super().save_pretrained(stage, True, backbone, False, **shared)
-                    if not with_code:
-                        remove_code(stage)
-                table_map, digests = write_tables(stage, part, tables, max_shard_size)
-                saved.update(publish(stage, Path(target), table_map, digests, self.config, variant))
-                if not with_code:
-                    remove_code(Path(target))
-            finally:
-                shutil.rmtree(stage, ignore_errors=True)
-        for name, table in tables.items():
-            table.saved_in = {
-                i: (saved[full], full)
-                for i in range(len(table.block_shapes))
-                if (full := f"{self._tables_prefix()}{name}.blocks.{i}") in saved
-            }
-        if hub is not None:
-            card = create_and_tag_model_card(hub["repo_id"], self.model_tags, token if isinstance(token, str) else None)
-            card.save(folder / "README.md")
-            self._upload_modified_files(save_directory, token=token, **hub)
-
-    def _begin_upload(self, folder: Path, token, kwargs: dict) -> dict:
-        """Create the repository, and remember what lies in the folder, as transformers does before it saves."""
-        names = {"private", "repo_type", "exist_ok", "space_sdk"}
-        repo_id = kwargs.pop("repo_id", folder.name)
-        upload = {"commit_message": kwargs.pop("commit_message", None), "create_pr": kwargs.pop("create_pr", False)}
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        options["exist_ok"] = True
-        repo_id = hf_api().create_repo(repo_id, token=token, **options).repo_id
-        return {**upload, "repo_id": repo_id, "files_timestamps": self._get_files_timestamps(folder)}

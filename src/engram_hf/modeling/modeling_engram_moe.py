@@ -51,10 +51,12 @@ from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
 from .engram_layer import IDS_STATE, EngramLayer, NgramContext
 from .engram_outputs import EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast
+from .engram_saving import SavesTables
 from .engram_table import EngramTable
 from .engram_tiers import TablesOnTiers
-from .ngram_hashing import NO_MEMORY, hash_layers, ngram_taps, token_reach, unpack_history
+from .ngram_hashing import NO_MEMORY, hash_layers, ngram_taps
 from .packed_documents import document_positions, find_documents, positions_in_documents, positions_under_mask
+from .token_history import token_reach, unpack_history
 
 
 class HiddenStateTap(nn.Module):
@@ -120,7 +122,7 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class EngramMoEPreTrainedModel(TablesOnTiers, PreTrainedModel):
+class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
     config: EngramMoEConfig
     config_class = EngramMoEConfig
     base_model_prefix = "model"

@@ -20,14 +20,14 @@ from sympy import nextprime
 from tokenizers import Regex, normalizers
 from transformers.utils.import_utils import is_tracing
 
+from .token_history import token_reach
+
 
 # From this many tokens on, head by head with numpy beats all heads at once with torch.
 MANY_TOKENS = 1024
 # A compressed id below zero carries no memory: padding, image spans, everything before the start.
 NO_MEMORY = -1
 LAYER_SEED_STEP = 10007
-# In a cache, the bits from this one on hold the run of real tokens, those below it the id.
-RUN_SHIFT = 40
 REPLACEMENT_CHARACTER = "\ufffd"
 # Stands for "one space" while Strip runs; a private-use character that no vocabulary contains.
 SPACE_SENTINEL = "\ue000"
@@ -78,56 +78,6 @@ def build_token_map(tokenizer) -> torch.Tensor:
     return torch.tensor(token_map, dtype=torch.int64)
 
 
-def token_reach(
-    ids: torch.Tensor, positions: torch.Tensor, window: int, run_before: torch.Tensor | None = None
-) -> torch.Tensor:
-    """How many tokens directly before it each token may see: the one rule behind padding, packing and chunks.
-
-    A token sees its predecessor `j` where its own position is at least `j` (so documents in one row stay apart) and
-    where every id from `t - j` to `t` is a real one (so it never looks past padding or a token without memory).
-
-    Args:
-        ids: (batch, history + seq) compressed ids, negative for "no memory".
-        positions: (batch or 1, seq) position of each token in its own document.
-        window: how far anybody will look.
-        run_before: (batch,) how many real tokens without a gap end right before `ids`; none by default.
-
-    Returns:
-        (batch, seq) int64 in [0, window]; 0 for a token without memory.
-    """
-    seq = positions.shape[1]
-    run_before = ids.new_zeros(ids.shape[0]) if run_before is None else run_before
-    if ids.shape[1] == 1:
-        run = run_before.unsqueeze(1)
-    else:
-        places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        last_gap = torch.where(ids >= 0, 0, places).cummax(1).values  # (batch, ids), 1-based, 0 for none
-        run = places - 1 - last_gap + torch.where(last_gap == 0, run_before.unsqueeze(1), 0)
-        run, ids = run[:, -seq:], ids[:, -seq:]
-    reach = torch.minimum(run.clamp_max(window), positions.clamp_min(0))
-    return torch.where(ids >= 0, reach, 0)
-
-
-def pack_history(ids: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-    """What a cache keeps of each token: its id, and how many real tokens in a row end with it.
-
-    The zeros of a cache that is new, padded or reset then mean "nothing before the start".
-
-    Args:
-        ids: (batch, seq) compressed ids below 2**40.
-        reach: (batch, seq) as `token_reach` gives it.
-
-    Returns:
-        (batch, seq) int64, 0 for a token without memory.
-    """
-    return torch.where(ids >= 0, (ids + 1) + ((reach + 1) << RUN_SHIFT), 0)
-
-
-def unpack_history(history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (batch, kept), negative for "nothing", and the run (batch,) of real tokens that ends with the last one."""
-    return (history & ((1 << RUN_SHIFT) - 1)) - 1, history[:, -1] >> RUN_SHIFT
-
-
 def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_id: int | torch.Tensor):
     """The ids that an n-gram is made of, shifted by 0, 1, ... `max_ngram_size - 1`, pads where a token may not look.
 
@@ -150,24 +100,19 @@ def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_
     return taps
 
 
-def hash_ngrams(taps: Sequence[torch.Tensor], multipliers: torch.Tensor, primes: torch.Tensor) -> torch.Tensor:
-    """Row ids of all heads of one layer.
-
-    Args:
-        taps: N tensors (batch, seq), from `ngram_taps`.
-        multipliers: (N,) int64 of the layer.
-        primes: (orders, heads per order) int64 of the layer.
-
-    Returns:
-        (batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
-    """
-    return hash_layers(taps, [multipliers], [primes])[0]
-
-
 def hash_layers(
     taps: Sequence[torch.Tensor], multipliers: Sequence[torch.Tensor], primes: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Row ids of several layers over the same tokens, each as `hash_ngrams` gives it."""
+    """Row ids of all heads of several layers, over the same tokens.
+
+    Args:
+        taps: N tensors (batch, seq), from `ngram_taps`.
+        multipliers: (N,) int64 of each layer.
+        primes: (orders, heads per order) int64 of each layer.
+
+    Returns:
+        for each layer (batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
+    """
     if taps[0].numel() >= MANY_TOKENS and taps[0].device.type == "cpu" and not is_tracing(taps[0]):
         arrays = [tap.reshape(-1).numpy() for tap in taps]
         shape = (*taps[0].shape, -1)
@@ -332,7 +277,7 @@ class NgramHash:
         reach = token_reach(compressed_ids, positions, self.max_ngram_size - 1)
         taps = ngram_taps(compressed_ids, reach, self.max_ngram_size, self.pad_id)
         multipliers = torch.tensor(self._multipliers[layer_id], device=device)
-        return hash_ngrams(taps, multipliers, torch.tensor(self._primes[layer_id], device=device))
+        return hash_layers(taps, [multipliers], [torch.tensor(self._primes[layer_id], device=device)])[0]
 
     def fingerprint(self, token_map: torch.Tensor | None) -> dict[str, str]:
         """What a table depends on, one short digest per part, so that a difference can be named.

@@ -26,6 +26,9 @@ TORCH_DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -98,6 +101,10 @@ def read_index(index: str | Path) -> dict:
             raise ValueError("a file name in it is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: it holds no weight_map ({error!r}). Download it again.") from error
+    if not isinstance(content.get("metadata") or {}, dict):
+        raise ValueError(
+            f"{index} is damaged: its metadata is no object but {content['metadata']!r}. Download it again."
+        )
     return content
 
 

@@ -1,0 +1,65 @@
+"""Tables of any size for the benchmarks, on disk without ever being in memory, and the page cache without them."""
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engram_hf.modeling.engram_reader import PAGE, BlockSource, TableFile
+from engram_hf.modeling.engram_table import EngramTable, tables_without_blocks
+from engram_hf.modeling.safetensors_files import PIECE_BYTES, TensorContent, write_file
+
+
+SAMPLED_PAGES = 2000
+
+
+def write_table(path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
+    """A table of one block, whose rows differ wherever it is longer than a piece of the file."""
+    # Below 2**14 a pair of bytes is a small number in every type, and never NaN.
+    base = np.random.default_rng(0).integers(0, 2**14, PIECE_BYTES // 2, dtype=np.uint16)
+    total = rows * width * dtype.itemsize
+
+    def pieces():
+        for number, start in enumerate(range(0, total, PIECE_BYTES)):
+            yield (base ^ np.uint16(number % 2**14)).view(np.uint8)[: total - start].data
+
+    with tqdm(total=total, desc=f"Writing {path.name}", unit="B", unit_scale=True, leave=False) as progress:
+        write_file(path, {"blocks.0": TensorContent(dtype, (rows, width), total, pieces)}, progress.update)
+
+
+def open_table(path: Path, rows: int, width: int, dtype: torch.dtype, tier: str) -> EngramTable:
+    with tables_without_blocks():
+        table = EngramTable([rows], width, rows * width, dtype)
+    table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [tier], ["cpu"])
+    return table
+
+
+def check(table: EngramTable, ids: np.ndarray) -> None:
+    """Raise unless a lookup gives the bytes that its file holds."""
+    source = table.sources[0]
+    start = source.file.places[source.name].start
+    with source.file.path.open("rb") as file:
+        rows = [os.pread(file.fileno(), table.row_nbytes, start + int(i) * table.row_nbytes) for i in ids]
+    found = table(torch.from_numpy(ids).view(1, -1, 1))
+    if found.view(torch.uint8).numpy().tobytes() != b"".join(rows):
+        raise RuntimeError("A lookup gives other bytes than the file holds; nothing is timed.")
+
+
+def forget(files: Sequence[TableFile]) -> None:
+    """Take files out of the page cache; every mapping of them lets their pages go first.
+
+    Raises:
+        RuntimeError: they are still there.
+    """
+    for file in files:
+        file.mapping.madvise(mmap.MADV_DONTNEED)
+    for file in files:
+        os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = files[0]
+    pages = np.random.randint(file.address // PAGE, (file.address + file.state[0]) // PAGE, SAMPLED_PAGES)
+    if file.cached_share(pages) > 0.01:
+        raise RuntimeError(f"The page cache still holds {file.path}; nothing is cold.")
