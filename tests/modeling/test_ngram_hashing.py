@@ -12,6 +12,7 @@ from transformers import PythonBackend
 from engram_hf import NgramHash, build_token_map
 from engram_hf.modeling.ngram_hashing import (
     MANY_TOKENS,
+    TOKENS_AT_ONCE,
     check_fingerprint,
 )
 from engram_hf.modeling.token_history import pack_history, token_reach, unpack_history
@@ -198,10 +199,11 @@ def test_many_tokens_have_the_row_ids_of_few(orders):
         engram_max_ngram_size=orders, vocab_size=5003, engram_vocab_size=10_007, engram_layer_ids=[0, 2]
     )
     hashing = NgramHash.from_config(config)
-    ids = torch.randint(5003, (3, MANY_TOKENS), generator=torch.Generator().manual_seed(0))
+    # Neither a multiple of what is hashed at once, nor less.
+    ids = torch.randint(5003, (3, 2 * TOKENS_AT_ONCE // 3 + 77), generator=torch.Generator().manual_seed(0))
     for layer_id in (0, 2):
         many = hashing.row_ids(layer_id, ids)
-        assert many.is_contiguous()
+        assert many.is_contiguous() and ids.numel() > max(MANY_TOKENS, TOKENS_AT_ONCE)
         assert torch.equal(many[:, :200], hashing.row_ids(layer_id, ids[:, :200]))
         tail = hashing.row_ids(layer_id, ids[:, -200:])
         assert torch.equal(many[:, -200 + orders :], tail[:, orders:])

@@ -25,6 +25,8 @@ from .token_history import token_reach
 
 # From this many tokens on, head by head with numpy beats all heads at once with torch.
 MANY_TOKENS = 1024
+# So many that no call is too small for numpy, and their row ids stay in a core's cache.
+TOKENS_AT_ONCE = 4096
 # A compressed id below zero carries no memory: padding, image spans, everything before the start.
 NO_MEMORY = -1
 LAYER_SEED_STEP = 10007
@@ -131,16 +133,22 @@ def hash_layers(
 
 def _hash_many(taps: list[np.ndarray], multipliers: list[int], primes: list[list[int]]) -> torch.Tensor:
     """(tokens, heads), on a CPU: numpy divides by one number many times as fast as by a vector of them."""
-    row_ids = np.empty((sum(map(len, primes)), len(taps[0])), dtype=np.int64)
-    mix, quotient, head = taps[0] * multipliers[0], np.empty_like(taps[0]), 0
-    for tap, multiplier, heads in zip(taps[1:], multipliers[1:], primes, strict=True):
-        mix ^= tap * multiplier
-        for prime in heads:
-            np.floor_divide(mix, prime, out=quotient)
-            np.multiply(quotient, prime, out=quotient)
-            np.subtract(mix, quotient, out=row_ids[head])
-            head += 1
-    return torch.from_numpy(row_ids).t().contiguous()
+    tokens, heads = len(taps[0]), sum(map(len, primes))
+    row_ids = np.empty((tokens, heads), dtype=np.int64)
+    by_head = np.empty((heads, TOKENS_AT_ONCE), dtype=np.int64)
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        here = slice(start, start + TOKENS_AT_ONCE)
+        mix, head = taps[0][here] * multipliers[0], 0
+        quotient = np.empty_like(mix)
+        for tap, multiplier, primes_of_order in zip(taps[1:], multipliers[1:], primes, strict=True):
+            mix ^= tap[here] * multiplier
+            for prime in primes_of_order:
+                np.floor_divide(mix, prime, out=quotient)
+                np.multiply(quotient, prime, out=quotient)
+                np.subtract(mix, quotient, out=by_head[head, : len(mix)])
+                head += 1
+        row_ids[here] = by_head[:, : len(mix)].T
+    return torch.from_numpy(row_ids)
 
 
 def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: int, seed: int) -> list[int]:
