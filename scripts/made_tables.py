@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engram_hf.modeling.engram_reader import PAGE, BlockSource, TableFile
 from engram_hf.modeling.engram_table import EngramTable, tables_without_blocks
 from engram_hf.modeling.safetensors_files import PIECE_BYTES, TensorContent, write_file
+from engram_hf.modeling.table_files import PAGE, BlockSource, TableFile
 
 
 def write_table(path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
@@ -33,7 +33,7 @@ def open_table(path: Path, rows: int, width: int, dtype: torch.dtype, tier: str)
     with tables_without_blocks():
         table = EngramTable([rows], width, rows * width, dtype)
     table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [tier], ["cpu"])
-    return table
+    return table.eval()
 
 
 def check(table: EngramTable, ids: np.ndarray) -> None:

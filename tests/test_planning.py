@@ -2,10 +2,11 @@
 
 import pytest
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from engram_hf import EngramMoEConfig, NgramHash
 from engram_hf.planning import count_parameters, estimate_memory
+from engram_hf.training.optimizers import engram_optimizers
 
 
 # arXiv 2601.07372, table 1, in billions: total, active, memory.
@@ -64,8 +65,16 @@ def test_the_estimate_is_what_a_loaded_model_takes(tmp_path):
         assert estimate.tables == {place: nbytes for place, nbytes in tables.items() if nbytes}
         backbone = [p for n, p in loaded.named_parameters() if ".table." not in n] + list(loaded.buffers())
         assert estimate.backbone == {"cpu": sum(tensor.nbytes for tensor in backbone)}
-        trained = sum(p.nbytes + 8 * p.numel() for p in loaded.parameters() if p.requires_grad)
-        assert estimate.optimizer == {"cpu": trained}
+        trained = sum(p.nbytes + 8 * p.numel() for n, p in loaded.named_parameters() if ".table." not in n)
+        arguments = TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True)
+        factory, options = engram_optimizers(arguments, work_folder=tmp_path / "work")
+        optimizer = factory()(loaded, **options)
+        state = {"cpu": trained, "disk": 0}
+        for table in loaded.engram_tables():
+            kept = sum(tensor.nbytes for tensor in optimizer.rows[table.name].state.values())
+            state["disk" if "disk" in table.tiers else "cpu"] += kept
+            state["disk"] += table.tiers.get("disk", 0)
+        assert estimate.optimizer == {place: nbytes for place, nbytes in state.items() if nbytes}
 
 
 def test_the_estimate_places_the_backbone_before_tables_where_memory_is_short():

@@ -76,7 +76,8 @@ class MemoryEstimate:
     """Bytes by place: a device ("cuda:0", "cpu"), "host" (tables in RAM under an accelerator) or "disk".
 
     backbone, tables: the weights.
-    optimizer: AdamW's state and a gradient for every weight that takes one: the backbone and resident tables.
+    optimizer: AdamW's state and a gradient for every weight of the backbone; for tables what `engram_optimizers(args)`
+        keeps of each row, and on disk the copy that is trained.
     step: what the largest moment of a forward without gradients adds.
     """
 
@@ -150,16 +151,23 @@ def estimate_memory(
             elements = model.get_parameter(name).numel()
             _add(estimate.optimizer, str(values[name]), nbytes + OPTIMIZER_BYTES * elements)
     for name, places in planned.items():
-        table = model.get_submodule(f"model.{name}")
+        table, on_disk = model.get_submodule(f"model.{name}"), any(place.tier == DISK for place in places)
         for place, block in zip(places, table.blocks, strict=True):
             is_resident = place.tier not in (HOST, DISK)
             where = str(as_device(place.device)) if is_resident else place.tier
             where = "cpu" if where == HOST and main_device.type == "cpu" else where
             _add(estimate.tables, where, block.nbytes)
-            if is_resident and block.requires_grad:
-                _add(estimate.optimizer, where, block.nbytes + OPTIMIZER_BYTES * block.numel())
+            if block.requires_grad:
+                _add(estimate.optimizer, DISK if on_disk else where, _row_state_bytes(block))
+            if block.requires_grad and where == DISK:
+                _add(estimate.optimizer, DISK, block.nbytes)
     _add(estimate.step, str(main_device), max(_moments(config, dtype, batch_size * seq_length)))
     return estimate
+
+
+def _row_state_bytes(block: torch.Tensor) -> int:
+    """Lazy Adam's: two numbers per weight, of two bytes for tables of bfloat16, and the count of a row's steps."""
+    return block.numel() * 2 * (2 if block.dtype == torch.bfloat16 else 4) + 4 * block.shape[0]
 
 
 def _add(bytes_of: dict[str, int], where: str, nbytes: int) -> None:

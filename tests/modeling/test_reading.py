@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
-from engram_hf.modeling.engram_reader import PAGE, PageReader, TableFile, pages_of_rows
-from engram_hf.modeling.engram_table import DISK, BlockSource, EngramTable, tables_without_blocks
+from engram_hf.modeling.engram_reader import PageReader, pages_of_rows
+from engram_hf.modeling.engram_table import DISK, EngramTable, tables_without_blocks
 from engram_hf.modeling.safetensors_files import TensorContent, read_header, write_file
+from engram_hf.modeling.table_files import PAGE, BlockSource, TableFile
 
 
 DISK_MAP = {"": "cpu", "model.layers.0.engram.table": "disk", "model.layers.2.engram.table": "disk"}
@@ -36,6 +37,7 @@ def table_on_disk(folder, rows=200_003, width=64, heads=2, seed=0):
     file = TableFile(folder / "table.safetensors")
     sources = [BlockSource(file, f"blocks.{head}") for head in range(heads)]
     table.open_blocks(sources, [DISK] * heads, [None] * heads)
+    table.eval()
     os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return table, blocks, file
 

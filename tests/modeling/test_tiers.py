@@ -319,9 +319,11 @@ def test_a_dataloader_worker_may_prefetch_for_the_model(tmp_path):
         torch.testing.assert_close(disk(batch).logits, model(batch).logits)
 
 
-def test_trainer_leaves_tables_where_they_are(tmp_path):
+def test_trainer_leaves_frozen_tables_where_they_are(tmp_path):
     saved_model(tmp_path / "model")
     model = load(tmp_path / "model", device_map=PLACEMENTS["mixed"])
+    for table in model.model.tables():
+        table.requires_grad_(False)
     before = [block.clone() for table in model.model.tables() for block in table.blocks]
     rows = [{"input_ids": row, "labels": row} for row in tiny_ids(4, 9)]
     arguments = TrainingArguments(

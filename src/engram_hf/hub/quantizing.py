@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint, read_headers
 from ..modeling.engram_publishing import link_file, publish, staging
 from ..modeling.engram_quantization import QUANTIZED_FORMATS, quantize_rows, row_bytes
-from ..modeling.engram_reader import TableFile
 from ..modeling.safetensors_files import TensorContent, write_file
+from ..modeling.table_files import TableFile
 
 
 ROWS_AT_ONCE = 2**16

@@ -13,7 +13,6 @@ from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
 
 from .engram_quantization import QUANTIZED_FORMATS
-from .engram_reader import BlockSource, TableFile
 from .engram_table import EngramTable
 from .safetensors_files import (
     TensorPlace,
@@ -21,6 +20,7 @@ from .safetensors_files import (
     read_index,
     read_weight_map,
 )
+from .table_files import BlockSource, TableFile
 
 
 SINGLE_FILE = "model.safetensors"

@@ -38,7 +38,9 @@ CODE_FILES = (
     "modeling_engram_moe.py",
     "ngram_hashing.py",
     "packed_documents.py",
+    "row_gradients.py",
     "safetensors_files.py",
+    "table_files.py",
     "token_history.py",
 )
 STAGE_PREFIX = ".saving-"

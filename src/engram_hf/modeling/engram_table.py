@@ -24,12 +24,16 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .engram_quantization import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
-from .engram_reader import BlockSource, PageReader, TableFile, pages_of_rows
+from .engram_reader import PageReader, pages_of_rows
 from .hot_rows import HotRows
+from .row_gradients import RowGradients
+from .table_files import BlockSource, MappedFile, TableFile
 
 
 RESIDENT, HOST, DISK = "resident", "host", "disk"
 DRAWN_BYTES = 2**26
+# Stands for the rows where gradients of a model are clipped; no part of the model, so no checkpoint has it.
+ROW_GRADIENT_NORM = "row_gradient_norm"
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +105,8 @@ class EngramTable(nn.Module):
         self.saved_in: dict[int, tuple[Path, str]] = {}
         self.reader = PageReader()
         self.hot_rows: HotRows | None = None
+        # Where it is trained row by row.
+        self.row_gradients: RowGradients | None = None
         # First row of each head inside its block, and the number of its rows.
         self.head_offsets = nn.Buffer(self.make_head_offsets(), persistent=False)
         self.head_rows = nn.Buffer(self.make_head_rows(), persistent=False)
@@ -127,6 +133,11 @@ class EngramTable(nn.Module):
     @property
     def is_resident(self) -> bool:
         return all(tier == RESIDENT for tier in self.tiers)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether rows are to be trained, on whatever tier; frozen by `requires_grad_(False)`."""
+        return any(block.requires_grad for block in self.blocks)
 
     def make_head_offsets(self) -> torch.Tensor:
         """(heads,) int64: first row of each head inside its block."""
@@ -160,14 +171,23 @@ class EngramTable(nn.Module):
 
         Raises:
             IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
-            ValueError: a block's file has changed, or a block was moved away by something that does not know tables.
+            ValueError: a block's file has changed, a block was moved away by something that does not know tables, or a
+                trainable table off the device has nobody who updates its rows.
         """
+        if self.row_gradients is not None and torch.is_grad_enabled():
+            return self._look_up_to_train(row_ids).flatten(-2)
         if self.is_resident:
             self._check_row_ids(row_ids)
             if not torch.compiler.is_compiling():
                 self._check_files()
             rows = [F.embedding(ids, self._block(i, row_ids)) for i, ids in enumerate(self._rows_of_blocks(row_ids))]
         else:
+            if self.training and torch.is_grad_enabled() and self.is_trainable:
+                raise ValueError(
+                    "This table can be trained (its blocks require gradients), and is off the device, where only row "
+                    "updates reach it. Give Trainer optimizer_cls_and_kwargs=engram_optimizers(args), or freeze the "
+                    "table: table.requires_grad_(False)."
+                )
             rows = self._read(row_ids)
         found = torch.cat(rows, dim=-2)  # (..., heads, row width)
         if self.row_format is not None:
@@ -225,13 +245,13 @@ class EngramTable(nn.Module):
         on_cpu = row_ids.cpu()
         self._check_row_ids(on_cpu)
         block_rows = self._rows_of_blocks(on_cpu)
-        if row_ids.is_cuda:
+        if row_ids.is_cuda and self.row_gradients is None:
             started = [self.reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
             started = [self.reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
         self.reader.remember(row_ids, [future for future in started if future is not None])
 
-    def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, TableFile]]:
+    def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, MappedFile]]:
         for number, rows in enumerate(block_rows):
             if self.tiers[number] != DISK:
                 continue
@@ -248,7 +268,7 @@ class EngramTable(nn.Module):
         started = self.reader.take(row_ids)
         if started is not None:
             results = [future.result() for future in started]
-            if row_ids.is_cuda:
+            if row_ids.is_cuda and self.row_gradients is None:
                 rows, event = results[0]
                 return self._arrived(rows, event, torch.cuda.current_stream(row_ids.device))
         self._check_files()
@@ -264,7 +284,7 @@ class EngramTable(nn.Module):
         """(..., heads of the block) CPU row numbers to (..., heads of the block, row width) on a device."""
         block = self._block(number, rows)
         if self.tiers[number] == RESIDENT:
-            return F.embedding(rows.to(block.device), block).to(device)
+            return F.embedding(rows.to(block.device), block.detach()).to(device)
         if self.hot_rows is None:
             return self._copy_out(block, rows, device)
         start = self.first_rows[number]
@@ -276,7 +296,7 @@ class EngramTable(nn.Module):
 
     def _copy_out(self, block: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         if device.type != "cuda":
-            return F.embedding(rows, block).to(device)
+            return F.embedding(rows, block.detach()).to(device)
         staging = torch.empty((rows.numel(), self.row_width), dtype=block.dtype, pin_memory=True)
         torch.index_select(block.detach(), 0, rows.reshape(-1), out=staging)
         return staging.view(*rows.shape, -1).to(device, non_blocking=True)
@@ -295,6 +315,77 @@ class EngramTable(nn.Module):
         for tensor in rows:
             tensor.record_stream(stream)
         return rows
+
+    # Training, row by row.
+
+    def collect_row_gradients(self) -> RowGradients:
+        """From now on, leave gradients of rows behind for whoever updates them; blocks get no gradient any more."""
+        if self.row_gradients is None:
+            self.row_gradients = RowGradients()
+            self.row_gradients.norm.data = self.row_gradients.norm.data.to(self.blocks[0].device)
+            self.register_parameter(ROW_GRADIENT_NORM, self.row_gradients.norm)
+        return self.row_gradients
+
+    @torch.compiler.disable
+    def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
+        for future in self.reader.take(row_ids) or []:
+            future.result()
+        self._check_files()
+        home = row_ids.to(self.home)
+        self._check_row_ids(home)
+        keys = home + (self.head_rows.cumsum(0) - self.head_rows).to(home.device)
+        distinct, back = keys.unique(return_inverse=True)
+        rows = self.gather_rows(distinct).to(row_ids.device, torch.float32)
+        if self.is_trainable:
+            rows.requires_grad_()
+            self.row_gradients.follow(rows, distinct)
+        return F.embedding(back.to(row_ids.device), rows).to(self.dtype)
+
+    @property
+    def home(self) -> torch.device:
+        """Where rows are gathered and updated: the device of a resident table, else the CPU."""
+        return self.blocks[0].device if self.is_resident else torch.device("cpu")
+
+    def _parts(self, keys: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """For each block that is asked for: its number, which of the keys, and their rows inside it."""
+        bounds = torch.searchsorted(keys, torch.tensor(self.first_rows, device=keys.device)).tolist() + [len(keys)]
+        for number, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            if end > start:
+                yield number, slice(start, end), keys[start:end] - self.first_rows[number]
+
+    @torch.no_grad()
+    def gather_rows(self, keys: torch.Tensor) -> torch.Tensor:
+        """Rows by their number in the table.
+
+        Args:
+            keys: (n,) int64, ascending, on `home`.
+
+        Returns:
+            (n, row width) in the type of the table, on `home`; a copy.
+        """
+        rows = torch.empty(len(keys), self.row_width, dtype=self.dtype, device=keys.device)
+        for number, part, wanted in self._parts(keys):
+            block = self._block(number, keys)
+            if self.tiers[number] == DISK:
+                addresses = block.data_ptr() + wanted.numpy() * self.row_nbytes
+                self.reader.read(pages_of_rows(addresses, self.row_nbytes), self.sources[number].file)
+            rows[part] = block.detach().index_select(0, wanted.to(block.device)).to(rows.device)
+        return rows
+
+    @torch.no_grad()
+    def write_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
+        """Replace rows, where they live.
+
+        Args:
+            keys: (n,) int64, ascending and distinct, on `home`.
+            rows: (n, row width) in the type of the table.
+        """
+        for number, part, wanted in self._parts(keys):
+            block = self._block(number, keys).detach()
+            block.index_copy_(0, wanted.to(block.device), rows[part].to(block.device))
+        if self.hot_rows is not None:
+            self.hot_rows.forget(keys.cpu().numpy())
 
     # Placing.
 
@@ -330,9 +421,7 @@ class EngramTable(nn.Module):
             source.file.expect_random_reads(source.name)
         else:
             moved = self._in_memory(number) if tier == HOST else self.blocks[number].detach().to(device)
-        # A block that is not resident takes no dense gradient: that would be a second table.
-        is_trainable = tier == RESIDENT and self.row_format is None
-        self.blocks[number] = nn.Parameter(moved, requires_grad=is_trainable)
+        self.blocks[number] = nn.Parameter(moved, requires_grad=self.blocks[number].requires_grad)
         self.tiers[number] = tier
 
     def _in_memory(self, number: int) -> torch.Tensor:
@@ -384,14 +473,19 @@ class EngramTable(nn.Module):
             if self.tiers[number] == DISK and not self.sources[number].file.is_at_its_path():
                 if path not in opened:
                     opened[path] = TableFile(path)
-                self._read_from(number, BlockSource(opened[path], name))
+                self.read_from(number, BlockSource(opened[path], name))
 
-    def _read_from(self, number: int, source: BlockSource) -> None:
+    def read_from(self, number: int, source: BlockSource) -> None:
+        """Have a block on disk read from another file that holds its rows."""
         self.sources[number] = source
-        self.blocks[number] = nn.Parameter(source.tensor(), requires_grad=False)
+        self.blocks[number] = nn.Parameter(source.tensor(), requires_grad=self.blocks[number].requires_grad)
         source.file.expect_random_reads(source.name)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + ROW_GRADIENT_NORM, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
         """As in any module, but a block on disk that gets its own rows again stays there, unwritten; one that gets
         other rows has them in host memory."""
         for number, block in enumerate(self.blocks):
@@ -404,11 +498,13 @@ class EngramTable(nn.Module):
                 state_dict[name] = block
             else:
                 logger.warning(f"{name} gets other rows than its file has, and moves from disk to host memory.")
-                self.blocks[number] = nn.Parameter(torch.empty_like(block), requires_grad=False)
+                self.blocks[number] = nn.Parameter(torch.empty_like(block), requires_grad=block.requires_grad)
                 self.tiers[number] = HOST
         if self.hot_rows is not None:
             self.hot_rows.clear()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
+        if prefix + ROW_GRADIENT_NORM in missing_keys:
+            missing_keys.remove(prefix + ROW_GRADIENT_NORM)
 
     def keep_hot_rows(self, size: int, device: torch.device | str) -> None:
         """Keep a cache of `size` rows in front of the blocks that are not resident; 0 keeps none."""
@@ -428,17 +524,27 @@ class EngramTable(nn.Module):
         return super()._apply(move, recurse)
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: blocks on disk are opened there again, not copied. One that was written is copied."""
-        on_disk = [t == DISK and s.holds(b) for t, s, b in zip(self.tiers, self.sources, self.blocks)]
-        kept = [nn.Parameter(b[:0].clone(), requires_grad=False) if d else b for d, b in zip(on_disk, self.blocks)]
-        tiers = [HOST if t == DISK and not d else t for t, d in zip(self.tiers, on_disk)]
-        return {**self.__dict__, "tiers": tiers, "_modules": {**self._modules, "blocks": nn.ParameterList(kept)}}
+        """For copies and pickles, which nobody trains: blocks on disk are opened there again, unless they were written;
+        those are copied, and so are blocks of a file that only this run has."""
+        on_disk = [
+            tier == DISK and source.file.can_be_linked and source.holds(block)
+            for tier, source, block in zip(self.tiers, self.sources, self.blocks)
+        ]
+        kept = [nn.Parameter(b[:0].clone(), b.requires_grad) if d else b for d, b in zip(on_disk, self.blocks)]
+        return {
+            **self.__dict__,
+            "tiers": [HOST if t == DISK and not d else t for t, d in zip(self.tiers, on_disk)],
+            "sources": [s if s is None or s.file.can_be_linked else None for s in self.sources],
+            "row_gradients": None,
+            "_parameters": {name: p for name, p in self._parameters.items() if name != ROW_GRADIENT_NORM},
+            "_modules": {**self._modules, "blocks": nn.ParameterList(kept)},
+        }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for number, source in enumerate(self.sources):
             if self.tiers[number] == DISK and source is not None:
-                self._read_from(number, source)
+                self.read_from(number, source)
 
     def extra_repr(self) -> str:
         parts = [f"rows={self.num_rows}, head_dim={self.head_dim}, blocks={len(self.rows_of_block)}"]
@@ -447,4 +553,4 @@ class EngramTable(nn.Module):
         return ", ".join(parts)
 
 
-__all__ = ["DISK", "HOST", "RESIDENT", "QUANTIZED_FORMATS", "BlockSource", "EngramTable", "tables_without_blocks"]
+__all__ = ["DISK", "HOST", "RESIDENT", "QUANTIZED_FORMATS", "EngramTable", "tables_without_blocks"]

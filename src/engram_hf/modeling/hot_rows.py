@@ -69,6 +69,12 @@ class HotRows:
             self.keys[places] = missing[first]
             return rows
 
+    def forget(self, keys: np.ndarray) -> None:
+        """Forget rows that have changed."""
+        with self._lock:
+            slots = keys % self.size
+            self.keys[slots[self.keys[slots] == keys]] = -1
+
     def _index(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(numbers).to(self.rows.device)
 

@@ -1,0 +1,92 @@
+"""Gradients of single rows: what a backward leaves behind of a table that is trained row by row.
+
+A lookup takes the distinct rows it needs as a leaf of the graph, so their gradient has as many rows as the batch
+touched, wherever the table lives. It is counted in the backward: a forward that is made again (gradient checkpointing)
+counts once. Knows rows by their number in the table; nothing of blocks, tiers or optimizers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+
+
+def sum_rows(keys: torch.Tensor, gradients: torch.Tensor) -> Rows:
+    """Add the gradients of equal keys up: (n,) and (n, width) to (m,), ascending, and (m, width)."""
+    distinct, back = keys.unique(return_inverse=True)
+    if len(distinct) == len(keys):
+        order = keys.argsort()
+        return keys[order], gradients.index_select(0, order)
+    summed = torch.zeros(len(distinct), gradients.shape[1], dtype=gradients.dtype, device=gradients.device)
+    return distinct, summed.index_add_(0, back, gradients)
+
+
+class RowGradients:
+    """What the backwards since the last step have left behind for one table.
+
+    norm: a parameter of one number that stands for all rows where gradients are clipped or unscaled: its gradient is
+        the norm of theirs, and what it is scaled by they are scaled by when they are taken.
+    exchange: makes the rows of all processes out of those of this one; None where there is one process.
+    """
+
+    def __init__(self):
+        self.norm = nn.Parameter(torch.zeros(()))
+        self.exchange: Callable[[torch.Tensor, torch.Tensor], Rows] | None = None
+        self._rows: Rows | None = None
+        self._norm_of_rows = torch.zeros(())
+
+    def follow(self, leaf: torch.Tensor, keys: torch.Tensor) -> None:
+        """Take over the gradient of a leaf when the backward has made it.
+
+        Args:
+            leaf: (n, width) float32, requires a gradient.
+            keys: (n,) int64, ascending and distinct: the numbers of its rows in the table.
+        """
+
+        def arrived(leaf: torch.Tensor) -> None:
+            if leaf.grad is not None:
+                self._add(keys, leaf.grad)
+                leaf.grad = None
+
+        leaf.register_post_accumulate_grad_hook(arrived)
+
+    @torch.no_grad()
+    def _add(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
+        keys = keys.to(gradients.device)
+        # Who sets the gradients of a model to None (`zero_grad`) means these too.
+        if self._rows is not None and self.norm.grad is not None:
+            earlier_keys, earlier = self._rows
+            keys, gradients = sum_rows(torch.cat([earlier_keys, keys]), torch.cat([earlier, gradients]))
+        if self.exchange is not None:
+            keys, gradients = self.exchange(keys, gradients)
+        self._rows = keys, gradients
+        norm = torch.linalg.vector_norm(gradients).to(self.norm.device)
+        self.norm.grad = norm
+        self._norm_of_rows = norm.clone()
+
+    def take(self) -> Rows | None:
+        """The rows and their gradients, clipped and unscaled as `norm` was; None where no backward came by.
+
+        Returns:
+            (n,) int64, ascending and distinct, and (n, width) float32.
+        """
+        rows, self._rows = self._rows, None
+        if rows is None or self.norm.grad is None:
+            return None
+        keys, gradients = rows
+        if not torch.equal(self.norm.grad, self._norm_of_rows):
+            gradients = gradients * (self.norm.grad / self._norm_of_rows).to(gradients.device)
+        return keys, gradients
+
+    def peek(self) -> Rows | None:
+        """As `take`, and they stay; not clipped."""
+        return self._rows
+
+    def __deepcopy__(self, memo):
+        return RowGradients()
+
+    def __reduce__(self):
+        return RowGradients, ()

@@ -1,0 +1,45 @@
+"""Gradients of rows between processes: each sends the rows its batch touched, and all end with the same mean.
+
+The seam for tables that are shared out over processes: who holds a row could be asked here instead.
+"""
+
+import torch
+import torch.distributed as dist
+from accelerate.state import GradientState
+
+from ..modeling.row_gradients import sum_rows
+
+
+def exchange_rows(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over all processes of the gradients of rows, as DistributedDataParallel makes of dense ones.
+
+    While gradients are accumulated (accelerate's `no_sync`) each process keeps its own.
+
+    Args:
+        keys: (n,) int64, ascending and distinct.
+        gradients: (n, width); n may differ between processes.
+
+    Returns:
+        (m,) and (m, width): all rows that any process touched, the same on every process.
+    """
+    if not GradientState().sync_gradients or not dist.is_initialized():
+        return keys, gradients
+    world = dist.get_world_size()
+    counts = [torch.zeros(1, dtype=torch.int64, device=keys.device) for _ in range(world)]
+    dist.all_gather(counts, torch.tensor([len(keys)], device=keys.device))
+    most = max(int(count) for count in counts)
+    all_keys = _gather_padded(keys, most, world)
+    all_gradients = _gather_padded(gradients, most, world)
+    keys = torch.cat([part[: int(count)] for part, count in zip(all_keys, counts)])
+    gradients = torch.cat([part[: int(count)] for part, count in zip(all_gradients, counts)])
+    distinct, summed = sum_rows(keys, gradients)
+    return distinct, summed / world
+
+
+def _gather_padded(values: torch.Tensor, length: int, world: int) -> list[torch.Tensor]:
+    """The values of each process, padded to one length."""
+    padded = values.new_zeros((length, *values.shape[1:]))
+    padded[: len(values)] = values
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded)
+    return gathered

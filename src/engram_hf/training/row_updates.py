@@ -1,0 +1,131 @@
+"""Updating the rows of one table where it lives, and keeping the optimizer's state of each row beside it.
+
+A step gathers the rows that have gradients and their state, moves them by a rule, and writes them back; nothing of the
+table's size is allocated. Tables on disk are trained in a copy of their own (work_files.py), with the state beside it.
+"""
+
+import zlib
+from pathlib import Path
+
+import torch
+
+from ..modeling.engram_reader import pages_of_rows
+from ..modeling.engram_table import DISK, EngramTable
+from .row_rules import RowRule, round_stochastically
+from .work_files import WorkFile, open_training_copy
+
+
+class RowUpdates:
+    """The state of all rows of a table, and the step that moves those with a gradient."""
+
+    def __init__(
+        self,
+        name: str,
+        table: EngramTable,
+        rule: RowRule,
+        state_dtype: torch.dtype | None = None,
+        work_folder: str | Path | None = None,
+        seed: int = 0,
+    ):
+        """
+        Args:
+            name: of the table in its model, for messages.
+            table: whose rows are trained, on any tier.
+            rule: how a row moves.
+            state_dtype: of what the rule keeps per weight: float32 or bfloat16. None: bfloat16 for tables of bfloat16,
+                else float32. bfloat16 is rounded stochastically, and so are rows of 16 bits.
+            work_folder: where a table on disk is copied to be trained, and its state with it.
+            seed: of the rounding.
+
+        Raises:
+            ValueError: the table is quantized, or on disk without a work folder.
+            OSError: no space in the work folder.
+        """
+        if table.row_format is not None:
+            raise ValueError(f"Rows of {name} are quantized ({table.row_format}), and cannot be trained; freeze it.")
+        self.name, self.table, self.rule, self.seed = name, table, rule, seed
+        self.steps = 0
+        if state_dtype is None:
+            state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else torch.float32
+        shapes = dict.fromkeys(rule.wide, ((table.num_rows, table.head_dim), state_dtype))
+        shapes |= dict.fromkeys(rule.narrow, ((table.num_rows, 1), torch.float32))
+        self.work_file: WorkFile | None = None
+        if DISK in table.tiers:
+            if work_folder is None:
+                raise ValueError(
+                    f"{name} is on disk, and a checkpoint's own files are never written. Name a folder for the copy "
+                    "that is trained, engram_optimizers(args, work_folder=...), or place the table in host memory."
+                )
+            open_training_copy(table, work_folder)
+            self.work_file = WorkFile(work_folder, shapes)
+            self.state = {key: self.work_file.tensor(key) for key in shapes}
+        else:
+            self.state = {key: torch.zeros(s, dtype=d, device=table.home) for key, (s, d) in shapes.items()}
+        self.gradients = table.collect_row_gradients()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> int:
+        """Move the rows that have gradients; how many they are."""
+        taken = self.gradients.take()
+        self.steps += 1
+        if taken is None:
+            return 0
+        keys, gradients = (each.to(self.table.home) for each in taken)
+        rows = self.table.gather_rows(keys)
+        state = self._gather_state(keys)
+        moved = rows.float()
+        self.rule.update(moved, gradients.float(), state, lr)
+        generator = torch.Generator(keys.device).manual_seed(
+            hash((self.seed, zlib.crc32(self.name.encode()), self.steps)) % 2**63
+        )
+        self.table.write_rows(keys, self._round(moved, rows.dtype, generator))
+        for key, values in state.items():
+            kept = self.state[key]
+            kept.index_copy_(0, keys.to(kept.device), self._round(values, kept.dtype, generator).to(kept.device))
+        return len(keys)
+
+    def _gather_state(self, keys: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(n, ...) float32 per name."""
+        if self.work_file is not None:
+            for tensor in self.state.values():
+                nbytes = tensor.element_size() * tensor.shape[1]
+                addresses = tensor.data_ptr() + keys.numpy() * nbytes
+                self.table.reader.read(pages_of_rows(addresses, nbytes), self.work_file)
+        return {
+            key: tensor.index_select(0, keys.to(tensor.device)).to(keys.device, torch.float32)
+            for key, tensor in self.state.items()
+        }
+
+    @staticmethod
+    def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+        return values if dtype == torch.float32 else round_stochastically(values, dtype, generator)
+
+    def state_dict(self) -> dict:
+        """The state of the rows that have been touched; as large as they are many."""
+        marker = self.state[(self.rule.narrow or self.rule.wide)[-1]]
+        keys = (marker != 0).any(-1).nonzero().flatten()
+        return {
+            "steps": self.steps,
+            "rule": type(self.rule).__name__,
+            "keys": keys.cpu(),
+            "state": {key: tensor.index_select(0, keys).cpu() for key, tensor in self.state.items()},
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """
+        Raises:
+            ValueError: the state is of another rule, or of a table of another size.
+        """
+        if saved["rule"] != type(self.rule).__name__:
+            raise ValueError(
+                f"The checkpoint holds the state of {saved['rule']} for {self.name}, and this run uses "
+                f"{type(self.rule).__name__}. Resume with the same row_optimizer, or start a new run from the weights."
+            )
+        keys = saved["keys"]
+        if len(keys) and int(keys[-1]) >= self.table.num_rows:
+            raise ValueError(f"The checkpoint holds state of row {int(keys[-1])} of {self.name}: another table's.")
+        was_used, self.steps = self.steps > 0, saved["steps"]
+        for key, tensor in self.state.items():
+            if was_used:
+                tensor.zero_()
+            tensor.index_copy_(0, keys.to(tensor.device), saved["state"][key].to(tensor.device, tensor.dtype))

@@ -1,0 +1,94 @@
+"""Files of a training run that nobody else sees: the copy of a table that is trained, and the state of its rows.
+
+They have no name, so they are gone when the process ends, however it ends. Their space is taken when they are made: a
+mapped file that finds the disk full later would kill the process.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ..modeling.engram_table import DISK, EngramTable
+from ..modeling.safetensors_files import TensorPlace
+from ..modeling.table_files import PAGE, BlockSource, MappedFile
+
+
+PROGRESS_BYTES = 2**28
+
+logger = logging.get_logger(__name__)
+
+
+class WorkFile(MappedFile):
+    """Tensors of zeros in an unnamed file; what is written to them is written to the file when memory gets short."""
+
+    is_shared = True
+
+    def __init__(self, folder: str | Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
+        """
+        Args:
+            folder: on the disk that is to hold them; made where it is missing.
+            tensors: name to shape and type.
+
+        Raises:
+            OSError: the disk has no room for them.
+        """
+        self.path = Path(folder).absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.places, end = {}, 0
+        for name, (shape, dtype) in tensors.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            self.places[name] = TensorPlace(dtype, shape, end, nbytes)
+            end += -(-nbytes // PAGE) * PAGE
+        # Open as long as its mapping.
+        self.file = tempfile.TemporaryFile(dir=self.path, buffering=0)  # noqa: SIM115
+        try:
+            os.posix_fallocate(self.file.fileno(), 0, end)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{self.path} has no room for {end:,} bytes of a table in training ({error.strerror})"
+            ) from error
+        self._map()
+        for name in self.places:
+            self.expect_random_reads(name)
+
+    def was_written(self, name: str) -> bool:
+        """False: what is written is what the file holds."""
+        return False
+
+    def fill(self, name: str, source: BlockSource) -> None:
+        """Copy a tensor of another file into this one, piece by piece."""
+        start = self.places[name].start
+        content = source.file.content(source.name)
+        is_short = content.nbytes < PROGRESS_BYTES
+        with logging.tqdm(
+            total=content.nbytes, desc=f"Copying {name} to train it", unit="B", unit_scale=True, disable=is_short
+        ) as progress:
+            for piece in content.pieces():
+                os.pwrite(self.file.fileno(), piece, start)
+                start += len(piece)
+                progress.update(len(piece))
+
+
+def open_training_copy(table: EngramTable, folder: str | Path) -> None:
+    """Give the blocks of a table that are on disk files of their own, which may be written.
+
+    Raises:
+        OSError: the disk has no room for them.
+    """
+    for number, tier in enumerate(table.tiers):
+        source = table.sources[number]
+        if tier != DISK or source is None or source.file.is_shared:
+            continue
+        source.file.check_unchanged()
+        block = table.blocks[number]
+        copy = WorkFile(folder, {source.name: (tuple(block.shape), block.dtype)})
+        if source.holds(block):
+            copy.fill(source.name, source)
+        else:
+            copy.tensor(source.name).copy_(block.detach())
+        table.read_from(number, BlockSource(copy, source.name))
