@@ -20,7 +20,7 @@ LEVELS = [
         "modeling.row_gradients",
     ],
     ["modeling.table_files", "modeling.ngram_hashing"],
-    ["modeling.engram_reader"],
+    ["modeling.engram_reader", "modeling.row_changes"],
     ["modeling.engram_table", "modeling.engram_binding"],
     ["modeling.engram_layer", "modeling.engram_loading", "modeling.engram_placement"],
     ["modeling.engram_publishing"],
@@ -28,7 +28,7 @@ LEVELS = [
     ["modeling.modeling_engram_moe"],
     ["insight.", "planning"],
     ["training.row_rules", "training.row_exchange", "training.work_files"],
-    ["training.row_updates"],
+    ["training.row_updates", "hub.rewriting"],
     ["training.", "adapters.", "hub."],
     ["commands.", ""],
 ]

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_files
 
 from .engram_quantization import QUANTIZED_FORMATS
 from .engram_table import EngramTable
+from .row_changes import CHANGED_KEY
 from .safetensors_files import (
     TensorPlace,
     read_header,
@@ -134,7 +135,8 @@ def refuse_integers(places: Mapping[str, TensorPlace], where: str) -> None:
     """
     for name, place in places.items():
         is_float = place.dtype is not None and place.dtype.is_floating_point
-        if not is_float and not name.endswith("token_map") and BLOCK_KEY.match(name) is None:
+        is_of_table = BLOCK_KEY.match(name) is not None or CHANGED_KEY.match(name) is not None
+        if not is_float and not name.endswith("token_map") and not is_of_table:
             raise ValueError(
                 f"{name} of {where} is {str(place.dtype).removeprefix('torch.')}, and must be of a floating type. The "
                 "checkpoint is damaged or quantized by a tool that left no quantization_config; load the original."
@@ -240,7 +242,7 @@ def refuse_incomplete(loading_info: dict, where: str, base_prefix: str, is_same_
         )
     # Blocks are opened later, and are not among these.
     unused = sorted(n for n in loading_info["unexpected_keys"] if any(part in n for part in MEMORY_NAMES))
-    unused = [name for name in unused if BLOCK_KEY.match(name) is None]
+    unused = [name for name in unused if BLOCK_KEY.match(name) is None and CHANGED_KEY.match(name) is None]
     if unused:
         raise ValueError(
             f"{where} holds tensors of a memory that this config has no place for: {', '.join(unused[:8])}. Load it "
@@ -267,3 +269,25 @@ def open_sources(checkpoint: Checkpoint, tensors: Mapping[str, list[str]]) -> di
         table: [BlockSource(files[checkpoint.file_of[name]], name) for name in names]
         for table, names in tensors.items()
     }
+
+
+def open_changes(table_name: str, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The changed rows that a training checkpoint holds beside the blocks of a table: keys, rows, digests.
+
+    Args:
+        table_name: inside the base model.
+        checkpoint: where they are.
+    """
+    names = {
+        match[2]: name for name in checkpoint.file_of if (match := CHANGED_KEY.match(name)) and match[1] == table_name
+    }
+    if not names:
+        return None
+    parts = {"keys", "rows", "digests"}
+    if set(names) != parts:
+        raise ValueError(
+            f"{checkpoint.where} lacks the {' and '.join(sorted(parts - set(names)))} of the changed rows of "
+            f"{table_name}. Copy the whole folder of the checkpoint again."
+        )
+    file = TableFile(checkpoint.file_of[names["keys"]])
+    return file.tensor(names["keys"]), file.tensor(names["rows"]), file.tensor(names["digests"])

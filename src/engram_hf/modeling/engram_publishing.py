@@ -38,6 +38,7 @@ CODE_FILES = (
     "modeling_engram_moe.py",
     "ngram_hashing.py",
     "packed_documents.py",
+    "row_changes.py",
     "row_gradients.py",
     "safetensors_files.py",
     "table_files.py",
@@ -45,7 +46,9 @@ CODE_FILES = (
 )
 STAGE_PREFIX = ".saving-"
 # Files that a save of this package or of transformers leaves, and a later one may remove.
-WEIGHT_FILE = re.compile(r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5})(\.\d+)?\.safetensors")
+WEIGHT_FILE = re.compile(
+    r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5}|rows-layer-\d+)(\.\d+)?\.safetensors"
+)
 
 
 def save_code(folder: str | Path) -> None:

@@ -4,10 +4,12 @@ transformers saves the backbone. The blocks of a table lie in files of their own
 where a file of unchanged blocks exists.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int, create_and_tag_model_card, hf_api
 
@@ -15,10 +17,14 @@ from .engram_loading import BLOCK_KEY
 from .engram_publishing import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
 from .engram_table import DISK, EngramTable
 from .safetensors_files import TensorContent, write_file
+from .table_files import BlockSource, MappedFile
 
 
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
+# What Trainer saves while it trains, and the file that it writes last there.
+TRAINING_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+TRAINER_STATE = "trainer_state.json"
 # A system may refuse to map a file for the safetensors library that is larger than its RAM.
 LARGEST_FILE = 5 * 10**9
 
@@ -30,7 +36,11 @@ def split_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
 
 
 def write_tables(
-    stage: Path, blocks: Mapping[str, torch.Tensor], tables: Mapping[str, EngramTable], max_shard_size: str | int
+    stage: Path,
+    blocks: Mapping[str, torch.Tensor],
+    tables: Mapping[str, EngramTable],
+    max_shard_size: str | int,
+    with_changes: bool = False,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write the blocks of tables into files of their own.
 
@@ -39,6 +49,7 @@ def write_tables(
         blocks: tensor name to block; in memory, or as a view of its file.
         tables: by name inside the base model.
         max_shard_size: as in `save_pretrained`; a file is larger only where a single block is.
+        with_changes: of a table in training, link the files that it came from and write the rows that have changed.
 
     Returns:
         tensor name to file name, and file name to SHA-256.
@@ -54,33 +65,49 @@ def write_tables(
                 for name in blocks
                 if (match := BLOCK_KEY.match(name)) is not None and match[1] == table_name
             }
-            groups = list(_group(own, blocks, table, limit))
+            standing = {name: _source_on_disk(number, blocks[name], table) for name, number in own.items()}
+            by_rows = with_changes and table.row_gradients is not None
+            if by_rows:
+                standing = {name: table.row_changes.base(number, table) for name, number in own.items()}
+            groups = list(_group(own, blocks, standing, limit))
+            changed: list[int] = []
+            layer = int(table_name.split(".")[1])
             for number, names in enumerate(groups, 1):
-                layer = int(table_name.split(".")[1])
                 filename = f"tables-layer-{layer:02d}-{number:05d}-of-{len(groups):05d}.safetensors"
-                source = _whole_file(names, own, blocks, table)
+                source = _whole_file({name: standing[name] for name in names})
                 if source is not None:
+                    changed += [own[name] for name in names] if by_rows else []
                     digests[filename] = link_file(source, stage / filename)
                     progress.update(source.stat().st_size)
                 else:
                     contents = {name: _content(own[name], blocks[name], table) for name in names}
                     digests[filename] = write_file(stage / filename, contents, progress.update)
                 weight_map.update(dict.fromkeys(names, filename))
+            table.row_changes.kept = changed
+            if changed and (rows := table.row_changes.contents(min(own).rpartition(".blocks.")[0], table, changed)):
+                filename = f"rows-layer-{layer:02d}.safetensors"
+                digests[filename] = write_file(stage / filename, rows)
+                weight_map.update(dict.fromkeys(rows, filename))
     return weight_map, digests
 
 
-def _is_in_file(number: int, block: torch.Tensor, table: EngramTable) -> bool:
-    """Whether this is the table's own block, on disk and as its file has it."""
+def _source_on_disk(number: int, block: torch.Tensor, table: EngramTable) -> BlockSource | None:
+    """The file of a block, where this is the table's own block, on disk and as its file has it."""
     source = table.sources[number]
-    return table.tiers[number] == DISK and source.is_under(block) and source.holds(block)
+    is_own = table.tiers[number] == DISK and source.file.can_be_linked and source.is_under(block)
+    return source if is_own and source.holds(block) else None
 
 
-def _group(own: dict[str, int], blocks, table: EngramTable, limit: int) -> Iterator[list[str]]:
+def _group(
+    own: dict[str, int], blocks: Mapping[str, torch.Tensor], standing: Mapping[str, BlockSource | None], limit: int
+) -> Iterator[list[str]]:
     """Blocks of one file: those of a file that can be linked as it is, else as many as `limit` allows."""
     group: list[str] = []
-    size, file = 0, None
-    for name, number in sorted(own.items(), key=lambda item: item[1]):
-        here = table.sources[number].file if _is_in_file(number, blocks[name], table) else None
+    size: int = 0
+    file: MappedFile | None = None
+    for name, _ in sorted(own.items(), key=lambda item: item[1]):
+        source = standing[name]
+        here = None if source is None else source.file
         if group and (size + blocks[name].nbytes > limit or here is not file):
             yield group
             group, size = [], 0
@@ -90,16 +117,15 @@ def _group(own: dict[str, int], blocks, table: EngramTable, limit: int) -> Itera
         yield group
 
 
-def _whole_file(names: list[str], own: dict[str, int], blocks, table: EngramTable) -> Path | None:
-    """The file that holds exactly these blocks, unchanged and under these names."""
-    if not all(_is_in_file(own[name], blocks[name], table) for name in names):
+def _whole_file(standing: Mapping[str, BlockSource | None]) -> Path | None:
+    """The file that holds exactly these blocks, under these names."""
+    sources = [source for source in standing.values() if source is not None]
+    if len(sources) < len(standing) or any(source.file is not sources[0].file for source in sources):
         return None
-    sources = [table.sources[own[name]] for name in names]
     file = sources[0].file
     file.check_unchanged()
-    is_whole = all(source.file is file for source in sources) and set(file.places) == set(names)
     # Where the file's name stands for another file by now, the open one is copied.
-    return file.path.resolve() if is_whole and file.is_at_its_path() else None
+    return file.path.resolve() if set(file.places) == set(standing) and file.is_at_its_path() else None
 
 
 def _content(number: int, block: torch.Tensor, table: EngramTable) -> TensorContent:
@@ -130,6 +156,9 @@ class SavesTables:
         """As `PreTrainedModel.save_pretrained`, with blocks in files of their own; also writes the modeling code and an
         `auto_map` of all classes. A save that fails or is killed leaves the checkpoint that was there.
 
+        In a folder named checkpoint-N, as Trainer's are, a table in training is saved by the file it came from, which
+        is linked, and its changed rows; loading puts them together, `merge_changed_rows` for good.
+
         Args:
             save_directory: folder to write.
             is_main_process: whether this process writes.
@@ -159,6 +188,11 @@ class SavesTables:
         apart = tables_to is not None and Path(tables_to).resolve() != folder.resolve()
         if apart:
             refuse_model_in(tables_to)
+        is_training = TRAINING_CHECKPOINT.fullmatch(folder.name) is not None
+        if is_training:
+            # Not whole until Trainer has written it again.
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
+        with_changes = is_training and state_dict is None and not apart
         set_auto_map(self.config, with_code)
         hub = self._begin_upload(folder, token, kwargs) if push_to_hub else None
         saved = {}
@@ -172,7 +206,7 @@ class SavesTables:
             super().save_pretrained(stage, True, backbone, False, **shared)
             if not with_code:
                 remove_code(stage)
-            written = write_tables(stage, {} if apart else blocks, tables, max_shard_size)
+            written = write_tables(stage, {} if apart else blocks, tables, max_shard_size, with_changes)
             saved |= publish(stage, folder, *written, self.config, variant)
         if not with_code:
             remove_code(folder)

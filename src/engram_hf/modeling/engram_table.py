@@ -10,6 +10,7 @@ mapped, placed, sharded and saved one by one, and each has a tier of its own:
 A tier never changes a row. This file knows nothing of models, hashing or gates.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ from transformers.utils import logging
 from .engram_quantization import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
 from .engram_reader import PageReader, pages_of_rows
 from .hot_rows import HotRows
+from .row_changes import DIGESTS, KEYS, ROWS, RowChanges
 from .row_gradients import RowGradients
 from .table_files import BlockSource, MappedFile, TableFile
 
@@ -107,6 +109,9 @@ class EngramTable(nn.Module):
         self.hot_rows: HotRows | None = None
         # Where it is trained row by row.
         self.row_gradients: RowGradients | None = None
+        self.row_changes = RowChanges()
+        self.given_blocks: list[int] = []
+        self.register_load_state_dict_post_hook(_write_changed_rows)
         # First row of each head inside its block, and the number of its rows.
         self.head_offsets = nn.Buffer(self.make_head_offsets(), persistent=False)
         self.head_rows = nn.Buffer(self.make_head_rows(), persistent=False)
@@ -223,6 +228,7 @@ class EngramTable(nn.Module):
 
     def _check_files(self) -> None:
         """Every file that a block is still mapped from is what it was when it was opened."""
+        self.row_changes.settle(self)
         sources = zip(self.blocks, self.sources)
         for file in {source.file for block, source in sources if source is not None and source.is_under(block)}:
             file.check_unchanged()
@@ -324,6 +330,8 @@ class EngramTable(nn.Module):
             self.row_gradients = RowGradients()
             self.row_gradients.norm.data = self.row_gradients.norm.data.to(self.blocks[0].device)
             self.register_parameter(ROW_GRADIENT_NORM, self.row_gradients.norm)
+            self.row_changes.settle(self)
+            self.row_changes.begin(self)
         return self.row_gradients
 
     @torch.compiler.disable
@@ -347,7 +355,7 @@ class EngramTable(nn.Module):
         """Where rows are gathered and updated: the device of a resident table, else the CPU."""
         return self.blocks[0].device if self.is_resident else torch.device("cpu")
 
-    def _parts(self, keys: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    def parts(self, keys: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """For each block that is asked for: its number, which of the keys, and their rows inside it."""
         bounds = torch.searchsorted(keys, torch.tensor(self.first_rows, device=keys.device)).tolist() + [len(keys)]
         for number, (start, end) in enumerate(zip(bounds, bounds[1:])):
@@ -365,7 +373,7 @@ class EngramTable(nn.Module):
             (n, row width) in the type of the table, on `home`; a copy.
         """
         rows = torch.empty(len(keys), self.row_width, dtype=self.dtype, device=keys.device)
-        for number, part, wanted in self._parts(keys):
+        for number, part, wanted in self.parts(keys):
             block = self._block(number, keys)
             if self.tiers[number] == DISK:
                 addresses = block.data_ptr() + wanted.numpy() * self.row_nbytes
@@ -381,9 +389,10 @@ class EngramTable(nn.Module):
             keys: (n,) int64, ascending and distinct, on `home`.
             rows: (n, row width) in the type of the table.
         """
-        for number, part, wanted in self._parts(keys):
+        for number, part, wanted in self.parts(keys):
             block = self._block(number, keys).detach()
             block.index_copy_(0, wanted.to(block.device), rows[part].to(block.device))
+        self.row_changes.mark(keys)
         if self.hot_rows is not None:
             self.hot_rows.forget(keys.cpu().numpy())
 
@@ -469,11 +478,15 @@ class EngramTable(nn.Module):
         """
         self.saved_in = saved_in
         opened: dict[Path, TableFile] = {}
+        is_trained = self.row_gradients is not None
         for number, (path, name) in saved_in.items():
-            if self.tiers[number] == DISK and not self.sources[number].file.is_at_its_path():
-                if path not in opened:
-                    opened[path] = TableFile(path)
-                self.read_from(number, BlockSource(opened[path], name))
+            is_gone = self.tiers[number] == DISK and not self.sources[number].file.is_at_its_path()
+            if is_gone or is_trained:
+                source = BlockSource(opened.setdefault(path, TableFile(path)), name)
+                if is_gone:
+                    self.read_from(number, source)
+                if is_trained:
+                    self.row_changes.follow_save(self, number, source)
 
     def read_from(self, number: int, source: BlockSource) -> None:
         """Have a block on disk read from another file that holds its rows."""
@@ -482,26 +495,39 @@ class EngramTable(nn.Module):
         source.file.expect_random_reads(source.name)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.row_changes.settle(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + ROW_GRADIENT_NORM, None)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
         """As in any module, but a block on disk that gets its own rows again stays there, unwritten; one that gets
         other rows has them in host memory."""
+        fresh: dict[MappedFile, MappedFile] = {}
         for number, block in enumerate(self.blocks):
             name = f"{prefix}blocks.{number}"
-            given = state_dict.get(name)
-            if self.tiers[number] != DISK or given is None or given.shape != block.shape:
+            given, source = state_dict.get(name), self.sources[number]
+            is_here = given is not None and given.shape == block.shape and self.tiers[number] == DISK
+            if not is_here or source.file.is_shared:
                 continue
-            source = self.sources[number]
-            if given.dtype == block.dtype and source.holds(given) and source.holds(block):
-                state_dict[name] = block
+            if given.dtype == block.dtype and source.holds(given):
+                if not source.holds(block):
+                    # What was written is under the old mapping.
+                    if source.file not in fresh:
+                        fresh[source.file] = copy.deepcopy(source.file)
+                    self.read_from(number, BlockSource(fresh[source.file], source.name))
+                state_dict[name] = self.blocks[number]
             else:
                 logger.warning(f"{name} gets other rows than its file has, and moves from disk to host memory.")
                 self.blocks[number] = nn.Parameter(torch.empty_like(block), requires_grad=block.requires_grad)
                 self.tiers[number] = HOST
         if self.hot_rows is not None:
             self.hot_rows.clear()
+        self.given_blocks = [n for n in range(len(self.blocks)) if f"{prefix}blocks.{n}" in state_dict]
+        for number in self.given_blocks:
+            self.row_changes.bases.pop(number, None)
+        changes = [state_dict.pop(prefix + name, None) for name in (KEYS, ROWS, DIGESTS)]
+        if all(part is not None for part in changes):
+            self.row_changes.expect(self, *changes)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
         if prefix + ROW_GRADIENT_NORM in missing_keys:
             missing_keys.remove(prefix + ROW_GRADIENT_NORM)
@@ -536,6 +562,7 @@ class EngramTable(nn.Module):
             "tiers": [HOST if t == DISK and not d else t for t, d in zip(self.tiers, on_disk)],
             "sources": [s if s is None or s.file.can_be_linked else None for s in self.sources],
             "row_gradients": None,
+            "row_changes": RowChanges(),
             "_parameters": {name: p for name, p in self._parameters.items() if name != ROW_GRADIENT_NORM},
             "_modules": {**self._modules, "blocks": nn.ParameterList(kept)},
         }
@@ -551,6 +578,12 @@ class EngramTable(nn.Module):
         parts.append(self.row_format or (str(self.dtype) if len(self.blocks) else "no blocks yet"))
         parts += sorted(set(self.tiers) - {RESIDENT})
         return ", ".join(parts)
+
+
+def _write_changed_rows(table: EngramTable, incompatible_keys) -> None:
+    """After a state dict has been loaded: rows of it that are changes of blocks, in whatever order they come."""
+    table.row_changes.follow_blocks(table, table.given_blocks)
+    table.given_blocks = []
 
 
 __all__ = ["DISK", "HOST", "RESIDENT", "QUANTIZED_FORMATS", "EngramTable", "tables_without_blocks"]

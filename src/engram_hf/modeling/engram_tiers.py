@@ -14,6 +14,7 @@ from .engram_loading import (
     HUB_ARGUMENTS,
     find_checkpoint,
     match_blocks,
+    open_changes,
     open_sources,
     read_headers,
     refuse_incomplete,
@@ -74,7 +75,7 @@ class TablesOnTiers:
     """Part of `EngramMoEPreTrainedModel`."""
 
     # Blocks are opened, not loaded, so transformers finds them in a checkpoint and not in the model.
-    _keys_to_ignore_on_load_unexpected = [r"\.engram\.table\.blocks\."]
+    _keys_to_ignore_on_load_unexpected = [r"\.engram\.table\.(blocks|changed)\."]
 
     @classmethod
     def from_pretrained(
@@ -169,6 +170,8 @@ class TablesOnTiers:
         for name, table in tables.items():
             table.reader = reader
             table.open_blocks(sources[name], [p.tier for p in planned[name]], [p.device for p in planned[name]])
+            if (changes := open_changes(name, checkpoint)) is not None:
+                table.row_changes.bring(table, *changes)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
 

@@ -1,0 +1,66 @@
+"""Checkpoints of a training run made whole: blocks and the rows that have changed since become blocks again."""
+
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from ..modeling.engram_loading import open_changes, read_headers
+from ..modeling.row_changes import rows_of_pieces
+from ..modeling.safetensors_files import TensorContent
+from ..modeling.table_files import BlockSource, TableFile
+from .rewriting import open_folder, rewrite_blocks
+
+
+def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
+    """Write a training checkpoint as a model of its own, block by block; without the state of the run.
+
+    Args:
+        source: folder of a checkpoint that Trainer has written; one without changed rows will do.
+        target: folder for the model; another one than `source`. Files without changed rows are linked.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError, FileNotFoundError: `source` is damaged, or no checkpoint.
+
+    Example:
+        >>> merge_changed_rows("output/checkpoint-500", "output/model")
+    """
+    source, target = Path(source), Path(target)
+    checkpoint = open_folder(source, target)
+    places, blocks = read_headers(checkpoint), checkpoint.blocks()
+    changes = {table: open_changes(table, checkpoint) for table, _ in blocks}
+    first_rows: dict[str, list[int]] = {}
+    for table in changes:
+        names = [name for (owner, _), name in sorted(blocks.items()) if owner == table]
+        first_rows[table] = list(accumulate((places[name].shape[0] for name in names), initial=0))
+
+    def merged(file: TableFile, name: str) -> TensorContent | None:
+        table, number = next(key for key, tensor in blocks.items() if tensor == name)
+        brought = changes[table]
+        if brought is None:
+            return None
+        keys, rows, _ = brought
+        bounds = torch.tensor(first_rows[table][number : number + 2])
+        start, end = torch.searchsorted(keys, bounds).tolist()
+        if start == end:
+            return None
+        return _with_rows(file, name, keys[start:end] - int(bounds[0]), rows[start:end])
+
+    rewrite_blocks(checkpoint, source, target, merged, {})
+    return target
+
+
+def _with_rows(file: TableFile, name: str, wanted: torch.Tensor, rows: torch.Tensor) -> TensorContent:
+    """A block with some of its rows, (n,) ascending, replaced by (n, width)."""
+    place = file.places[name]
+
+    def pieces():
+        for first, part in rows_of_pieces(BlockSource(file, name), place.shape[1], file.dtype_of(name)):
+            start, end = torch.searchsorted(wanted, torch.tensor([first, first + len(part)])).tolist()
+            part[wanted[start:end] - first] = rows[start:end]
+            yield memoryview(part.view(-1).view(torch.uint8).numpy().data)
+
+    return TensorContent(file.dtype_of(name), place.shape, place.nbytes, pieces)

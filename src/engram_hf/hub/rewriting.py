@@ -1,0 +1,93 @@
+"""A checkpoint written anew with other blocks, one at a time, so that its size is of no account."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, Checkpoint, find_checkpoint, read_headers
+from ..modeling.engram_publishing import link_file, publish, staging
+from ..modeling.row_changes import CHANGED_KEY
+from ..modeling.safetensors_files import TensorContent, write_file
+from ..modeling.table_files import TableFile
+
+
+# What a Trainer leaves beside a model; a checkpoint that is written anew is no place to resume from.
+TRAINING_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "rng_state*.pth",
+)
+
+
+def open_folder(source: Path, target: Path) -> Checkpoint:
+    """The checkpoint in a folder, which is not the one to write.
+
+    Raises:
+        ValueError: source and target are one folder.
+        FileNotFoundError: no safetensors files are there.
+    """
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target} is the source itself, which is to stay as it is; name another folder.")
+    checkpoint = find_checkpoint(str(source), {"local_files_only": True}) if source.is_dir() else None
+    if checkpoint is None:
+        raise FileNotFoundError(f"{source} is no folder with the safetensors files of a model.")
+    return checkpoint
+
+
+def rewrite_blocks(
+    checkpoint: Checkpoint,
+    source: Path,
+    target: Path,
+    content_of: Callable[[TableFile, str], TensorContent | None],
+    config_changes: dict,
+) -> None:
+    """Write a checkpoint with other blocks, and whatever else it holds as it is.
+
+    Args:
+        checkpoint, source: what is there.
+        target: folder to write.
+        content_of: for the tensor of a file what takes its place; None for the same.
+        config_changes: fields of config.json that become other ones.
+
+    Raises:
+        ValueError: a file holds tables and other tensors.
+    """
+    config = AutoConfig.from_pretrained(source)
+    read_headers(checkpoint)
+    with staging(target) as stage:
+        _copy_rest(source, stage, {path.name for path in checkpoint.file_of.values()}, config_changes)
+        table_map: dict[str, str] = {}
+        digests: dict[str, str] = {}
+        backbone: dict[str, str] = {}
+        for path in sorted(set(checkpoint.file_of.values())):
+            names = [name for name, file in checkpoint.file_of.items() if file == path and not CHANGED_KEY.match(name)]
+            blocks = [name for name in names if BLOCK_KEY.match(name)]
+            if not names:
+                continue
+            if blocks and len(blocks) != len(names):
+                raise ValueError(f"{path} holds tables and other tensors; load the model and save it once first.")
+            file = TableFile(path)
+            contents = {name: content_of(file, name) for name in blocks}
+            if any(content is not None for content in contents.values()):
+                whole = {name: content or file.content(name) for name, content in contents.items()}
+                digests[path.name] = write_file(stage / path.name, whole)
+            else:
+                digests[path.name] = link_file(path, stage / path.name)
+            (table_map if blocks else backbone).update(dict.fromkeys(names, path.name))
+        (stage / INDEX_FILE).write_text(json.dumps({"weight_map": backbone}))
+        publish(stage, target, table_map, digests, config)
+
+
+def _copy_rest(source: Path, stage: Path, weights: set[str], config_changes: dict) -> None:
+    for path in source.iterdir():
+        is_left_out = path.name in weights or path.name == INDEX_FILE or any(map(path.match, TRAINING_FILES))
+        if path.is_file() and not is_left_out:
+            shutil.copyfile(path, stage / path.name)
+    content = json.loads((source / "config.json").read_text())
+    (stage / "config.json").write_text(json.dumps({**content, **config_changes}, indent=2, sort_keys=True) + "\n")
