@@ -27,7 +27,7 @@ LEVELS = [
     ["modeling.engram_saving", "modeling.engram_tiers"],
     ["modeling.modeling_engram_moe"],
     ["insight.", "planning"],
-    ["training.row_rules", "training.row_exchange", "training.work_files"],
+    ["training.row_rules", "training.row_exchange", "training.work_files", "training.reporting"],
     ["training.row_updates", "hub.rewriting"],
     ["training.", "adapters.", "hub."],
     ["commands.", ""],

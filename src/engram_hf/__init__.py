@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .hub.merging import merge_changed_rows
 from .hub.quantizing import quantize_tables
 from .hub.verifying import verify_tables
+from .insight.plotting import plot_training
 from .modeling.configuration_engram_moe import EngramMoEConfig
 from .modeling.modeling_engram_moe import (
     EngramMoEForCausalLM,
@@ -23,6 +25,12 @@ from .modeling.modeling_engram_moe import (
 from .modeling.ngram_hashing import NgramHash, build_token_map
 from .planning import count_parameters, estimate_memory
 from .training.balancing import LossFreeBalancingCallback
+from .training.checkpoints import last_complete_checkpoint
+from .training.gate_statistics import EngramGateStatisticsCallback
+from .training.optimizers import engram_optimizers
+from .training.prefetching import EngramPrefetchCallback
+from .training.row_rules import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
+from .training.row_statistics import EngramRowStatisticsCallback
 
 
 __version__ = "0.1.0.dev0"
@@ -34,16 +42,27 @@ AutoModelForSequenceClassification.register(EngramMoEConfig, EngramMoEForSequenc
 AutoModelForTokenClassification.register(EngramMoEConfig, EngramMoEForTokenClassification)
 
 __all__ = [
+    "EngramGateStatisticsCallback",
     "EngramMoEConfig",
     "EngramMoEForCausalLM",
     "EngramMoEForSequenceClassification",
     "EngramMoEForTokenClassification",
     "EngramMoEModel",
+    "EngramPrefetchCallback",
+    "EngramRowStatisticsCallback",
     "LossFreeBalancingCallback",
     "NgramHash",
+    "RowAdam",
+    "RowSGD",
+    "RowwiseAdagrad",
+    "RowwiseAdam",
     "build_token_map",
     "count_parameters",
+    "engram_optimizers",
     "estimate_memory",
+    "last_complete_checkpoint",
+    "merge_changed_rows",
+    "plot_training",
     "quantize_tables",
     "verify_tables",
 ]

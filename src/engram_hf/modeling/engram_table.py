@@ -11,8 +11,8 @@ A tier never changes a row. This file knows nothing of models, hashing or gates.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import accumulate
 from pathlib import Path
@@ -110,6 +110,8 @@ class EngramTable(nn.Module):
         # Where it is trained row by row.
         self.row_gradients: RowGradients | None = None
         self.row_changes = RowChanges()
+        # Put around the reading of a lookup in training, with the numbers of its rows.
+        self.watch: Callable[[torch.Tensor], AbstractContextManager] | None = None
         self.given_blocks: list[int] = []
         self.register_load_state_dict_post_hook(_write_changed_rows)
         # First row of each head inside its block, and the number of its rows.
@@ -337,14 +339,17 @@ class EngramTable(nn.Module):
     @torch.compiler.disable
     def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
         """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
-        for future in self.reader.take(row_ids) or []:
-            future.result()
         self._check_files()
         home = row_ids.to(self.home)
         self._check_row_ids(home)
         keys = home + (self.head_rows.cumsum(0) - self.head_rows).to(home.device)
         distinct, back = keys.unique(return_inverse=True)
-        rows = self.gather_rows(distinct).to(row_ids.device, torch.float32)
+        with nullcontext() if self.watch is None else self.watch(distinct):
+            started = self.reader.take(row_ids)
+            for future in started or []:
+                future.result()
+            rows = self.gather_rows(distinct, are_read=started is not None)
+        rows = rows.to(row_ids.device, torch.float32)
         if self.is_trainable:
             rows.requires_grad_()
             self.row_gradients.follow(rows, distinct)
@@ -363,11 +368,12 @@ class EngramTable(nn.Module):
                 yield number, slice(start, end), keys[start:end] - self.first_rows[number]
 
     @torch.no_grad()
-    def gather_rows(self, keys: torch.Tensor) -> torch.Tensor:
+    def gather_rows(self, keys: torch.Tensor, are_read: bool = False) -> torch.Tensor:
         """Rows by their number in the table.
 
         Args:
             keys: (n,) int64, ascending, on `home`.
+            are_read: whether their pages have been asked for already.
 
         Returns:
             (n, row width) in the type of the table, on `home`; a copy.
@@ -375,7 +381,7 @@ class EngramTable(nn.Module):
         rows = torch.empty(len(keys), self.row_width, dtype=self.dtype, device=keys.device)
         for number, part, wanted in self.parts(keys):
             block = self._block(number, keys)
-            if self.tiers[number] == DISK:
+            if self.tiers[number] == DISK and not are_read:
                 addresses = block.data_ptr() + wanted.numpy() * self.row_nbytes
                 self.reader.read(pages_of_rows(addresses, self.row_nbytes), self.sources[number].file)
             rows[part] = block.detach().index_select(0, wanted.to(block.device)).to(rows.device)
@@ -563,6 +569,7 @@ class EngramTable(nn.Module):
             "sources": [s if s is None or s.file.can_be_linked else None for s in self.sources],
             "row_gradients": None,
             "row_changes": RowChanges(),
+            "watch": None,
             "_parameters": {name: p for name, p in self._parameters.items() if name != ROW_GRADIENT_NORM},
             "_modules": {**self._modules, "blocks": nn.ParameterList(kept)},
         }

@@ -45,6 +45,8 @@ class RowUpdates:
             raise ValueError(f"Rows of {name} are quantized ({table.row_format}), and cannot be trained; freeze it.")
         self.name, self.table, self.rule, self.seed = name, table, rule, seed
         self.steps = 0
+        # Before the training copy: a checkpoint is saved by the files that the table comes from now.
+        self.gradients = table.collect_row_gradients()
         if state_dtype is None:
             state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else torch.float32
         shapes = dict.fromkeys(rule.wide, ((table.num_rows, table.head_dim), state_dtype))
@@ -61,7 +63,6 @@ class RowUpdates:
             self.state = {key: self.work_file.tensor(key) for key in shapes}
         else:
             self.state = {key: torch.zeros(s, dtype=d, device=table.home) for key, (s, d) in shapes.items()}
-        self.gradients = table.collect_row_gradients()
 
     @torch.no_grad()
     def step(self, lr: float) -> int:

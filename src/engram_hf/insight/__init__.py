@@ -1,0 +1,1 @@
+"""What one looks at: curves of a run."""

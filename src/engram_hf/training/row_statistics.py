@@ -1,0 +1,267 @@
+"""Which rows a run touches: how many, how often, by which n-grams, how many n-grams share one; whether rows move."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .reporting import EngramCallback, find_memory_layers
+
+
+STATISTICS_FILE = "row_statistics.safetensors"
+# Rows whose norms and moves are looked at.
+SAMPLED_ROWS = 1024
+# Distinct n-grams of an order that collisions are counted among; more would take memory.
+COUNTED_NGRAMS = 2**16
+HOTTEST = 8
+# Odd, so that multiplying by them loses nothing.
+MIXERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB, 0x2545F4914F6CDD1D, 0x4F1BBCDCBFA53E0B)
+
+logger = logging.get_logger(__name__)
+
+
+class LayerStatistics:
+    """Of one memory layer. counts: (rows of the table,) int32, how often each row was looked up."""
+
+    def __init__(self, layer: Any):
+        self.table = layer.table
+        self.heads_of_order = layer.primes.shape[1]
+        head_rows = self.table.head_rows.cpu()
+        self.head_rows, self.first_rows = head_rows, head_rows.cumsum(0) - head_rows
+        self.counts = torch.zeros(self.table.num_rows, dtype=torch.int32)
+        # Per order: a number for each distinct n-gram, (n,), and the rows it reads, (n, heads per order).
+        self.ngrams: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # The last batch that was looked at: row numbers, (tokens, heads), and compressed ids, (tokens, N).
+        self.keys = self.taps = torch.zeros(0, 0, dtype=torch.int64)
+        # Rows that had a gradient first, and what they were at the beginning and before this step.
+        self.watched = torch.zeros(0, dtype=torch.int64)
+        self.first_values = self.values_before = torch.zeros(0, 0)
+        self.update_norms = torch.zeros(0)
+
+    def count(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, heads) to the numbers in the table, (tokens, heads)."""
+        keys = row_ids.detach().cpu().flatten(0, 1) + self.first_rows
+        flat = keys.flatten()
+        self.counts.index_add_(0, flat, torch.ones(len(flat), dtype=torch.int32))
+        return keys
+
+    def look(self, keys: torch.Tensor, taps: list[torch.Tensor]) -> None:
+        """Remember the n-grams of a batch, and what its rows are before the step."""
+        self.keys, self.taps = keys, torch.stack([tap.detach().cpu().flatten() for tap in taps], dim=-1)
+        for order in range(2, self.taps.shape[1] + 1):
+            mixers = torch.tensor([MIXERS[i % len(MIXERS)] for i in range(order)])
+            mixed = (self.taps[:, :order] * mixers).sum(-1)
+            start = (order - 2) * self.heads_of_order
+            rows = keys[:, start : start + self.heads_of_order]
+            if order in self.ngrams:
+                known, known_rows = self.ngrams[order]
+                if len(known) >= COUNTED_NGRAMS:
+                    continue
+                mixed, rows = torch.cat([known, mixed]), torch.cat([known_rows, rows])
+            distinct, back = mixed.unique(return_inverse=True)
+            first = torch.full((len(distinct),), len(mixed)).scatter_reduce(0, back, torch.arange(len(mixed)), "amin")
+            self.ngrams[order] = distinct, rows[first]
+        if not len(self.watched):
+            touched = keys.unique()
+            self.watched = touched[:: max(1, len(touched) // SAMPLED_ROWS)]
+            self.first_values = self.read_watched()
+        self.values_before = self.read_watched()
+
+    def read_watched(self) -> torch.Tensor:
+        """(rows, width) float32."""
+        return self.table.gather_rows(self.watched.to(self.table.home)).float().cpu()
+
+    def follow_step(self) -> None:
+        if len(self.values_before):
+            self.update_norms = (self.read_watched() - self.values_before).norm(dim=-1)
+            self.values_before = torch.zeros(0, 0)
+
+    def heads_of(self, keys: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(self.first_rows, keys, right=True) - 1
+
+    def collisions(self) -> tuple[float, float]:
+        """Distinct n-grams per row that they read, and what a perfect hash would have."""
+        measured, expected = [], []
+        for order, (distinct, rows) in self.ngrams.items():
+            for head in range(rows.shape[1]):
+                size = int(self.head_rows[(order - 2) * self.heads_of_order + head])
+                measured.append(len(distinct) / len(rows[:, head].unique()))
+                expected.append(len(distinct) / (size * (1 - (1 - 1 / size) ** len(distinct))))
+        return sum(measured) / len(measured), sum(expected) / len(expected)
+
+    def per_head(self, values: torch.Tensor) -> list[float]:
+        """Mean over the watched rows of each head; NaN for a head without any."""
+        heads = self.heads_of(self.watched)
+        return [float(values[heads == head].mean()) for head in range(len(self.head_rows))]
+
+    def hottest(self) -> list[tuple[int, int, list[int]]]:
+        """Row number, count, and the compressed ids of an n-gram of the last batch that reads it, if one does."""
+        found = []
+        for key in self.counts.topk(min(HOTTEST, len(self.counts))).indices.tolist():
+            order = int(self.heads_of(torch.tensor([key]))) // self.heads_of_order + 2
+            where = (self.keys == key).any(-1).nonzero()
+            # taps[:, 0] is the token itself.
+            ngram = self.taps[where[0, 0], :order].flip(0).tolist() if len(where) else []
+            found.append((key, int(self.counts[key]), ngram))
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a resumed run goes on from."""
+        ngrams = {f"ngrams.{order}": ids for order, (ids, _) in self.ngrams.items()}
+        rows = {f"rows.{order}": rows.contiguous() for order, (_, rows) in self.ngrams.items()}
+        return {"counts": self.counts, "watched": self.watched, "first_values": self.first_values, **ngrams, **rows}
+
+    def take_up(self, saved: dict[str, torch.Tensor]) -> None:
+        self.counts.copy_(saved["counts"])
+        self.watched, self.first_values = saved["watched"], saved["first_values"]
+        orders = [int(key.removeprefix("ngrams.")) for key in saved if key.startswith("ngrams.")]
+        self.ngrams = {order: (saved[f"ngrams.{order}"], saved[f"rows.{order}"]) for order in orders}
+
+    def movement(self) -> str | None:
+        """What is wrong with how the watched rows moved since the beginning; None for nothing."""
+        if not len(self.watched):
+            return None
+        then, now = self.first_values.double(), self.read_watched().double()
+        if torch.equal(then, now):
+            return "did not move"
+        scale = (then * now).sum() / then.square().sum().clamp_min(1e-30)
+        if scale < 1 and torch.allclose(now, then * scale, rtol=1e-4, atol=1e-9):
+            return "moved only by weight decay"
+        return None
+
+
+class EngramRowStatisticsCallback(EngramCallback):
+    """Counts the rows that a run looks up, and adds to the log, for each memory layer:
+
+    * `engram/rows_touched/layer_1` and `engram/rows_never_touched/layer_1`: shares of the table's rows;
+    * `engram/ngrams_per_row/layer_1`: distinct n-grams per row that they read, among those looked at, and
+      `engram/ngrams_per_row_perfect_hash/layer_1`, what it would be if rows were drawn at random;
+    * `engram/row_norm/layer_1` and `engram/row_update_norm/layer_1`: means over a sample of rows;
+    * in the history of the run alone, the same norms per head (`.../per_head`), and `engram/hottest_rows/layer_1`.
+
+    At the end of a run it warns of tables that can be trained and did not move, or moved only by weight decay.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramRowStatisticsCallback()])
+    """
+
+    def __init__(self, every: int = 10):
+        """
+        Args:
+            every: steps from one look at n-grams and norms to the next; rows are counted in every step.
+        """
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}.")
+        self.every = every
+        self.is_looking = False
+        self.layers: dict[int, LayerStatistics] = {}
+        self._hooks: list = []
+        self._run: tuple | None = None
+        self._token_map: torch.Tensor | None = None
+
+    def arguments(self):
+        return {"every": self.every}
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        layers = find_memory_layers(model, type(self).__name__)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self._remove_hooks()
+        self._run, self._tokenizer = (args, state), processing_class
+        maps = [m.token_map for m in model.modules() if isinstance(getattr(m, "token_map", None), torch.Tensor)]
+        self._token_map = maps[0].cpu() if maps else None
+        self.layers = {layer_id: LayerStatistics(layer) for layer_id, layer in layers.items()}
+        if state.global_step:
+            self._load(self._checkpoint_folder() / STATISTICS_FILE)
+        self._hooks = [layer.register_forward_pre_hook(self._look, with_kwargs=True) for layer in layers.values()]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.is_looking = state.global_step % self.every == 0
+
+    @torch.compiler.disable
+    def _look(self, layer, inputs: tuple, named: dict) -> None:
+        if not layer.training:
+            return
+        statistics = self.layers[layer.layer_idx]
+        keys = statistics.count(inputs[1])
+        if self.is_looking:
+            statistics.look(keys, inputs[2].taps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.is_looking:
+            for statistics in self.layers.values():
+                statistics.follow_step()
+        self.is_looking = False
+
+    def figures(self):
+        figures = {}
+        for layer_id, own in self.layers.items():
+            touched = int(own.counts.count_nonzero()) / len(own.counts)
+            figures[f"engram/rows_touched/layer_{layer_id}"] = touched
+            figures[f"engram/rows_never_touched/layer_{layer_id}"] = 1 - touched
+            if own.ngrams:
+                measured, perfect = own.collisions()
+                figures[f"engram/ngrams_per_row/layer_{layer_id}"] = measured
+                figures[f"engram/ngrams_per_row_perfect_hash/layer_{layer_id}"] = perfect
+            if len(own.update_norms):
+                figures[f"engram/row_norm/layer_{layer_id}"] = float(own.read_watched().norm(dim=-1).mean())
+                figures[f"engram/row_update_norm/layer_{layer_id}"] = float(own.update_norms.mean())
+        return figures
+
+    def records(self):
+        records: dict[str, Any] = {}
+        for layer_id, own in self.layers.items():
+            if len(own.update_norms):
+                norms = own.read_watched().norm(dim=-1)
+                records[f"engram/row_norm/layer_{layer_id}/per_head"] = own.per_head(norms)
+                records[f"engram/row_update_norm/layer_{layer_id}/per_head"] = own.per_head(own.update_norms)
+            records[f"engram/hottest_rows/layer_{layer_id}"] = [
+                {"row": row, "count": count, "ngram": self._text(ngram)} for row, count, ngram in own.hottest()
+            ]
+        return records
+
+    def _text(self, ngram: list[int]) -> str | list[int]:
+        """An n-gram of compressed ids as text, where there is a tokenizer: of each the first id that becomes it."""
+        if not hasattr(self._tokenizer, "decode") or not ngram or min(ngram) < 0:
+            return ngram
+        if self._token_map is None:
+            return self._tokenizer.decode(ngram)
+        return self._tokenizer.decode([int((self._token_map == token).nonzero()[0]) for token in ngram])
+
+    def attributes(self):
+        # Before Trainer writes the marker of a checkpoint, so that this file is there where the marker is.
+        if self.layers and self._run is not None and (folder := self._checkpoint_folder()).is_dir():
+            tensors = {f"{i}.{key}": value for i, own in self.layers.items() for key, value in own.tensors().items()}
+            save_file(tensors, folder / STATISTICS_FILE)
+        return {}
+
+    def _checkpoint_folder(self) -> Path:
+        args, state = self._run
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+    def _load(self, path: Path) -> None:
+        try:
+            saved = load_file(path)
+            for layer_id, own in self.layers.items():
+                start = f"{layer_id}."
+                own.take_up({k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)})
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            logger.warning(f"Rows are counted from 0 again: {path} does not hold this run's statistics ({error}).")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for layer_id, own in self.layers.items():
+            wrong = own.movement() if own.table.is_trainable else None
+            if wrong is not None:
+                logger.warning(
+                    f"The table of layer {layer_id} can be trained, and {wrong} in this run. Look whether gradients "
+                    "reach it, or freeze it: table.requires_grad_(False)."
+                )
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
