@@ -77,4 +77,5 @@ def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int
             else:
                 continue
             curves.setdefault(title, {}).setdefault(label, []).append((line["step"], float(value)))
-    return curves
+    first = [title for title in ("loss", "learning rate", "grad norm") if title in curves]
+    return {title: curves[title] for title in [*first, *sorted(set(curves) - set(first))]}

@@ -384,7 +384,10 @@ class EngramTable(nn.Module):
             if self.tiers[number] == DISK and not are_read:
                 addresses = block.data_ptr() + wanted.numpy() * self.row_nbytes
                 self.reader.read(pages_of_rows(addresses, self.row_nbytes), self.sources[number].file)
-            rows[part] = block.detach().index_select(0, wanted.to(block.device)).to(rows.device)
+            if block.device == rows.device:
+                torch.index_select(block.detach(), 0, wanted, out=rows[part])
+            else:
+                rows[part] = block.detach().index_select(0, wanted.to(block.device)).to(rows.device)
         return rows
 
     @torch.no_grad()

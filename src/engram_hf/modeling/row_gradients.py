@@ -77,6 +77,10 @@ class RowGradients:
         if rows is None or self.norm.grad is None:
             return None
         keys, gradients = rows
+        # Read by padding alone, for one: a step without a gradient is none.
+        has_any = gradients.any(-1)
+        if not has_any.all():
+            keys, gradients = keys[has_any], gradients[has_any]
         if not torch.equal(self.norm.grad, self._norm_of_rows):
             gradients = gradients * (self.norm.grad / self._norm_of_rows).to(gradients.device)
         return keys, gradients

@@ -15,6 +15,10 @@ from .row_rules import RowRule, round_stochastically
 from .work_files import WorkFile, open_training_copy
 
 
+# On a CPU a step moves as many rows at a time as stay in its caches.
+PART_BYTES = 2**20
+
+
 class RowUpdates:
     """The state of all rows of a table, and the step that moves those with a gradient."""
 
@@ -72,34 +76,31 @@ class RowUpdates:
         if taken is None:
             return 0
         keys, gradients = (each.to(self.table.home) for each in taken)
-        rows = self.table.gather_rows(keys)
-        state = self._gather_state(keys)
-        moved = rows.float()
-        self.rule.update(moved, gradients.float(), state, lr)
+        self._read_state(keys)
         generator = torch.Generator(keys.device).manual_seed(
             hash((self.seed, zlib.crc32(self.name.encode()), self.steps)) % 2**63
         )
-        self.table.write_rows(keys, self._round(moved, rows.dtype, generator))
-        for key, values in state.items():
-            kept = self.state[key]
-            kept.index_copy_(0, keys.to(kept.device), self._round(values, kept.dtype, generator).to(kept.device))
+        at_once = len(keys) if keys.is_cuda else PART_BYTES // (4 * self.table.head_dim) + 1
+        for part, moving in zip(keys.split(at_once), gradients.split(at_once)):
+            # The forward has just read them.
+            rows = self.table.gather_rows(part, are_read=True)
+            moved = rows.float()
+            state = {name: _gather(tensor, part) for name, tensor in self.state.items()}
+            self.rule.update(moved, moving.float(), state, lr)
+            self.table.write_rows(part, _round(moved, rows.dtype, generator))
+            for name, values in state.items():
+                kept = self.state[name]
+                kept.index_copy_(0, part.to(kept.device), _round(values, kept.dtype, generator).to(kept.device))
         return len(keys)
 
-    def _gather_state(self, keys: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(n, ...) float32 per name."""
-        if self.work_file is not None:
-            for tensor in self.state.values():
-                nbytes = tensor.element_size() * tensor.shape[1]
-                addresses = tensor.data_ptr() + keys.numpy() * nbytes
-                self.table.reader.read(pages_of_rows(addresses, nbytes), self.work_file)
-        return {
-            key: tensor.index_select(0, keys.to(tensor.device)).to(keys.device, torch.float32)
-            for key, tensor in self.state.items()
-        }
-
-    @staticmethod
-    def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-        return values if dtype == torch.float32 else round_stochastically(values, dtype, generator)
+    def _read_state(self, keys: torch.Tensor) -> None:
+        """Have the state of rows read that is on disk."""
+        if self.work_file is None:
+            return
+        for tensor in self.state.values():
+            nbytes = tensor.element_size() * tensor.shape[1]
+            pages = pages_of_rows(tensor.data_ptr() + keys.numpy() * nbytes, nbytes)
+            self.table.reader.read(pages, self.work_file)
 
     def state_dict(self) -> dict:
         """The state of the rows that have been touched; as large as they are many."""
@@ -130,3 +131,12 @@ class RowUpdates:
             if was_used:
                 tensor.zero_()
             tensor.index_copy_(0, keys.to(tensor.device), saved["state"][key].to(tensor.device, tensor.dtype))
+
+
+def _gather(tensor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(n, ...) float32, where the keys are."""
+    return tensor.index_select(0, keys.to(tensor.device)).to(keys.device, torch.float32)
+
+
+def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    return values if dtype == torch.float32 else round_stochastically(values, dtype, generator)
