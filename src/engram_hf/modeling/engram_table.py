@@ -330,7 +330,8 @@ class EngramTable(nn.Module):
         """From now on, leave gradients of rows behind for whoever updates them; blocks get no gradient any more."""
         if self.row_gradients is None:
             self.row_gradients = RowGradients()
-            self.row_gradients.norm.data = self.row_gradients.norm.data.to(self.blocks[0].device)
+            exact = torch.promote_types(self.dtype, torch.float32)
+            self.row_gradients.norm.data = self.row_gradients.norm.data.to(self.blocks[0].device, exact)
             self.register_parameter(ROW_GRADIENT_NORM, self.row_gradients.norm)
             self.row_changes.settle(self)
             self.row_changes.begin(self)
@@ -349,7 +350,7 @@ class EngramTable(nn.Module):
             for future in started or []:
                 future.result()
             rows = self.gather_rows(distinct, are_read=started is not None)
-        rows = rows.to(row_ids.device, torch.float32)
+        rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         if self.is_trainable:
             rows.requires_grad_()
             self.row_gradients.follow(rows, distinct)

@@ -42,7 +42,7 @@ class RowGradients:
         """Take over the gradient of a leaf when the backward has made it.
 
         Args:
-            leaf: (n, width) float32, requires a gradient.
+            leaf: (n, width) float32 or wider, requires a gradient.
             keys: (n,) int64, ascending and distinct: the numbers of its rows in the table.
         """
 
@@ -71,7 +71,7 @@ class RowGradients:
         """The rows and their gradients, clipped and unscaled as `norm` was; None where no backward came by.
 
         Returns:
-            (n,) int64, ascending and distinct, and (n, width) float32.
+            (n,) int64, ascending and distinct, and (n, width) in the type of the leaves.
         """
         rows, self._rows = self._rows, None
         if rows is None or self.norm.grad is None:

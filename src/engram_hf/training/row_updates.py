@@ -51,10 +51,11 @@ class RowUpdates:
         self.steps = 0
         # Before the training copy: a checkpoint is saved by the files that the table comes from now.
         self.gradients = table.collect_row_gradients()
+        exact = torch.promote_types(table.dtype, torch.float32)
         if state_dtype is None:
-            state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else torch.float32
+            state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else exact
         shapes = dict.fromkeys(rule.wide, ((table.num_rows, table.head_dim), state_dtype))
-        shapes |= dict.fromkeys(rule.narrow, ((table.num_rows, 1), torch.float32))
+        shapes |= dict.fromkeys(rule.narrow, ((table.num_rows, 1), exact))
         self.work_file: WorkFile | None = None
         if DISK in table.tiers:
             if work_folder is None:
@@ -84,9 +85,9 @@ class RowUpdates:
         for part, moving in zip(keys.split(at_once), gradients.split(at_once)):
             # The forward has just read them.
             rows = self.table.gather_rows(part, are_read=True)
-            moved = rows.float()
-            state = {name: _gather(tensor, part) for name, tensor in self.state.items()}
-            self.rule.update(moved, moving.float(), state, lr)
+            moved = rows.to(moving.dtype)
+            state = {name: _gather(tensor, part, moving.dtype) for name, tensor in self.state.items()}
+            self.rule.update(moved, moving, state, lr)
             self.table.write_rows(part, _round(moved, rows.dtype, generator))
             for name, values in state.items():
                 kept = self.state[name]
@@ -133,10 +134,10 @@ class RowUpdates:
             tensor.index_copy_(0, keys.to(tensor.device), saved["state"][key].to(tensor.device, tensor.dtype))
 
 
-def _gather(tensor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(n, ...) float32, where the keys are."""
-    return tensor.index_select(0, keys.to(tensor.device)).to(keys.device, torch.float32)
+def _gather(tensor: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n, ...) where the keys are."""
+    return tensor.index_select(0, keys.to(tensor.device)).to(keys.device, dtype)
 
 
 def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    return values if dtype == torch.float32 else round_stochastically(values, dtype, generator)
+    return values.to(dtype) if dtype.itemsize > 2 else round_stochastically(values, dtype, generator)
