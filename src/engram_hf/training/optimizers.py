@@ -185,9 +185,17 @@ class MatrixPart(DensePart):
     def _outer_groups(self, parameters: list[list[nn.Parameter]]) -> list[dict]:
         return [{**inner, "params": own} for inner, own in zip(self.optimizer.param_groups, parameters, strict=True)]
 
-    def step(self) -> None:
+    def _follow_groups(self) -> None:
+        """Take over what a scheduler has written into the groups that it sees."""
         for inner, outer in zip(self.optimizer.param_groups, self.groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
+
+    def state_dict(self) -> dict:
+        self._follow_groups()
+        return super().state_dict()
+
+    def step(self) -> None:
+        self._follow_groups()
         for parameter, own in self.slices:
             gradients = [None] * len(own) if parameter.grad is None else parameter.grad.unbind() if own else []
             for matrix, weights, gradient in zip(own, parameter.detach().unbind() if own else [], gradients):
