@@ -1,0 +1,123 @@
+"""One process of a run over several: trains a tiny model with Trainer, and writes what it ended with. Not a test."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_config, tiny_ids, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from engram_hf import (
+    EngramGateStatisticsCallback,
+    EngramPrefetchCallback,
+    EngramRowStatisticsCallback,
+    engram_optimizers,
+)
+
+
+TABLES = ("model.layers.0.engram.table", "model.layers.2.engram.table")
+
+
+class LargestMessage(TorchDispatchMode):
+    """The most elements of a tensor that any collective operation was given."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in str(func):
+            stack = list(args)
+            while stack:
+                each = stack.pop()
+                if isinstance(each, list | tuple):
+                    stack += each
+                elif isinstance(each, torch.Tensor):
+                    LargestMessage.elements = max(LargestMessage.elements, each.numel())
+        return func(*args, **(kwargs or {}))
+
+
+def train_sharded(model, args, rule: str) -> list[float]:
+    """A loop of one's own under FSDP2, with the tables left out of it; losses of this process.
+
+    accelerate turns FSDP on for accelerators only, so Trainer cannot be used for it here.
+    """
+    factory, options = engram_optimizers(args, rule)
+    if args.world_size > 1:
+        ignored = {block for table in model.model.tables() for block in table.blocks}
+        mesh = init_device_mesh("cpu", (args.world_size,))
+        for layer in [*model.model.layers, model]:
+            fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    optimizer = factory()(model, **options)
+    losses = []
+    for step in range(int(args.max_steps)):
+        batch = tiny_ids(4, 9, seed=step)[args.process_index :: args.world_size]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def main():
+    out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    options = {"tier": None, "rule": "sgd", "exact": True, "trainer": {}, **options}
+    args = TrainingArguments(
+        str(out / "run"),
+        max_steps=options.get("steps", 6),
+        learning_rate=1e-2,
+        optim="sgd" if options["exact"] else "adamw_torch",
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"save_strategy": "no", "max_grad_norm": 0.3, **options["trainer"]},
+    )
+    config = tiny_config(engram_vocab_size=30_011, **({"engram_table_dtype": "float64"} if options["exact"] else {}))
+    if options["tier"] is None:
+        model = tiny_model(config)
+    else:
+        if args.process_index == 0:
+            tiny_model(config).save_pretrained(out / "base")
+        torch.distributed.barrier()
+        device_map = {"": "cpu", **dict.fromkeys(TABLES, options["tier"])}
+        model = AutoModelForCausalLM.from_pretrained(out / "base", device_map=device_map)
+    if options["exact"]:
+        model = model.double()
+        model.set_experts_implementation("eager")
+    if options.get("fsdp"):
+        with LargestMessage():
+            losses = train_sharded(model, args, options["rule"])
+        return write(out, args, model, losses)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 9)],
+        optimizer_cls_and_kwargs=engram_optimizers(args, options["rule"], work_folder=out / "work"),
+        callbacks=[EngramPrefetchCallback(), EngramGateStatisticsCallback(), EngramRowStatisticsCallback()],
+    )
+    with LargestMessage():
+        trainer.train(resume_from_checkpoint=options.get("resume"))
+    write(out, args, model, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+def write(out: Path, args: TrainingArguments, model, losses: list[float]) -> None:
+    tables = [block.detach().clone() for table in model.model.tables() for block in table.blocks]
+    whole = [(n, p.detach().full_tensor() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
+    rest = {n: p.detach().clone() for n, p in whole if ".table." not in n}
+    is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    result = {
+        "is_sharded": is_sharded,
+        "losses": losses,
+        "tables": tables,
+        "rest": rest,
+        "largest": LargestMessage.elements,
+    }
+    torch.save(result, out / f"result{args.process_index}of{args.world_size}.pt")
+
+
+if __name__ == "__main__":
+    main()

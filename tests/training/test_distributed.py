@@ -1,0 +1,78 @@
+"""Two processes train what one does with the joint batch: rows are exchanged as rows, nothing of a table's size is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parent / "run_distributed.py"
+
+
+def launch(out, processes, **options):
+    """What each process ended with."""
+    out.mkdir(parents=True, exist_ok=True)
+    # What accelerate calls multi_gpu is torchrun; `use_cpu` of the arguments makes it gloo.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    ran = subprocess.run(
+        [*command, str(SCRIPT), str(out), json.dumps(options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return [torch.load(out / f"result{i}of{processes}.pt") for i in range(processes)]
+
+
+@pytest.mark.parametrize("rule, accumulation", [("sgd", 1), ("adam", 2)])
+def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, accumulation):
+    shared = {"gradient_accumulation_steps": accumulation}
+    one = launch(tmp_path / "one", 1, rule=rule, trainer={"per_device_train_batch_size": 4, **shared})[0]
+    two = launch(tmp_path / "two", 2, rule=rule, trainer={"per_device_train_batch_size": 2, **shared})
+    for block, other in zip(two[0]["tables"], two[1]["tables"], strict=True):
+        assert torch.equal(block, other)
+    torch.testing.assert_close(two[0]["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two[0]["tables"], one["tables"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two[0]["rest"], one["rest"], rtol=1e-5, atol=1e-5)
+    # The largest message is a gradient of the backbone's.
+    assert 0 < two[0]["largest"] < 100_000 < sum(block.numel() for block in one["tables"]) / 10
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_two_processes_train_tables_off_the_device(tmp_path, tier):
+    resident = launch(tmp_path / "resident", 2, trainer={"per_device_train_batch_size": 2})
+    other = launch(tmp_path / "other", 2, tier=tier, trainer={"per_device_train_batch_size": 2})
+    for name in ("tables", "losses"):
+        torch.testing.assert_close(other[0][name], resident[0][name], rtol=0, atol=0)
+        torch.testing.assert_close(other[1][name], resident[0][name], rtol=0, atol=0)
+
+
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    trainer = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = launch(tmp_path / "run", 2, rule="adam", exact=False, trainer=trainer)
+    resume = str(tmp_path / "run" / "run" / "checkpoint-3")
+    resumed = launch(tmp_path / "again", 2, rule="adam", exact=False, trainer=trainer, resume=resume)
+    for name in ("tables", "rest"):
+        torch.testing.assert_close(resumed[0][name], whole[0][name], rtol=0, atol=0)
+        torch.testing.assert_close(resumed[1][name], whole[0][name], rtol=0, atol=0)
+
+
+def test_tables_are_left_out_of_fsdp_and_train_the_same(tmp_path):
+    one, two = (launch(tmp_path / str(processes), processes, rule="adam", fsdp=True) for processes in (1, 2))
+    assert two[0]["is_sharded"] and not one[0]["is_sharded"]
+    assert all(type(block) is torch.Tensor for block in two[0]["tables"])
+    means = [sum(losses) / 2 for losses in zip(two[0]["losses"], two[1]["losses"], strict=True)]
+    torch.testing.assert_close(means, one[0]["losses"], rtol=1e-5, atol=1e-5)
+    for name in ("tables", "rest"):
+        torch.testing.assert_close(two[0][name], one[0][name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two[1]["tables"], two[0]["tables"], rtol=0, atol=0)
+    assert 0 < two[0]["largest"] < 100_000
