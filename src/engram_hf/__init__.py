@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .adapters.lora import lora_config
 from .hub.merging import merge_changed_rows
 from .hub.quantizing import quantize_tables
 from .hub.verifying import verify_tables
@@ -61,6 +62,7 @@ __all__ = [
     "engram_optimizers",
     "estimate_memory",
     "last_complete_checkpoint",
+    "lora_config",
     "merge_changed_rows",
     "plot_training",
     "quantize_tables",

@@ -93,8 +93,10 @@ class EngramOptimizerFactory:
         state_dtype: torch.dtype | None,
     ) -> "EngramOptimizer":
         tables = find_tables(model)
+        # A checkpoint of an adapted model is the adapter alone.
+        saves_rows = hasattr(model, "peft_config")
         rows = {
-            name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed)
+            name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows)
             for name, table in tables.items()
             if table.is_trainable
         }

@@ -30,6 +30,7 @@ class RowUpdates:
         state_dtype: torch.dtype | None = None,
         work_folder: str | Path | None = None,
         seed: int = 0,
+        saves_rows: bool = False,
     ):
         """
         Args:
@@ -40,6 +41,7 @@ class RowUpdates:
                 else float32. bfloat16 is rounded stochastically, and so are rows of 16 bits.
             work_folder: where a table on disk is copied to be trained, and its state with it.
             seed: of the rounding.
+            saves_rows: whether `state_dict` holds the rows too, where nobody else saves them.
 
         Raises:
             ValueError: the table is quantized, or on disk without a work folder.
@@ -47,7 +49,7 @@ class RowUpdates:
         """
         if table.row_format is not None:
             raise ValueError(f"Rows of {name} are quantized ({table.row_format}), and cannot be trained; freeze it.")
-        self.name, self.table, self.rule, self.seed = name, table, rule, seed
+        self.name, self.table, self.rule, self.seed, self.saves_rows = name, table, rule, seed, saves_rows
         self.steps = 0
         # Before the training copy: a checkpoint is saved by the files that the table comes from now.
         self.gradients = table.collect_row_gradients()
@@ -108,6 +110,7 @@ class RowUpdates:
         marker = self.state[(self.rule.narrow or self.rule.wide)[-1]]
         keys = (marker != 0).any(-1).nonzero().flatten()
         return {
+            "rows": self.table.gather_rows(keys.to(self.table.home)).cpu() if self.saves_rows else None,
             "steps": self.steps,
             "rule": type(self.rule).__name__,
             "keys": keys.cpu(),
@@ -127,6 +130,8 @@ class RowUpdates:
         keys = saved["keys"]
         if len(keys) and int(keys[-1]) >= self.table.num_rows:
             raise ValueError(f"The checkpoint holds state of row {int(keys[-1])} of {self.name}: another table's.")
+        if self.saves_rows and saved["rows"] is not None:
+            self.table.write_rows(keys.to(self.table.home), saved["rows"].to(self.table.home))
         was_used, self.steps = self.steps > 0, saved["steps"]
         for key, tensor in self.state.items():
             if was_used:

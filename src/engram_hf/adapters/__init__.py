@@ -1,0 +1,1 @@
+"""What is added to models that are there: LoRA on the backbone."""

@@ -1,0 +1,43 @@
+"""LoRA on an EngramMoE through PEFT: which of its weights, so that nobody has to find out. Tables are never among them.
+
+PEFT has a list of such defaults per architecture, and none for ours.
+"""
+
+from typing import Any
+
+
+ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+MEMORY = ("engram.key_proj", "engram.value_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+# Fused over all experts, so no modules but parameters.
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def lora_config(attention: bool = True, memory: bool = True, experts: bool = False, **options: Any):
+    """A `peft.LoraConfig` for an EngramMoE, or for a model that a memory was added to.
+
+    Args:
+        attention: all projections of the attention.
+        memory: the projections of keys and values of the memory layers.
+        experts: the routed experts (`target_parameters`), the shared ones and the dense layers.
+        options: of `LoraConfig`: r, lora_alpha, lora_dropout, ...
+
+    Raises:
+        ImportError: PEFT is missing.
+        ValueError: nothing is left to adapt.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> adapted = get_peft_model(model, lora_config(r=16))
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("LoRA needs PEFT: pip install 'engram-hf[train]'.") from error
+    modules = [*ATTENTION * attention, *MEMORY * memory, *FEED_FORWARD * experts]
+    if not modules:
+        raise ValueError("attention, memory and experts are all False, so there is nothing to adapt.")
+    defaults = {"target_modules": modules, "task_type": "CAUSAL_LM"}
+    if experts:
+        defaults["target_parameters"] = list(EXPERTS)
+    return LoraConfig(**{**defaults, **options})
