@@ -12,7 +12,15 @@ from datasets import Dataset
 from gather_text import gather_documents, load_documents, packed_dataset, split_documents, train_tokenizer
 from transformers import Trainer, TrainingArguments, set_seed
 
-from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, LossFreeBalancingCallback
+from engram_hf import (
+    EngramGateStatisticsCallback,
+    EngramMoEConfig,
+    EngramMoEForCausalLM,
+    EngramPrefetchCallback,
+    EngramRowStatisticsCallback,
+    LossFreeBalancingCallback,
+    engram_optimizers,
+)
 
 
 PRESETS = {
@@ -49,6 +57,7 @@ ROWS_PER_STEP = 16
 HELD_OUT_ROWS = 512
 LEARNING_RATE = 4e-3
 TABLE_LEARNING_RATE_FACTOR = 5
+WATCHING = (EngramPrefetchCallback, EngramGateStatisticsCallback, EngramRowStatisticsCallback)
 
 
 def prepare_text(dataset: str | None, preset: str):
@@ -88,28 +97,21 @@ def make_model(config: EngramMoEConfig, tokenizer, seed: int) -> EngramMoEForCau
     return model
 
 
-def make_optimizer(model) -> torch.optim.AdamW:
-    """AdamW in three groups: matrices, gains without decay, tables without decay at five times the rate."""
-    learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    tables = [parameter for name, parameter in learning if ".engram.table." in name]
-    matrices = [parameter for name, parameter in learning if ".engram.table." not in name and parameter.ndim > 1]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": [parameter for _, parameter in learning if parameter.ndim == 1]},
-        {"params": tables, "lr": LEARNING_RATE * TABLE_LEARNING_RATE_FACTOR},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
-    )
+def make_trainer(
+    model, train: Dataset, held_out: Dataset, output: Path, steps: int, seed: int, tokenizer=None
+) -> Trainer:
+    """The stock Trainer; with the same seed and data it draws the same rows for every model.
 
-
-def make_trainer(model, train: Dataset, held_out: Dataset, output: Path, steps: int, seed: int) -> Trainer:
-    """The stock Trainer; with the same seed and data it draws the same rows for every model."""
+    Tables are trained row by row; with a tokenizer, the callbacks look at gates and rows.
+    """
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=ROWS_PER_STEP,
         per_device_eval_batch_size=ROWS_PER_STEP,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.1,
+        adam_beta2=0.95,
         lr_scheduler_type="cosine",
         warmup_steps=max(steps // 20, 1),
         logging_steps=max(steps // 8, 1),
@@ -128,8 +130,9 @@ def make_trainer(model, train: Dataset, held_out: Dataset, output: Path, steps: 
         arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        callbacks=[LossFreeBalancingCallback()],
-        optimizers=(make_optimizer(model), None),
+        processing_class=tokenizer,
+        callbacks=[LossFreeBalancingCallback(), *(callback() for callback in WATCHING if tokenizer is not None)],
+        optimizer_cls_and_kwargs=engram_optimizers(arguments, table_lr_scale=TABLE_LEARNING_RATE_FACTOR),
     )
 
 

@@ -10,6 +10,7 @@ the loss with and without it, how far its gates open, and for which n-grams they
 
 import argparse
 import copy
+import importlib.util
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from tiny_recipe import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 # Importing engram_hf is also what makes the Auto classes know the model.
+from engram_hf import plot_training
 from engram_hf.planning import count_parameters
 
 
@@ -107,7 +109,7 @@ def main():
             f"{parameters.total:,} parameters, {parameters.active:,} active; {parameters.tables:,} in tables, "
             f"{parameters.memory_share:.1%} of the sparse budget"
         )
-        trainer = make_trainer(model, train, held_out, output, steps, arguments.seed)
+        trainer = make_trainer(model, train, held_out, output, steps, arguments.seed, tokenizer)
         before = held_out_loss(trainer)
 
     with stage("Training", seconds_of_stage):
@@ -115,6 +117,7 @@ def main():
 
     with stage("Save, and load again", seconds_of_stage):
         trainer.save_model()
+        trainer.save_state()
         tokenizer.save_pretrained(output)
         tokenizer = AutoTokenizer.from_pretrained(output)
         model = AutoModelForCausalLM.from_pretrained(output).to(trainer.args.device)
@@ -138,6 +141,16 @@ def main():
         print(f"mean gate of layer {layer_id}                     {layer_gates.mean():.3f}   opens widest after:")
         for ngram, gate in strongest_ngrams(ids, layer_gates, model.model.token_map):
             print(f"{gate:12.3f}  {tokenizer.decode(ngram)!r}")
+    last = next(line for line in reversed(trainer.state.log_history) if "loss" in line)
+    for layer_id in config.engram_layer_ids:
+        print(
+            f"rows of layer {layer_id}: {last[f'engram/rows_touched/layer_{layer_id}']:.1%} touched, "
+            f"{last[f'engram/ngrams_per_row/layer_{layer_id}']:.2f} n-grams per row "
+            f"(a perfect hash: {last[f'engram/ngrams_per_row_perfect_hash/layer_{layer_id}']:.2f}), "
+            f"memory is {last[f'engram/memory_share/layer_{layer_id}']:.1%} of the residual stream there"
+        )
+    if importlib.util.find_spec("matplotlib"):
+        print(f"curves in {plot_training(output)}")
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
     print(f"saved in {output}, {sum(seconds_of_stage.values()):.0f} seconds in all")
 

@@ -113,7 +113,8 @@ class LayerStatistics:
         """What a resumed run goes on from."""
         ngrams = {f"ngrams.{order}": ids for order, (ids, _) in self.ngrams.items()}
         rows = {f"rows.{order}": rows.contiguous() for order, (_, rows) in self.ngrams.items()}
-        return {"counts": self.counts, "watched": self.watched, "first_values": self.first_values, **ngrams, **rows}
+        fixed = {"counts": self.counts, "watched": self.watched.contiguous(), "first_values": self.first_values}
+        return {**fixed, **ngrams, **rows}
 
     def take_up(self, saved: dict[str, torch.Tensor]) -> None:
         self.counts.copy_(saved["counts"])
