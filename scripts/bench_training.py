@@ -1,0 +1,181 @@
+"""Training steps with tables resident, in host memory and on disk, against dense gradients, side by side.
+
+    python scripts/bench_training.py                                  five minutes on 2 cores, 12 GB of RAM and of disk
+    python scripts/bench_training.py --engram-peft ENV/bin/python     also engram-peft, from an environment of its own
+                                                                      (Python 3.12, pip install engram-peft==1.2.7)
+
+A model as small as the demo's, with a memory layer at index 1; 2,048 tokens a step, under the stock Trainer with
+clipping. It is checked that all tiers train to the same bits, and that dense gradients begin with the same loss. Every
+way runs in a process of its own; milliseconds are medians over steps. Cold: the files of the table are out of the page
+cache when training begins, and the table is so large that a step finds few of its rows there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+
+CONFIG = {
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "hc_mult": 1,
+    "engram_n_heads": 8,
+    "engram_head_dim": 64,
+    "engram_compressed_vocab_size": None,
+}
+TABLE = "model.layers.1.engram.table"
+BATCH, SEQ, STEPS, WARM = 16, 128, 14, 4
+SMALL, LARGE = 125_000, 1_250_000
+
+
+class Watch(TrainerCallback):
+    """Milliseconds of each step, from the end of the one before."""
+
+    def __init__(self, is_cold: bool):
+        self.is_cold, self.milliseconds, self.last = is_cold, [], 0.0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.is_cold:
+            for source in model.model.tables()[0].sources:
+                os.fsync(source.file.file.fileno())
+                source.file.mapping.madvise(4)  # MADV_DONTNEED
+                os.posix_fadvise(source.file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.last = self.last or time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.milliseconds.append(1000 * (now - self.last))
+        self.last = now
+
+
+def trained(model, folder: Path, way: str, rule: str, steps: int):
+    """Milliseconds a step, losses, share of rows in time, and the model."""
+    from engram_hf import EngramPrefetchCallback, engram_optimizers
+
+    ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    args = TrainingArguments(
+        str(folder / "run"),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    watch = Watch("cold" in way)
+    callbacks = [EngramPrefetchCallback(enabled="without" not in way)] if "cold" in way else []
+    rows = None if way == "dense" else engram_optimizers(args, rule, table_lr_scale=1.0, work_folder=folder / "work")
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        callbacks=[*callbacks, watch],
+        optimizer_cls_and_kwargs=rows,
+    )
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    in_time = [line["engram/prefetch_in_time"] for line in lines if "engram/prefetch_in_time" in line]
+    return statistics.median(watch.milliseconds[min(WARM, steps - 1) :]), [line["loss"] for line in lines], in_time[1:]
+
+
+def measure(folder: Path, way: str, rule: str, steps: str, threads: str) -> None:
+    """In a process of its own: print what `trained` gives, and sums over the blocks of the table."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(threads))
+    import engram_hf  # noqa: F401 (makes the Auto classes know the model)
+
+    tier = "cpu" if way == "host" else "disk"
+    device_map = {"": "cpu", TABLE: tier} if way not in ("resident", "dense") else None
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    milliseconds, losses, in_time = trained(model, folder, way, rule, int(steps))
+    sums = [float(block.detach().double().sum()) for block in model.model.tables()[0].blocks]
+    print(json.dumps([milliseconds, losses, in_time, sums]))
+
+
+def run(folder: Path, way: str, rule: str, steps: int = STEPS, threads: int = 2):
+    command = [sys.executable, __file__, "--measure", str(folder), way, rule, str(steps), str(threads)]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ran.returncode:
+        raise RuntimeError(f"{way} failed:\n{ran.stderr[-3000:]}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def check(folder: Path, ways: tuple[str, ...], rule: str) -> None:
+    """Raise unless some steps end with the same bits; with one thread, since transformers' experts add up in any order
+    with more."""
+    found = [run(folder, way, rule, steps=3, threads=1) for way in ways]
+    if any(own[1] != found[0][1] or own[3] != found[0][3] for own in found):
+        raise RuntimeError(f"{ways} do not train to the same weights; nothing is timed.")
+
+
+def build(folder: Path, rows_of_head: int) -> None:
+    from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
+
+    torch.manual_seed(0)
+    EngramMoEForCausalLM(
+        EngramMoEConfig(**CONFIG, engram_layer_ids=[1], engram_vocab_size=rows_of_head)
+    ).save_pretrained(folder)
+
+
+def show(title: str, found: dict, reference: str) -> None:
+    print(f"\n| {title} | ms a step | tokens a second | time to {reference} | rows in time |\n|---|---|---|---|---|")
+    for way, (milliseconds, _, in_time, *_) in found.items():
+        share = f"{sum(in_time) / len(in_time):.2f}" if in_time else ""
+        ratio = milliseconds / found[reference][0]
+        print(f"| {way} | {milliseconds:.0f} | {BATCH * SEQ / milliseconds * 1000:,.0f} | {ratio:.2f} | {share} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engram-peft", metavar="PYTHON", help="interpreter of an environment with engram-peft")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        return measure(Path(arguments.measure[0]), *arguments.measure[1:])
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        build(Path(name), SMALL)
+        check(Path(name), ("resident", "host", "disk"), "adam")
+        found = {way: run(Path(name), way, "adam") for way in ("resident", "host", "disk", "dense")}
+        if abs(found["resident"][1][0] - found["dense"][1][0]) > 1e-4:
+            raise RuntimeError("Dense gradients begin with another loss; nothing is shown.")
+        if arguments.engram_peft:
+            command = [arguments.engram_peft, str(Path(__file__).with_name("time_engram_peft.py"))]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True)
+            found["engram-peft"] = json.loads(ran.stdout.splitlines()[-1])
+        show(f"{16 * SMALL:,} rows of 64, lazy Adam", found, "resident")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        build(Path(name), LARGE)
+        ways = ("resident", "disk, cold, with the callback", "disk, cold, without")
+        found = {way: run(Path(name), way, "adagrad") for way in ways}
+        show(f"{16 * LARGE:,} rows of 64, row-wise Adagrad", found, "resident")
+
+
+if __name__ == "__main__":
+    main()
