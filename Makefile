@@ -41,3 +41,6 @@ bench: install
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_lookup.py
 	$(BIN)/python scripts/bench_hot_rows.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_rows.py
+	$(BIN)/python scripts/bench_training.py
+	$(BIN)/python scripts/bench_checkpoints.py

@@ -4,7 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from tiny import tiny_config, tiny_model
+import torch
+from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 
@@ -25,6 +26,24 @@ def test_the_example_of_tiers_runs(tmp_path):
     names = {"AutoModelForCausalLM": AutoModelForCausalLM}
     exec(compile(example.replace("output/tiny", str(tmp_path)), "README.md", "exec"), names)
     assert names["model"].engram_tables()[0].tiers.keys() == {"host"}
+
+
+def test_the_example_of_training_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model(tiny_config(engram_layer_ids=[1])).save_pretrained("model")
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(
+            "model", device_map={"": "cpu", "model.layers.1.engram.table": "disk"}
+        ),
+        "data": [{"input_ids": row, "labels": row} for row in tiny_ids(16, 9)],
+    }
+    before = names["model"].model.tables()[0].blocks[0].clone()
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
+    exec(
+        compile(example.replace("max_steps=20", "max_steps=20, report_to=[], use_cpu=True"), "README.md", "exec"), names
+    )
+    assert not torch.equal(names["model"].model.tables()[0].blocks[0], before)
+    assert (tmp_path / "output" / "mine" / "checkpoint-20").is_dir()
 
 
 def test_every_make_verb_and_script_that_is_named_exists():

@@ -102,9 +102,8 @@ def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]
     for number, (tier, source) in enumerate(zip(table.tiers, table.sources)):
         if tier == DISK and source is not None:
             yield Column(table.first_rows[number], table.block_shapes[number][0], source, table.row_nbytes)
-    for name, tensor in (updates.state if updates is not None else {}).items():
-        source = BlockSource(updates.work_file, name)
-        yield Column(0, table.num_rows, source, tensor.element_size() * tensor.shape[1])
+    for name, store in (updates.stores if updates is not None else {}).items():
+        yield Column(0, table.num_rows, BlockSource(updates.work_file, name), store[0].nbytes)
 
 
 def sample(pages: np.ndarray) -> np.ndarray:

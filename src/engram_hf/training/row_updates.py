@@ -16,7 +16,8 @@ from .work_files import WorkFile, open_training_copy
 
 
 # On a CPU a step moves as many rows at a time as stay in its caches.
-PART_BYTES = 2**20
+PART_BYTES = 2**22
+WIDE, NARROW = "wide", "narrow"
 
 
 class RowUpdates:
@@ -56,8 +57,12 @@ class RowUpdates:
         exact = torch.promote_types(table.dtype, torch.float32)
         if state_dtype is None:
             state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else exact
-        shapes = dict.fromkeys(rule.wide, ((table.num_rows, table.head_dim), state_dtype))
-        shapes |= dict.fromkeys(rule.narrow, ((table.num_rows, 1), exact))
+        # What belongs to a row lies together: one place to read and to write.
+        shapes = {
+            WIDE: ((table.num_rows, len(rule.wide), table.head_dim), state_dtype),
+            NARROW: ((table.num_rows, len(rule.narrow), 1), exact),
+        }
+        shapes = {name: (shape, dtype) for name, (shape, dtype) in shapes.items() if shape[1]}
         self.work_file: WorkFile | None = None
         if DISK in table.tiers:
             if work_folder is None:
@@ -67,9 +72,20 @@ class RowUpdates:
                 )
             open_training_copy(table, work_folder)
             self.work_file = WorkFile(work_folder, shapes)
-            self.state = {key: self.work_file.tensor(key) for key in shapes}
+            self.stores = {key: self.work_file.tensor(key) for key in shapes}
         else:
-            self.state = {key: torch.zeros(s, dtype=d, device=table.home) for key, (s, d) in shapes.items()}
+            self.stores = {key: torch.zeros(s, dtype=d, device=table.home) for key, (s, d) in shapes.items()}
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """By the names of the rule: (rows of the table, width) or (rows of the table, 1), views."""
+        return self._by_name(self.stores)
+
+    def _by_name(self, stores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        named: dict[str, torch.Tensor] = {}
+        for store, names in ((WIDE, self.rule.wide), (NARROW, self.rule.narrow)):
+            named |= {name: stores[store][:, i] for i, name in enumerate(names)}
+        return named
 
     @torch.no_grad()
     def step(self, lr: float) -> int:
@@ -88,11 +104,11 @@ class RowUpdates:
             # The forward has just read them.
             rows = self.table.gather_rows(part, are_read=True)
             moved = rows.to(moving.dtype)
-            state = {name: _gather(tensor, part, moving.dtype) for name, tensor in self.state.items()}
-            self.rule.update(moved, moving, state, lr)
+            gathered = {name: _gather(store, part, moving.dtype) for name, store in self.stores.items()}
+            self.rule.update(moved, moving, self._by_name(gathered), lr)
             self.table.write_rows(part, _round(moved, rows.dtype, generator))
-            for name, values in state.items():
-                kept = self.state[name]
+            for name, values in gathered.items():
+                kept = self.stores[name]
                 kept.index_copy_(0, part.to(kept.device), _round(values, kept.dtype, generator).to(kept.device))
         return len(keys)
 
@@ -100,21 +116,21 @@ class RowUpdates:
         """Have the state of rows read that is on disk."""
         if self.work_file is None:
             return
-        for tensor in self.state.values():
-            nbytes = tensor.element_size() * tensor.shape[1]
+        for tensor in self.stores.values():
+            nbytes = tensor[0].nbytes
             pages = pages_of_rows(tensor.data_ptr() + keys.numpy() * nbytes, nbytes)
             self.table.reader.read(pages, self.work_file)
 
     def state_dict(self) -> dict:
         """The state of the rows that have been touched; as large as they are many."""
-        marker = self.state[(self.rule.narrow or self.rule.wide)[-1]]
-        keys = (marker != 0).any(-1).nonzero().flatten()
+        marker = self.stores[NARROW if self.rule.narrow else WIDE]
+        keys = (marker != 0).flatten(1).any(-1).nonzero().flatten()
         return {
             "rows": self.table.gather_rows(keys.to(self.table.home)).cpu() if self.saves_rows else None,
             "steps": self.steps,
             "rule": type(self.rule).__name__,
             "keys": keys.cpu(),
-            "state": {key: tensor.index_select(0, keys).cpu() for key, tensor in self.state.items()},
+            "state": {name: store.index_select(0, keys).cpu() for name, store in self.stores.items()},
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -133,7 +149,7 @@ class RowUpdates:
         if self.saves_rows and saved["rows"] is not None:
             self.table.write_rows(keys.to(self.table.home), saved["rows"].to(self.table.home))
         was_used, self.steps = self.steps > 0, saved["steps"]
-        for key, tensor in self.state.items():
+        for key, tensor in self.stores.items():
             if was_used:
                 tensor.zero_()
             tensor.index_copy_(0, keys.to(tensor.device), saved["state"][key].to(tensor.device, tensor.dtype))

@@ -1,0 +1,98 @@
+"""Checkpoints of a table in training: bytes and seconds of each, against a full save of the same model and state.
+
+    python scripts/bench_checkpoints.py         two minutes on 2 cores, 6 GB of RAM, 8 GB of disk
+
+A table of 1.3 GB (5 million rows of 64), 2,048 tokens a step of Python's standard library, a checkpoint every 20 steps.
+Before anything is shown, the last checkpoint is loaded and compared with the model, bit for bit.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_training import BATCH, CONFIG, SEQ
+from gather_text import gather_documents, packed_dataset, train_tokenizer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, engram_optimizers, merge_changed_rows
+
+
+ROWS_OF_HEAD = 312_500
+CHECKPOINTS, STEPS_BETWEEN = 4, 20
+
+
+def own_bytes(folder: Path) -> int:
+    """Of the files that only this folder has."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.stat().st_nlink == 1)
+
+
+class TimedTrainer(Trainer):
+    """The stock Trainer, with the seconds of each checkpoint."""
+
+    seconds: list[float]
+
+    def _save_checkpoint(self, *args, **kwargs):
+        start = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument("--row-optimizer", default="adam", choices=("adam", "rowwise_adam", "adagrad", "sgd"))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    documents = gather_documents()
+    tokenizer = train_tokenizer(documents, CONFIG["vocab_size"])
+    data = packed_dataset(tokenizer, documents, SEQ).shuffle(seed=0)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        torch.manual_seed(0)
+        config = EngramMoEConfig(**CONFIG, engram_layer_ids=[1], engram_vocab_size=ROWS_OF_HEAD)
+        EngramMoEForCausalLM(config).save_pretrained(folder / "base")
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        args = TrainingArguments(
+            str(folder / "run"),
+            max_steps=CHECKPOINTS * STEPS_BETWEEN,
+            save_steps=STEPS_BETWEEN,
+            per_device_train_batch_size=BATCH,
+            learning_rate=1e-3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        rows = engram_optimizers(args, arguments.row_optimizer)
+        trainer = TimedTrainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=rows)
+        trainer.seconds = []
+        trainer.train()
+        last = folder / "run" / f"checkpoint-{CHECKPOINTS * STEPS_BETWEEN}"
+        loaded = AutoModelForCausalLM.from_pretrained(last).state_dict()
+        wrong = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, loaded[key])]
+        if wrong:
+            raise RuntimeError(f"the last checkpoint is not the model: {wrong[:3]}")
+        print("| what is saved | MB written | seconds |\n|---|---|---|")
+        for number, seconds in enumerate(trainer.seconds, 1):
+            own = own_bytes(folder / "run" / f"checkpoint-{number * STEPS_BETWEEN}")
+            print(f"| checkpoint {number}: changed rows, and their state | {own / 1e6:,.0f} | {seconds:.2f} |")
+        start = time.perf_counter()
+        model.save_pretrained(folder / "full")
+        state = {
+            name: tensor for each in trainer.optimizer.optimizer.rows.values() for name, tensor in each.stores.items()
+        }
+        torch.save(state, folder / "full" / "optimizer.pt")
+        seconds = time.perf_counter() - start
+        print(f"| all rows, and the state of all rows | {own_bytes(folder / 'full') / 1e6:,.0f} | {seconds:.2f} |")
+        start = time.perf_counter()
+        merge_changed_rows(last, folder / "merged")
+        merged, seconds = own_bytes(folder / "merged"), time.perf_counter() - start
+        print(f"| merging the last checkpoint | {merged / 1e6:,.0f} | {seconds:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

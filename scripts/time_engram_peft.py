@@ -1,0 +1,76 @@
+"""A training step of engram-peft on the backbone and table of bench_training.py, which calls this elsewhere.
+
+    ENV/bin/python scripts/time_engram_peft.py            half a minute; ENV: Python 3.12, engram-peft==1.2.7
+
+The backbone is EngramMoE without memory layers, the table has as many rows of the same width before the same layer, and
+its own trainer updates it by SparseAdam. Prints what bench_training.py reads: milliseconds, losses, nothing, nothing.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from engram_peft import EngramConfig, EngramTrainer, get_engram_model
+from transformers import TrainingArguments
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+
+def main() -> None:
+    from bench_training import BATCH, CONFIG, SEQ, SMALL, STEPS, WARM, Watch
+
+    from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    backbone = EngramMoEForCausalLM(EngramMoEConfig(**CONFIG, engram_layer_ids=[]))
+    heads = CONFIG["engram_n_heads"]
+    config = EngramConfig(
+        # Divided among the heads of an order.
+        engram_vocab_size_per_ngram=[SMALL * heads, SMALL * heads],
+        ngram_sizes=[2, 3],
+        n_head_per_ngram=heads,
+        embedding_dim=2 * heads * CONFIG["engram_head_dim"],
+        enable_tokenizer_compression=False,
+        compressed_vocab_size=CONFIG["vocab_size"],
+        target_layers=[1],
+        hidden_size=CONFIG["hidden_size"],
+        pad_id=0,
+        hc_mult=1,
+        use_sparse_embeddings=True,
+        learning_rate_multiplier=1.0,
+    )
+    model = get_engram_model(backbone, config, train_mode="full_finetune")
+    rows = [p for n, p in model.named_parameters() if p.numel() > 10_000_000]
+    print("table:", [tuple(p.shape) for p in rows], file=sys.stderr)
+    ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    watch = Watch(is_cold=False)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = EngramTrainer(
+            model=model,
+            args=args,
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            callbacks=[watch],
+        )
+        trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    print(json.dumps([statistics.median(watch.milliseconds[WARM:]), losses, [], []]))
+
+
+if __name__ == "__main__":
+    main()
