@@ -332,3 +332,31 @@ def test_a_work_folder_without_room_is_refused_before_anything_is_trained(tmp_pa
         [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "work")], capture_output=True, text=True
     )
     assert "has no room for" in ran.stdout, ran.stderr
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_backward_that_is_thrown_away_leaves_nothing_behind(tmp_path, to_none):
+    states = []
+    for throws in (False, True):
+        model = tiny_model().train()
+        factory, options = engram_optimizers(made_arguments(tmp_path))
+        optimizer = factory()(model, **options)
+        for step in range(3):
+            if throws:
+                other = tiny_ids(2, 9, seed=50 + step)
+                model(input_ids=other, labels=other).loss.backward()
+                optimizer.zero_grad(set_to_none=to_none)
+            ids = tiny_ids(2, 9, seed=step)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, msg=name)
+
+
+def test_a_run_that_no_longer_updates_rows_says_so(tmp_path, caplog):
+    model = tiny_model()
+    train(model, made_arguments(tmp_path, max_steps=2), "adam")
+    Trainer(model, made_arguments(tmp_path, max_steps=8), train_dataset=rows_of_data()).train()
+    assert sum("no step has used them" in record.message for record in caplog.records) == 2

@@ -9,8 +9,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 
+# A few steps are skipped where a loss scale is too large.
+UNUSED_BEFORE_WARNING = 5
+
+logger = logging.get_logger(__name__)
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -37,6 +42,7 @@ class RowGradients:
         self.exchange: Callable[[torch.Tensor, torch.Tensor], Rows] | None = None
         self._rows: Rows | None = None
         self._norm_of_rows = torch.zeros(())
+        self._unused = 0
 
     def follow(self, leaf: torch.Tensor, keys: torch.Tensor) -> None:
         """Take over the gradient of a leaf when the backward has made it.
@@ -56,8 +62,11 @@ class RowGradients:
     @torch.no_grad()
     def _add(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
         keys = keys.to(gradients.device)
-        # Who sets the gradients of a model to None (`zero_grad`) means these too.
-        if self._rows is not None and self.norm.grad is not None:
+        # Who sets the gradients of a model to None or to zero (`zero_grad`) means these too.
+        was_kept = self.norm.grad is not None and bool(self.norm.grad != 0)
+        if self._rows is not None and not was_kept:
+            self._count_unused()
+        elif self._rows is not None:
             earlier_keys, earlier = self._rows
             keys, gradients = sum_rows(torch.cat([earlier_keys, keys]), torch.cat([earlier, gradients]))
         if self.exchange is not None:
@@ -76,14 +85,22 @@ class RowGradients:
         rows, self._rows = self._rows, None
         if rows is None or self.norm.grad is None:
             return None
+        self._unused = 0
         keys, gradients = rows
-        # Read by padding alone, for one: a step without a gradient is none.
-        has_any = gradients.any(-1)
-        if not has_any.all():
-            keys, gradients = keys[has_any], gradients[has_any]
         if not torch.equal(self.norm.grad, self._norm_of_rows):
             gradients = gradients * (self.norm.grad / self._norm_of_rows).to(gradients.device)
-        return keys, gradients
+        # Read by padding alone, for one: a step without a gradient is none.
+        has_any = gradients.any(-1)
+        return (keys, gradients) if has_any.all() else (keys[has_any], gradients[has_any])
+
+    def _count_unused(self) -> None:
+        self._unused += 1
+        if self._unused == UNUSED_BEFORE_WARNING:
+            logger.warning(
+                f"Gradients of a table's rows were made and cleared {self._unused} times, and no step has used them: "
+                "the table is set up for row updates, and the optimizer of this run does not make them. Give Trainer "
+                "optimizer_cls_and_kwargs=engram_optimizers(args), or load the model anew to train it otherwise."
+            )
 
     def peek(self) -> Rows | None:
         """As `take`, and they stay; not clipped."""
