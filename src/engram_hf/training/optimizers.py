@@ -8,11 +8,11 @@ What `TrainingArguments` say of learning rate, decay, betas and schedule is said
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.engram_table import EngramTable
@@ -26,11 +26,14 @@ STEPS_WITHOUT_GRADIENT = 10
 # Read by torch's DistributedDataParallel.
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 logger = logging.get_logger(__name__)
 
 
 def engram_optimizers(
-    args: TrainingArguments,
+    args: "TrainingArguments",
     row_optimizer: str | RowRule = "adam",
     table_lr_scale: float = 5.0,
     backbone: str = "adamw",
@@ -85,7 +88,7 @@ class EngramOptimizerFactory:
         self,
         model: nn.Module,
         *,
-        args: TrainingArguments,
+        args: "TrainingArguments",
         rule: RowRule,
         table_lr_scale: float,
         backbone: str,
@@ -104,6 +107,9 @@ class EngramOptimizerFactory:
             leave_tables_out_of_ddp(model, tables)
             for updates in rows.values():
                 updates.gradients.exchange = exchange_rows
+        # Trainer brings libraries that nobody needs who only loads a model.
+        from transformers import Trainer
+
         blocks = {id(parameter) for table in tables.values() for parameter in table.parameters()}
         dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in blocks}
         decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
