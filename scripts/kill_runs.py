@@ -81,7 +81,9 @@ def kill_until_done(folder: Path, number: int, seconds: float, row_optimizer: st
     kills = halves = 0
 
     def work(tier: str) -> None:
-        torch.save(train(folder / "base", run, tier, row_optimizer), done)
+        half = done.with_suffix(".half")
+        torch.save(train(folder / "base", run, tier, row_optimizer), half)
+        half.replace(done)
 
     while not done.exists():
         child = start_child(work, random.choice(list(TIERS)))
