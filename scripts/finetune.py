@@ -53,7 +53,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     parser.add_argument("--report-to", nargs="*", default=[], help="trackers, such as tensorboard or trackio")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.lora_experts and not arguments.lora:
+        parser.error("--lora-experts needs --lora RANK")
+    if arguments.steps < 1 or arguments.lora is not None and arguments.lora < 1:
+        parser.error("--steps and --lora must be at least 1")
+    return arguments
 
 
 def load_model(arguments: argparse.Namespace):
@@ -61,14 +66,18 @@ def load_model(arguments: argparse.Namespace):
     tier = {"resident": device, "host": "cpu", "disk": "disk"}[arguments.table_tier]
     config = AutoConfig.from_pretrained(arguments.model)
     tables = {f"model.layers.{layer}.engram.table": tier for layer in config.engram_layer_ids}
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map={"": device, **tables})
+    # From the checkpoint itself: its tables then stay where they are, in its own files.
+    last = last_complete_checkpoint(arguments.output) if arguments.resume and not arguments.lora else None
+    model = AutoModelForCausalLM.from_pretrained(last or arguments.model, device_map={"": device, **tables})
     if arguments.lora:
         from peft import get_peft_model
 
         model = get_peft_model(model, lora_config(r=arguments.lora, experts=arguments.lora_experts))
     base = model.get_base_model() if arguments.lora else model
     for table in base.base_model.tables():
-        table.requires_grad_(not arguments.freeze_tables)
+        # Quantized rows cannot be trained.
+        if table.dtype.is_floating_point:
+            table.requires_grad_(not arguments.freeze_tables)
     return model, base
 
 

@@ -101,15 +101,18 @@ def main():
     )
     with LargestMessage():
         trainer.train(resume_from_checkpoint=options.get("resume"))
-    write(out, args, model, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+    history = trainer.state.log_history
+    write(out, args, model, [line["loss"] for line in history if "loss" in line], history)
 
 
-def write(out: Path, args: TrainingArguments, model, losses: list[float]) -> None:
+def write(out: Path, args: TrainingArguments, model, losses: list[float], history=None) -> None:
     tables = [block.detach().clone() for table in model.model.tables() for block in table.blocks]
     whole = [(n, p.detach().full_tensor() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
     rest = {n: p.detach().clone() for n, p in whole if ".table." not in n}
+    statistics = [line for line in (history or []) if "loss" in line]
     is_sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     result = {
+        "statistics": statistics,
         "is_sharded": is_sharded,
         "losses": losses,
         "tables": tables,

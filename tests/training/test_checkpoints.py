@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from engram_hf import engram_optimizers, last_complete_checkpoint, merge_changed_rows, quantize_tables, verify_tables
+from engram_hf import (
+    engram_optimizers,
+    last_complete_checkpoint,
+    lora_config,
+    merge_changed_rows,
+    quantize_tables,
+    verify_tables,
+)
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -34,7 +42,7 @@ def load(folder, tier="resident", **arguments):
     return AutoModelForCausalLM.from_pretrained(folder, device_map=TIERS[tier], **arguments)
 
 
-def train(model, out, resume=None, rule="adam", **changes):
+def train(model, out, resume=None, rule="adam", callbacks=(), **changes):
     fields = {
         "max_steps": 8,
         "save_steps": 2,
@@ -52,6 +60,7 @@ def train(model, out, resume=None, rule="adam", **changes):
         args,
         train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 5)],
         eval_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(8, 5, seed=1)],
+        callbacks=list(callbacks),
         optimizer_cls_and_kwargs=engram_optimizers(args, rule, work_folder=out.parent / "work"),
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
@@ -309,3 +318,61 @@ def test_a_checkpoint_says_in_its_index_what_it_holds(run):
     index = json.loads((run[0] / "run" / "checkpoint-8" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["model.layers.0.engram.table.changed.keys"] == "rows-layer-00.safetensors"
     assert "rows-layer-00.safetensors" in index["metadata"]["sha256"]
+
+
+@pytest.mark.parametrize("way", ["in place", "behind torch's back"])
+def test_rows_that_are_changed_between_checkpoints_are_saved(run, tmp_path, way):
+    class Clamp(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                for table in model.model.tables():
+                    for block in table.blocks:
+                        with torch.no_grad():
+                            (block.data if way != "in place" else block).clamp_(-0.2, 0.2)
+
+    model = load(run[0] / "base")
+    train(model, tmp_path / "run", callbacks=[Clamp()], max_steps=4)
+    assert same(load(tmp_path / "run" / "checkpoint-4"), model)
+
+
+def test_a_base_that_was_written_to_is_noticed_by_merging_and_by_resuming(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run[0] / "run" / "checkpoint-8", folder)
+    tiny_model(config(), seed=5).save_pretrained(tmp_path / "other")
+    name = "tables-layer-00-00001-of-00001.safetensors"
+    (folder / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ValueError, match="which other checkpoints share"):
+        merge_changed_rows(folder, tmp_path / "merged")
+    with pytest.raises(ValueError, match="are not what was saved"):
+        verify_tables(folder)
+    with pytest.raises(ValueError, match="without block 0"):
+        train(load(run[0] / "base"), tmp_path / "run", folder)
+
+
+def test_adapters_with_rows_are_not_saved_without_them(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = get_peft_model(load(tmp_path / "base"), lora_config(r=2))
+    for table in model.get_base_model().model.tables():
+        table.requires_grad_(True)
+    with pytest.raises(ValueError, match="save_only_model cannot be used with LoRA"):
+        train(model, tmp_path / "run", save_only_model=True)
+
+
+def test_a_checkpoint_without_its_optimizer_does_not_count(run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run[0] / "run", out)
+    (out / "checkpoint-8" / "optimizer.pt").unlink()
+    assert last_complete_checkpoint(out) == str(out / "checkpoint-6")
+    train(load(run[0] / "base"), tmp_path / "model alone" / "run", save_only_model=True)
+    assert last_complete_checkpoint(tmp_path / "model alone" / "run").endswith("checkpoint-8")
+
+
+def test_a_run_on_disk_stays_there_where_the_model_comes_from_its_checkpoint(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    # So few rows that blocks are written whole.
+    whole = load(tmp_path / "base", "disk")
+    train(whole, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoint-4"
+    resumed = load(last, "disk")
+    train(resumed, tmp_path / "run2", last)
+    assert same(resumed, whole) and [set(table.tiers) for table in resumed.engram_tables()] == [{"disk"}] * 2

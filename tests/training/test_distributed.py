@@ -43,6 +43,12 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, 
     torch.testing.assert_close(two[0]["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two[0]["tables"], one["tables"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two[0]["rest"], one["rest"], rtol=1e-5, atol=1e-5)
+    # Rows and gates are those of all processes.
+    first, expected = two[0]["statistics"][0], one["statistics"][0]
+    for key in ("rows_touched/layer_0", "gate_mean/layer_0", "gate_std/layer_2/stream_1", "memory_share/layer_2"):
+        assert first[f"engram/{key}"] == pytest.approx(expected[f"engram/{key}"], rel=1e-4)
+    touched = [[line["engram/rows_touched/layer_2"] for line in run["statistics"]] for run in (two[0], two[1], one)]
+    assert touched[0] == touched[1] == touched[2] and touched[0][-1] > touched[0][0] > 0
     # The largest message is a gradient of the backbone's.
     assert 0 < two[0]["largest"] < 100_000 < sum(block.numel() for block in one["tables"]) / 10
 

@@ -117,6 +117,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         {"row_optimizer": "lion"},
         {"backbone": "sgd"},
         {"table_lr_scale": 0.0},
+        {"state_dtype": torch.float16},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(options))}.*{next(iter(options.values()))}"):
             made(model, tmp_path, **options)

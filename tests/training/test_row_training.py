@@ -360,3 +360,20 @@ def test_a_run_that_no_longer_updates_rows_says_so(tmp_path, caplog):
     train(model, made_arguments(tmp_path, max_steps=2), "adam")
     Trainer(model, made_arguments(tmp_path, max_steps=8), train_dataset=rows_of_data()).train()
     assert sum("no step has used them" in record.message for record in caplog.records) == 2
+
+
+def test_a_frozen_block_stays_while_its_table_is_trained(tmp_path):
+    model = tiny_model()
+    table = model.model.tables()[0]
+    table.blocks[1].requires_grad_(False)
+    before = [block.detach().clone() for block in table.blocks]
+    train(model, made_arguments(tmp_path, max_steps=3), "adam")
+    assert [torch.equal(a, b) for a, b in zip(before, table.blocks, strict=True)] == [False, True, False, False]
+
+
+def test_a_table_in_training_is_not_moved_to_the_files_it_came_from(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=HOST_MAP)
+    train(model, made_arguments(tmp_path / "run", max_steps=2), "adam")
+    with pytest.raises(ValueError, match="in training and cannot move to disk"):
+        model.place_tables({"model.layers.0.engram.table": "disk"})

@@ -1,5 +1,6 @@
 """Checkpoints of a training run made whole: blocks and the rows that have changed since become blocks again."""
 
+import hashlib
 from itertools import accumulate
 from pathlib import Path
 
@@ -42,25 +43,33 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         brought = changes[table]
         if brought is None:
             return None
-        keys, rows, _ = brought
+        keys, rows, digests = brought
         bounds = torch.tensor(first_rows[table][number : number + 2])
         start, end = torch.searchsorted(keys, bounds).tolist()
         if start == end:
             return None
-        return _with_rows(file, name, keys[start:end] - int(bounds[0]), rows[start:end])
+        digest = bytes(digests[number].tolist())
+        return _with_rows(file, name, keys[start:end] - int(bounds[0]), rows[start:end], digest)
 
     rewrite_blocks(checkpoint, source, target, merged, {})
     return target
 
 
-def _with_rows(file: TableFile, name: str, wanted: torch.Tensor, rows: torch.Tensor) -> TensorContent:
-    """A block with some of its rows, (n,) ascending, replaced by (n, width)."""
+def _with_rows(file: TableFile, name: str, wanted: torch.Tensor, rows: torch.Tensor, expected: bytes) -> TensorContent:
+    """A block with some of its rows, (n,) ascending, replaced by (n, width); `expected` is its SHA-256 before that."""
     place = file.places[name]
 
     def pieces():
+        digest = hashlib.sha256()
         for first, part in rows_of_pieces(BlockSource(file, name), place.shape[1], file.dtype_of(name)):
+            digest.update(part.view(-1).view(torch.uint8).numpy().data)
             start, end = torch.searchsorted(wanted, torch.tensor([first, first + len(part)])).tolist()
             part[wanted[start:end] - first] = rows[start:end]
             yield memoryview(part.view(-1).view(torch.uint8).numpy().data)
+        if digest.digest() != expected:
+            raise ValueError(
+                f"{name} in {file.path} is not the block that the changed rows of this checkpoint belong to: the file, "
+                "which other checkpoints share by hard links, was written to. Take it from a copy of the checkpoint."
+            )
 
     return TensorContent(file.dtype_of(name), place.shape, place.nbytes, pieces)

@@ -12,14 +12,23 @@ def read_history(log_dir: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: no `trainer_state.json` is there.
     """
     folder = Path(log_dir)
-    states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
+    paths = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
+    states = [state for path in paths if (state := _read_state(path)) is not None]
     if not states:
         raise FileNotFoundError(
             f"{folder} holds no trainer_state.json, nor does a checkpoint in it. Trainer writes it with every "
             "checkpoint, and trainer.save_state() at any time."
         )
-    histories = [json.loads(path.read_text())["log_history"] for path in states]
+    histories = [state["log_history"] for state in states]
     return max(histories, key=lambda history: max((line.get("step", 0) for line in history), default=0))
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """None for one that a killed run has left half-written."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def plot_training(log_dir: str | Path, picture: str | Path | None = None) -> Path:

@@ -353,8 +353,16 @@ class EngramTable(nn.Module):
         rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         if self.is_trainable:
             rows.requires_grad_()
-            self.row_gradients.follow(rows, distinct)
+            self.row_gradients.follow(rows, distinct, self._are_trained(distinct))
         return F.embedding(back.to(row_ids.device), rows).to(self.dtype)
+
+    def _are_trained(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """Which rows are of blocks that are not frozen; None for all."""
+        if all(block.requires_grad for block in self.blocks):
+            return None
+        bounds = torch.tensor([*self.first_rows[1:]], device=keys.device)
+        is_trained = torch.tensor([block.requires_grad for block in self.blocks], device=keys.device)
+        return is_trained[torch.bucketize(keys, bounds, right=True)]
 
     @property
     def home(self) -> torch.device:
@@ -402,6 +410,7 @@ class EngramTable(nn.Module):
         for number, part, wanted in self.parts(keys):
             block = self._block(number, keys).detach()
             block.index_copy_(0, wanted.to(block.device), rows[part].to(block.device))
+            self.row_changes.follow_write(number, block)
         self.row_changes.mark(keys)
         if self.hot_rows is not None:
             self.hot_rows.forget(keys.cpu().numpy())
@@ -432,8 +441,14 @@ class EngramTable(nn.Module):
             device: for RESIDENT.
 
         Raises:
-            ValueError: to disk, and no file holds these rows.
+            ValueError: to disk, and no file holds these rows; or the table is in training, where its file would be
+                another one with every step.
         """
+        if tier == DISK and self.row_gradients is not None and self.tiers[number] != DISK:
+            raise ValueError(
+                f"Block {number} is in training and cannot move to disk now. Place tables before Trainer makes its "
+                "optimizer, with engram_optimizers(args, work_folder=...), or load the trained model anew."
+            )
         if tier == DISK:
             source = self._source_that_holds(number)
             moved = source.tensor() if not source.is_under(self.blocks[number]) else self.blocks[number].detach()
@@ -476,8 +491,9 @@ class EngramTable(nn.Module):
                 self.sources[number] = source
                 return source
         raise ValueError(
-            f"Block {number} has changed since it was read from {known[0].file.path}, so that file cannot stand for "
-            "it. Save the model with save_pretrained, which makes a file that can."
+            f"Block {number} has other rows than {known[0].file.path}, so that file cannot stand for it: it was "
+            "changed, or comes from a training checkpoint, which holds changed rows apart. Save the model with "
+            "save_pretrained, which makes a file that can."
         )
 
     def follow_save(self, saved_in: dict[int, tuple[Path, str]]) -> None:
@@ -491,6 +507,8 @@ class EngramTable(nn.Module):
         is_trained = self.row_gradients is not None
         for number, (path, name) in saved_in.items():
             is_gone = self.tiers[number] == DISK and not self.sources[number].file.is_at_its_path()
+            # The file of a base lacks the rows that have changed.
+            is_gone = is_gone and not (is_trained and number in self.row_changes.kept)
             if is_gone or is_trained:
                 source = BlockSource(opened.setdefault(path, TableFile(path)), name)
                 if is_gone:
@@ -527,7 +545,10 @@ class EngramTable(nn.Module):
                     self.read_from(number, BlockSource(fresh[source.file], source.name))
                 state_dict[name] = self.blocks[number]
             else:
-                logger.warning(f"{name} gets other rows than its file has, and moves from disk to host memory.")
+                logger.warning(
+                    f"{name} gets other rows than its file has, and moves from disk to host memory. To resume a run on "
+                    "disk, load the model from the checkpoint that is resumed."
+                )
                 self.blocks[number] = nn.Parameter(torch.empty_like(block), requires_grad=block.requires_grad)
                 self.tiers[number] = HOST
         if self.hot_rows is not None:

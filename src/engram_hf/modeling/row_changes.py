@@ -20,6 +20,7 @@ from .table_files import BlockSource
 CHANGED_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.changed\.(keys|rows|digests)$")
 KEYS, ROWS, DIGESTS = "changed.keys", "changed.rows", "changed.digests"
 DIGEST_BYTES = 32
+SAMPLED_ROWS = 512
 # Where more of a block has changed than this, it is written whole, and what follows is changes of that.
 LARGEST_SHARE = 0.5
 
@@ -30,6 +31,8 @@ class Base:
 
     source: BlockSource
     digest: bytes | None = None
+    # Of the block, as torch counts what is written to it.
+    version: int = -1
 
 
 class RowChanges:
@@ -55,6 +58,11 @@ class RowChanges:
             if source is not None and source.file.can_be_linked:
                 self.bases[number] = Base(source)
 
+    def follow_write(self, number: int, block: torch.Tensor) -> None:
+        """`write_rows` has written to a block, once."""
+        if number in self.bases and self.bases[number].version == block._version - 1:
+            self.bases[number].version = block._version
+
     def mark(self, keys: torch.Tensor) -> None:
         """Rows have changed, (n,) numbers in the table."""
         if self.is_changed is not None:
@@ -65,7 +73,8 @@ class RowChanges:
     def base(self, number: int, table) -> BlockSource | None:
         """The file that a block can be saved with as it is, and its changed rows beside it; None where there is none.
 
-        The first time, everything but the changed rows is compared.
+        The first time, everything but the changed rows is compared; later, some of it, since not every way of writing
+        to a block can be seen (`.data`, numpy).
         """
         known = self.bases.get(number)
         if self.is_changed is None or known is None or not known.source.file.is_at_its_path():
@@ -76,6 +85,12 @@ class RowChanges:
         is_changed = self.is_changed[first : first + rows]
         if is_changed.count_nonzero() > LARGEST_SHARE * rows:
             return None
+        if table.blocks[number]._version != known.version:
+            # Written to by somebody else than `write_rows`.
+            known.digest = None
+        elif known.digest is not None and not _has_rows_of(known.source, table.blocks[number].detach(), is_changed):
+            known.digest = None
+        known.version = table.blocks[number]._version
         if known.digest is None:
             known.digest = _digest_if_same(known.source, table.blocks[number].detach(), is_changed)
         if known.digest is None:
@@ -116,7 +131,9 @@ class RowChanges:
     def follow_save(self, table, number: int, source: BlockSource) -> None:
         """Where a save has put a block: by its base and rows, or whole, which is a new base."""
         is_kept = number in self.kept
-        self.bases[number] = Base(source, self.bases[number].digest if is_kept else None)
+        known = self.bases.get(number) if is_kept else None
+        version = table.blocks[number]._version
+        self.bases[number] = Base(source, None if known is None else known.digest, version)
         if not is_kept and self.is_changed is not None:
             first = table.first_rows[number]
             self.is_changed[first : first + table.block_shapes[number][0]] = False
@@ -163,9 +180,8 @@ class RowChanges:
     def follow_blocks(self, table, given: Sequence[int]) -> None:
         """A state dict has brought these blocks: write the rows over them that have come for them before."""
         for number in [number for number in given if number in self.arriving]:
-            # A block that its rows do not belong to is another checkpoint's, and they are void.
+            # Where it is not the block that they belong to, `settle` says so.
             self._write(table, number)
-            self.arriving.pop(number, None)
 
     def settle(self, table) -> None:
         """Before a table is used: write the rows that have come after their blocks.
@@ -207,6 +223,19 @@ def _digest_if_same(source: BlockSource, block: torch.Tensor, is_changed: torch.
         if (is_other & ~is_changed[start : start + len(rows)]).any():
             return None
     return digest.digest()
+
+
+def _has_rows_of(source: BlockSource, block: torch.Tensor, is_changed: torch.Tensor) -> bool:
+    """Whether some rows that are not known to have changed are those of the file."""
+    rows, row_nbytes = block.shape[0], block.shape[1] * block.element_size()
+    for row in torch.randint(0, rows, (SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0)).tolist():
+        if is_changed[row]:
+            continue
+        theirs = bytearray(row_nbytes)
+        source.file.read_bytes(source.name, row * row_nbytes, memoryview(theirs))
+        if bytes(block[row].cpu().view(torch.uint8).numpy().data) != bytes(theirs):
+            return False
+    return True
 
 
 def rows_of_pieces(source: BlockSource, width: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

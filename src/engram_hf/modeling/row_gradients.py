@@ -44,17 +44,21 @@ class RowGradients:
         self._norm_of_rows = torch.zeros(())
         self._unused = 0
 
-    def follow(self, leaf: torch.Tensor, keys: torch.Tensor) -> None:
+    def follow(self, leaf: torch.Tensor, keys: torch.Tensor, are_trained: torch.Tensor | None = None) -> None:
         """Take over the gradient of a leaf when the backward has made it.
 
         Args:
             leaf: (n, width) float32 or wider, requires a gradient.
             keys: (n,) int64, ascending and distinct: the numbers of its rows in the table.
+            are_trained: (n,) bool, which of them are not frozen; None for all.
         """
 
         def arrived(leaf: torch.Tensor) -> None:
             if leaf.grad is not None:
-                self._add(keys, leaf.grad)
+                if are_trained is None:
+                    self._add(keys, leaf.grad)
+                else:
+                    self._add(keys[are_trained], leaf.grad[are_trained.to(leaf.device)])
                 leaf.grad = None
 
         leaf.register_post_accumulate_grad_hook(arrived)

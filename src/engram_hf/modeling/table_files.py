@@ -86,16 +86,17 @@ class MappedFile:
         def pieces():
             for start in range(0, place.nbytes, PIECE_BYTES):
                 piece = bytearray(min(PIECE_BYTES, place.nbytes - start))
-                self._read(name, start, memoryview(piece))
+                self.read_bytes(name, start, memoryview(piece))
                 yield piece
 
         return TensorContent(self.dtype_of(name), place.shape, place.nbytes, pieces)
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Read a tensor of the file into memory that is there already, without mapping its pages."""
-        self._read(name, 0, memoryview(target.view(-1).view(torch.uint8).numpy().data))
+        self.read_bytes(name, 0, memoryview(target.view(-1).view(torch.uint8).numpy().data))
 
-    def _read(self, name: str, start: int, target: memoryview) -> None:
+    def read_bytes(self, name: str, start: int, target: memoryview) -> None:
+        """Read bytes of a tensor of the file, from `start` of it on, as many as the target holds."""
         done, first = 0, self.places[name].start + start
         while done < len(target):
             count = os.preadv(self.file.fileno(), [target[done : done + PIECE_BYTES]], first + done)

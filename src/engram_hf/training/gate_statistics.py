@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .reporting import EngramCallback, find_memory_layers
+from .reporting import EngramCallback, find_memory_layers, is_distributed, is_made_again
 
 
 BINS = 20
@@ -56,7 +56,7 @@ class EngramGateStatisticsCallback(EngramCallback):
         self.is_looking = False
 
     def _look(self, layer: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        if self.is_looking and layer.training:
+        if self.is_looking and layer.training and not is_made_again():
             self._add(layer.layer_idx, inputs[0], *outputs)
 
     @torch.compiler.disable
@@ -81,6 +81,10 @@ class EngramGateStatisticsCallback(EngramCallback):
 
     def figures(self):
         figures = {}
+        if is_distributed():
+            for sums in self._sums.values():
+                for value in sums.values():
+                    torch.distributed.all_reduce(value)
         for layer_id, sums in sorted(self._sums.items()):
             sums = {key: value.double().cpu() for key, value in sums.items()}
             streams = len(sums["count"])

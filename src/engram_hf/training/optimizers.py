@@ -67,6 +67,8 @@ def engram_optimizers(
         raise ValueError(f"row_optimizer must be one of {sorted(rules)} or a RowRule, got {row_optimizer!r}.")
     if backbone not in ("adamw", "muon"):
         raise ValueError(f'backbone must be "adamw" or "muon", got {backbone!r}.')
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype}.")
     if table_lr_scale <= 0:
         raise ValueError(
             f"table_lr_scale must be above 0, got {table_lr_scale}; freeze tables to leave them as they are."
@@ -98,6 +100,13 @@ class EngramOptimizerFactory:
         tables = find_tables(model)
         # A checkpoint of an adapted model is the adapter alone.
         saves_rows = hasattr(model, "peft_config")
+        if saves_rows and any(table.is_trainable for table in tables.values()):
+            refused = [name for name in ("save_only_model", "load_best_model_at_end") if getattr(args, name)]
+            if refused:
+                raise ValueError(
+                    f"{refused[0]} cannot be used with LoRA and trainable tables: a checkpoint of an adapter holds no "
+                    "rows but in its optimizer's state. Leave it out, freeze the tables, or train without LoRA."
+                )
         rows = {
             name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows)
             for name, table in tables.items()
@@ -127,7 +136,8 @@ class EngramOptimizerFactory:
                 parts.append(MatrixPart(groups, args.learning_rate))
             elif groups:
                 parts.append(DensePart(groups, optimizer_class, options))
-        return EngramOptimizer(parts, rows, args.learning_rate * table_lr_scale)
+        patience = min(STEPS_WITHOUT_GRADIENT, args.max_steps) if args.max_steps > 0 else STEPS_WITHOUT_GRADIENT
+        return EngramOptimizer(parts, rows, args.learning_rate * table_lr_scale, patience)
 
 
 def find_tables(model: nn.Module) -> dict[str, EngramTable]:
@@ -222,14 +232,22 @@ class EngramOptimizer(torch.optim.Optimizer):
     """Dense parts and the rows of tables, as one optimizer. Each table's group holds the parameter of one number that
     stands for its rows where gradients are clipped (`RowGradients.norm`)."""
 
-    def __init__(self, parts: list[DensePart], rows: dict[str, RowUpdates], table_lr: float):
+    def __init__(
+        self,
+        parts: list[DensePart],
+        rows: dict[str, RowUpdates],
+        table_lr: float,
+        patience: int = STEPS_WITHOUT_GRADIENT,
+    ):
         """
         Args:
             parts: dense optimizers.
             rows: table name to the updates of its rows.
             table_lr: learning rate of rows.
+            patience: steps after which a table that has not moved is worth a warning.
         """
         self.parts, self.rows = parts, rows
+        self.patience, self.steps_here = patience, 0
         self.row_groups: list[dict[str, Any]] = [
             {"params": [updates.gradients.norm], "lr": table_lr, "weight_decay": 0.0, "table": name}
             for name, updates in rows.items()
@@ -247,14 +265,17 @@ class EngramOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.steps_here += 1
         for part in self.parts:
             part.step()
         for group, (name, updates) in zip(self.row_groups, self.rows.items(), strict=True):
-            self.rows_moved[name] += updates.step(float(group["lr"]))
-            if updates.steps == STEPS_WITHOUT_GRADIENT and not self.rows_moved[name]:
+            rows_with_gradient = updates.step(float(group["lr"]))
+            self.rows_moved[name] += rows_with_gradient if float(group["lr"]) else 0
+            if self.steps_here == self.patience and not self.rows_moved[name]:
+                why = "its learning rate was 0" if rows_with_gradient else "no gradient has reached it"
                 logger.warning(
-                    f"{name} can be trained, and no gradient has reached it in {updates.steps} steps. If it is not to "
-                    "learn, freeze it: table.requires_grad_(False)."
+                    f"{name} can be trained, and has not moved in {self.patience} steps: {why}. If it is not to learn, "
+                    "freeze it: table.requires_grad_(False)."
                 )
         return loss
 

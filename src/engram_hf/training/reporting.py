@@ -4,6 +4,7 @@ import gc
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState, TrainerCallback
 from transformers.utils import logging
@@ -68,6 +69,16 @@ def find_memory_layers(model: nn.Module, who: str) -> dict[int, Any]:
             "of its config is not empty. Leave the callback out for others."
         )
     return dict(sorted(found.items()))
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_made_again() -> bool:
+    """Whether this forward is made for the second time, in a backward: gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def stand_before_reporters(callback: TrainerCallback) -> None:

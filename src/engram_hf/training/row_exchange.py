@@ -24,22 +24,17 @@ def exchange_rows(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Te
     """
     if not GradientState().sync_gradients or not dist.is_initialized():
         return keys, gradients
+    distinct, summed = sum_rows(torch.cat(gather_padded(keys)), torch.cat(gather_padded(gradients)))
+    return distinct, summed / dist.get_world_size()
+
+
+def gather_padded(values: torch.Tensor) -> list[torch.Tensor]:
+    """The values of each process, (n, ...) with n of its own; they travel padded to the largest n."""
     world = dist.get_world_size()
-    counts = [torch.zeros(1, dtype=torch.int64, device=keys.device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([len(keys)], device=keys.device))
-    most = max(int(count) for count in counts)
-    all_keys = _gather_padded(keys, most, world)
-    all_gradients = _gather_padded(gradients, most, world)
-    keys = torch.cat([part[: int(count)] for part, count in zip(all_keys, counts)])
-    gradients = torch.cat([part[: int(count)] for part, count in zip(all_gradients, counts)])
-    distinct, summed = sum_rows(keys, gradients)
-    return distinct, summed / world
-
-
-def _gather_padded(values: torch.Tensor, length: int, world: int) -> list[torch.Tensor]:
-    """The values of each process, padded to one length."""
-    padded = values.new_zeros((length, *values.shape[1:]))
+    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
+    dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
+    padded = values.new_zeros((max(int(count) for count in counts), *values.shape[1:]))
     padded[: len(values)] = values
     gathered = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(gathered, padded)
-    return gathered
+    return [each[: int(count)] for each, count in zip(gathered, counts)]

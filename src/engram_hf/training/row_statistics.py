@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .reporting import EngramCallback, find_memory_layers
+from .reporting import EngramCallback, find_memory_layers, is_distributed, is_made_again
+from .row_exchange import gather_padded
 
 
 STATISTICS_FILE = "row_statistics.safetensors"
@@ -27,12 +28,13 @@ logger = logging.get_logger(__name__)
 class LayerStatistics:
     """Of one memory layer. counts: (rows of the table,) int32, how often each row was looked up."""
 
-    def __init__(self, layer: Any):
-        self.table = layer.table
+    def __init__(self, layer: Any, name: str):
+        self.table, self.name = layer.table, name
         self.heads_of_order = layer.primes.shape[1]
         head_rows = self.table.head_rows.cpu()
         self.head_rows, self.first_rows = head_rows, head_rows.cumsum(0) - head_rows
         self.counts = torch.zeros(self.table.num_rows, dtype=torch.int32)
+        self.touched = torch.zeros(self.table.num_rows, dtype=torch.bool)
         # Per order: a number for each distinct n-gram, (n,), and the rows it reads, (n, heads per order).
         self.ngrams: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # The last batch that was looked at: row numbers, (tokens, heads), and compressed ids, (tokens, N).
@@ -109,15 +111,29 @@ class LayerStatistics:
             found.append((key, int(self.counts[key]), ngram))
         return found
 
+    def share_touched(self) -> float:
+        """Of all rows, by all processes: each sends the numbers of those that are new since the last time."""
+        new = ((self.counts > 0) & ~self.touched).nonzero().flatten()
+        if is_distributed():
+            new = torch.cat(gather_padded(new.to(self.table.home))).cpu()
+        self.touched[new] = True
+        return int(self.touched.count_nonzero()) / len(self.touched)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a resumed run goes on from."""
         ngrams = {f"ngrams.{order}": ids for order, (ids, _) in self.ngrams.items()}
         rows = {f"rows.{order}": rows.contiguous() for order, (_, rows) in self.ngrams.items()}
-        fixed = {"counts": self.counts, "watched": self.watched.contiguous(), "first_values": self.first_values}
+        fixed = {
+            "counts": self.counts,
+            "touched": self.touched,
+            "watched": self.watched.contiguous(),
+            "first_values": self.first_values,
+        }
         return {**fixed, **ngrams, **rows}
 
     def take_up(self, saved: dict[str, torch.Tensor]) -> None:
         self.counts.copy_(saved["counts"])
+        self.touched.copy_(saved["touched"])
         self.watched, self.first_values = saved["watched"], saved["first_values"]
         orders = [int(key.removeprefix("ngrams.")) for key in saved if key.startswith("ngrams.")]
         self.ngrams = {order: (saved[f"ngrams.{order}"], saved[f"rows.{order}"]) for order in orders}
@@ -130,7 +146,8 @@ class LayerStatistics:
         if torch.equal(then, now):
             return "did not move"
         scale = (then * now).sum() / then.square().sum().clamp_min(1e-30)
-        if scale < 1 and torch.allclose(now, then * scale, rtol=1e-4, atol=1e-9):
+        # What remains of the movement beside a common shrinking.
+        if scale < 1 and (now - scale * then).norm() < 0.02 * (now - then).norm():
             return "moved only by weight decay"
         return None
 
@@ -138,7 +155,8 @@ class LayerStatistics:
 class EngramRowStatisticsCallback(EngramCallback):
     """Counts the rows that a run looks up, and adds to the log, for each memory layer:
 
-    * `engram/rows_touched/layer_1` and `engram/rows_never_touched/layer_1`: shares of the table's rows;
+    * `engram/rows_touched/layer_1` and `engram/rows_never_touched/layer_1`: shares of the table's rows, of all
+      processes (what follows is of the first one);
     * `engram/ngrams_per_row/layer_1`: distinct n-grams per row that they read, among those looked at, and
       `engram/ngrams_per_row_perfect_hash/layer_1`, what it would be if rows were drawn at random;
     * `engram/row_norm/layer_1` and `engram/row_update_norm/layer_1`: means over a sample of rows;
@@ -161,6 +179,7 @@ class EngramRowStatisticsCallback(EngramCallback):
         self.is_looking = False
         self.layers: dict[int, LayerStatistics] = {}
         self._hooks: list = []
+        self.saved_in = ""
         self._run: tuple | None = None
         self._token_map: torch.Tensor | None = None
 
@@ -174,9 +193,12 @@ class EngramRowStatisticsCallback(EngramCallback):
         self._run, self._tokenizer = (args, state), processing_class
         maps = [m.token_map for m in model.modules() if isinstance(getattr(m, "token_map", None), torch.Tensor)]
         self._token_map = maps[0].cpu() if maps else None
-        self.layers = {layer_id: LayerStatistics(layer) for layer_id, layer in layers.items()}
+        names = {id(module): name for name, module in model.named_modules()}
+        self.layers = {i: LayerStatistics(layer, names[id(layer.table)]) for i, layer in layers.items()}
         if state.global_step:
-            self._load(self._checkpoint_folder() / STATISTICS_FILE)
+            # Where a run is resumed from another one's folder, its own has none.
+            folders = [self._checkpoint_folder(), Path(self.saved_in)]
+            self._load(next((f for f in folders if (f / STATISTICS_FILE).exists()), folders[-1]) / STATISTICS_FILE)
         self._hooks = [layer.register_forward_pre_hook(self._look, with_kwargs=True) for layer in layers.values()]
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -184,7 +206,7 @@ class EngramRowStatisticsCallback(EngramCallback):
 
     @torch.compiler.disable
     def _look(self, layer, inputs: tuple, named: dict) -> None:
-        if not layer.training:
+        if not layer.training or is_made_again():
             return
         statistics = self.layers[layer.layer_idx]
         keys = statistics.count(inputs[1])
@@ -200,7 +222,7 @@ class EngramRowStatisticsCallback(EngramCallback):
     def figures(self):
         figures = {}
         for layer_id, own in self.layers.items():
-            touched = int(own.counts.count_nonzero()) / len(own.counts)
+            touched = own.share_touched()
             figures[f"engram/rows_touched/layer_{layer_id}"] = touched
             figures[f"engram/rows_never_touched/layer_{layer_id}"] = 1 - touched
             if own.ngrams:
@@ -237,6 +259,7 @@ class EngramRowStatisticsCallback(EngramCallback):
         if self.layers and self._run is not None and (folder := self._checkpoint_folder()).is_dir():
             tensors = {f"{i}.{key}": value for i, own in self.layers.items() for key, value in own.tensors().items()}
             save_file(tensors, folder / STATISTICS_FILE)
+            return {"saved_in": str(folder.absolute())}
         return {}
 
     def _checkpoint_folder(self) -> Path:
@@ -253,12 +276,12 @@ class EngramRowStatisticsCallback(EngramCallback):
             logger.warning(f"Rows are counted from 0 again: {path} does not hold this run's statistics ({error}).")
 
     def on_train_end(self, args, state, control, **kwargs):
-        for layer_id, own in self.layers.items():
+        for own in self.layers.values():
             wrong = own.movement() if own.table.is_trainable else None
             if wrong is not None:
                 logger.warning(
-                    f"The table of layer {layer_id} can be trained, and {wrong} in this run. Look whether gradients "
-                    "reach it, or freeze it: table.requires_grad_(False)."
+                    f"{own.name} can be trained, and {wrong} in this run. Look whether gradients reach it, or freeze "
+                    "it: table.requires_grad_(False)."
                 )
         self._remove_hooks()
 
