@@ -21,6 +21,7 @@ LEVELS = [
     ],
     ["modeling.table_files", "modeling.ngram_hashing"],
     ["modeling.engram_reader", "modeling.row_changes"],
+    ["modeling.table_rows"],
     ["modeling.engram_table", "modeling.engram_binding"],
     ["modeling.engram_layer", "modeling.engram_loading", "modeling.engram_placement"],
     ["modeling.engram_publishing"],

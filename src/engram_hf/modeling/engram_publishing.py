@@ -42,6 +42,7 @@ CODE_FILES = (
     "row_gradients.py",
     "safetensors_files.py",
     "table_files.py",
+    "table_rows.py",
     "token_history.py",
 )
 STAGE_PREFIX = ".saving-"
