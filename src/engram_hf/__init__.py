@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .adapters.lora import lora_config
+from .hub.inspecting import inspect_checkpoint
 from .hub.merging import merge_changed_rows
 from .hub.quantizing import quantize_tables
 from .hub.verifying import verify_tables
@@ -61,6 +62,7 @@ __all__ = [
     "count_parameters",
     "engram_optimizers",
     "estimate_memory",
+    "inspect_checkpoint",
     "last_complete_checkpoint",
     "lora_config",
     "merge_changed_rows",

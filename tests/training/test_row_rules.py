@@ -31,15 +31,16 @@ def train(table, updates, row_ids, pull, lr):
     updates.step(lr)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_rows_that_every_step_touches_move_like_under_torchs_optimizer(name):
+def test_rows_that_every_step_touches_move_like_under_torchs_optimizer(name, betas):
     table = made_table(blocks=1)
     dense = torch.nn.Parameter(table.blocks[0].detach().clone())
     if name == "adam":
-        optimizer = torch.optim.Adam([dense], lr=0.01, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam([dense], lr=0.01, betas=betas)
     else:
         optimizer = torch.optim.SGD([dense], lr=0.01, momentum=0.9)
-    updates = RowUpdates("table", table, RULES[name])
+    updates = RowUpdates("table", table, RowAdam(betas) if name == "adam" else RULES[name])
     row_ids = torch.arange(23).view(1, -1, 1)
     for step in range(200):
         pull = torch.randn(1, 23, 6, generator=torch.Generator().manual_seed(step))

@@ -47,8 +47,8 @@ class RowAdam(RowRule):
         state["steps"].add_(1)
         state["exp_avg"].lerp_(gradients, 1 - first)
         state["exp_avg_sq"].mul_(second).addcmul_(gradients, gradients, value=1 - second)
-        size = state["exp_avg_sq"].sqrt().div_((1 - second ** state["steps"]).sqrt_()).add_(self.eps)
-        rows.sub_(state["exp_avg"].div(size).mul_(lr / (1 - first ** state["steps"])))
+        size = state["exp_avg_sq"].sqrt().div_(bias_correction(second, state["steps"]).sqrt_()).add_(self.eps)
+        rows.sub_(state["exp_avg"].div(size).mul_(lr / bias_correction(first, state["steps"])))
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class RowwiseAdam(RowRule):
         state["steps"].add_(1)
         state["exp_avg"].lerp_(gradients, 1 - first)
         state["exp_avg_sq"].lerp_(mean_square(gradients), 1 - second)
-        size = (state["exp_avg_sq"] / (1 - second ** state["steps"])).sqrt_().add_(self.eps)
-        rows.sub_(state["exp_avg"] * (lr / (1 - first ** state["steps"]) / size))
+        size = (state["exp_avg_sq"] / bias_correction(second, state["steps"])).sqrt_().add_(self.eps)
+        rows.sub_(state["exp_avg"] * (lr / bias_correction(first, state["steps"]) / size))
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class RowSGD(RowRule):
     def update(self, rows, gradients, state, lr):
         state["momentum_buffer"].mul_(self.momentum).add_(gradients)
         rows.sub_(state["momentum_buffer"], alpha=lr)
+
+
+def bias_correction(beta: float, steps: torch.Tensor) -> torch.Tensor:
+    """1 - beta**steps, (n, 1) to (n, 1); in float32 four digits of it would be lost at the first steps."""
+    return (1 - beta ** steps.double()).to(steps.dtype)
 
 
 def mean_square(gradients: torch.Tensor) -> torch.Tensor:
