@@ -106,10 +106,6 @@ class RowGradients:
                 "optimizer_cls_and_kwargs=engram_optimizers(args), or load the model anew to train it otherwise."
             )
 
-    def peek(self) -> Rows | None:
-        """As `take`, and they stay; not clipped."""
-        return self._rows
-
     def __deepcopy__(self, memo):
         return RowGradients()
 

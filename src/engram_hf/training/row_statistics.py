@@ -69,7 +69,7 @@ class LayerStatistics:
             self.ngrams[order] = distinct, rows[first]
         if not len(self.watched):
             touched = keys.unique()
-            self.watched = touched[:: max(1, len(touched) // SAMPLED_ROWS)]
+            self.watched = touched[:: max(1, len(touched) // SAMPLED_ROWS)].contiguous()
             self.first_values = self.read_watched()
         self.values_before = self.read_watched()
 
