@@ -41,6 +41,8 @@ class RowGradients:
         self.norm = nn.Parameter(torch.zeros(()))
         self.exchange: Callable[[torch.Tensor, torch.Tensor], Rows] | None = None
         self._rows: Rows | None = None
+        # (n,), of each row, and of all of them.
+        self._norms = torch.zeros(0)
         self._norm_of_rows = torch.zeros(())
         self._unused = 0
 
@@ -76,7 +78,8 @@ class RowGradients:
         if self.exchange is not None:
             keys, gradients = self.exchange(keys, gradients)
         self._rows = keys, gradients
-        norm = torch.linalg.vector_norm(gradients).to(self.norm.device)
+        self._norms = torch.linalg.vector_norm(gradients, dim=-1)
+        norm = torch.linalg.vector_norm(self._norms).to(self.norm.device)
         self.norm.grad = norm
         self._norm_of_rows = norm.clone()
 
@@ -87,14 +90,14 @@ class RowGradients:
             (n,) int64, ascending and distinct, and (n, width) in the type of the leaves.
         """
         rows, self._rows = self._rows, None
-        if rows is None or self.norm.grad is None:
+        if rows is None or self.norm.grad is None or bool(self.norm.grad == 0):
             return None
         self._unused = 0
         keys, gradients = rows
         if not torch.equal(self.norm.grad, self._norm_of_rows):
             gradients = gradients * (self.norm.grad / self._norm_of_rows).to(gradients.device)
         # Read by padding alone, for one: a step without a gradient is none.
-        has_any = gradients.any(-1)
+        has_any = self._norms != 0
         return (keys, gradients) if has_any.all() else (keys[has_any], gradients[has_any])
 
     def _count_unused(self) -> None:

@@ -66,7 +66,7 @@ class RowwiseAdam(RowRule):
         state["exp_avg"].lerp_(gradients, 1 - first)
         state["exp_avg_sq"].lerp_(mean_square(gradients), 1 - second)
         size = (state["exp_avg_sq"] / bias_correction(second, state["steps"])).sqrt_().add_(self.eps)
-        rows.sub_(state["exp_avg"] * (lr / bias_correction(first, state["steps"]) / size))
+        rows.addcmul_(state["exp_avg"], lr / bias_correction(first, state["steps"]) / size, value=-1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RowwiseAdagrad(RowRule):
 
     def update(self, rows, gradients, state, lr):
         state["sum"].add_(mean_square(gradients))
-        rows.sub_(gradients * (lr / (state["sum"].sqrt() + self.eps)))
+        rows.addcmul_(gradients, lr / (state["sum"].sqrt() + self.eps), value=-1)
 
 
 @dataclass(frozen=True)
