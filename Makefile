@@ -44,3 +44,4 @@ bench: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_rows.py
 	$(BIN)/python scripts/bench_training.py
 	$(BIN)/python scripts/bench_checkpoints.py
+	$(BIN)/python scripts/bench_callbacks.py

@@ -71,22 +71,20 @@ class Watch(TrainerCallback):
         self.last = now
 
 
+def made_arguments(folder: str | Path, steps: int, **changes) -> TrainingArguments:
+    """Of every training run that is timed here or beside this."""
+    fields = {"per_device_train_batch_size": BATCH, "learning_rate": 1e-3, "logging_steps": 1, **changes}
+    return TrainingArguments(
+        str(folder), max_steps=steps, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, **fields
+    )
+
+
 def trained(model, folder: Path, way: str, rule: str, steps: int):
     """Milliseconds a step, losses, share of rows in time, and the model."""
     from engram_hf import EngramPrefetchCallback, engram_optimizers
 
     ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
-    args = TrainingArguments(
-        str(folder / "run"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    args = made_arguments(folder / "run", steps)
     watch = Watch("cold" in way)
     callbacks = [EngramPrefetchCallback(enabled="without" not in way)] if "cold" in way else []
     rows = None if way == "dense" else engram_optimizers(args, rule, table_lr_scale=1.0, work_folder=folder / "work")

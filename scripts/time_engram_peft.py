@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 from engram_peft import EngramConfig, EngramTrainer, get_engram_model
-from transformers import TrainingArguments
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 
 def main() -> None:
-    from bench_training import BATCH, CONFIG, SEQ, SMALL, STEPS, WARM, Watch
+    from bench_training import BATCH, CONFIG, SEQ, SMALL, STEPS, WARM, Watch, made_arguments
 
     from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
@@ -50,17 +49,7 @@ def main() -> None:
     ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     watch = Watch(is_cold=False)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        args = made_arguments(folder, STEPS)
         trainer = EngramTrainer(
             model=model,
             args=args,

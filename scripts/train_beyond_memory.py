@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench_training import CONFIG, TABLE
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from bench_training import CONFIG, TABLE, made_arguments
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.utils import logging
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, EngramPrefetchCallback, engram_optimizers
@@ -35,7 +35,7 @@ CGROUPS = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup"
 
 
 def train(folder: Path, tier: str) -> None:
-    """In a process of its own: print losses, seconds, and the most memory that was held."""
+    """In a process of its own: print losses and seconds."""
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     device_map = {"": "cpu", TABLE: "disk"} if tier == "disk" else None
@@ -44,16 +44,8 @@ def train(folder: Path, tier: str) -> None:
     generator = torch.Generator().manual_seed(0)
     sentences = torch.randint(0, CONFIG["vocab_size"], (4000, SEQ), generator=generator)
     order = torch.randint(0, len(sentences), (STEPS * BATCH,), generator=generator)
-    args = TrainingArguments(
-        str(folder / "run"),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=2e-3,
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+    args = made_arguments(
+        folder / "run", STEPS, per_device_train_batch_size=BATCH, learning_rate=2e-3, logging_steps=10
     )
     trainer = Trainer(
         model,

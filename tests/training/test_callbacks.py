@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sqlite3
-from pathlib import Path
 
 import pytest
 import torch
@@ -382,14 +381,13 @@ def test_statistics_survive_a_resume(tmp_path):
 
 
 def test_curves_are_drawn_from_the_files_of_a_run(tmp_path):
-    trainer = train(tiny_model(), tmp_path / "run", all_callbacks()[:2], save_strategy="steps", save_steps=2)
+    train(tiny_model(), tmp_path / "run", all_callbacks()[:2], save_strategy="steps", save_steps=2)
     assert len(read_history(tmp_path / "run")) >= 4
     picture = plot_training(tmp_path / "run")
     assert picture == tmp_path / "run" / "training.png" and picture.read_bytes().startswith(b"\x89PNG")
     assert plot_training(tmp_path / "run" / "checkpoint-2", tmp_path / "own.png").exists()
     with pytest.raises(FileNotFoundError, match=r"trainer_state\.json"):
         plot_training(tmp_path)
-    assert trainer.state.global_step == 4 and isinstance(Path(picture), Path)
 
 
 @pytest.mark.parametrize("is_reentrant", [True, False])

@@ -41,7 +41,7 @@ class RowsByNumber:
         self._check_files()
         home = row_ids.to(self.home)
         self._check_row_ids(home)
-        keys = home + (self.head_rows.cumsum(0) - self.head_rows).to(home.device)
+        keys = home + self.first_rows_of_heads.to(home.device)
         distinct, back = keys.unique(return_inverse=True)
         with nullcontext() if self.watch is None else self.watch(distinct):
             started = self.reader.take(row_ids)
@@ -61,6 +61,11 @@ class RowsByNumber:
         bounds = torch.tensor([*self.first_rows[1:]], device=keys.device)
         is_trained = torch.tensor([block.requires_grad for block in self.blocks], device=keys.device)
         return is_trained[torch.bucketize(keys, bounds, right=True)]
+
+    @property
+    def first_rows_of_heads(self) -> torch.Tensor:
+        """(heads,) int64: the number in the table of the first row of each head."""
+        return self.head_rows.cumsum(0) - self.head_rows
 
     @property
     def home(self) -> torch.device:

@@ -67,8 +67,7 @@ class RowPrefetcher:
         for own, layer in zip(self.skeleton.memory_layers(), base.memory_layers(), strict=True):
             own.engram.multipliers, own.engram.primes = layer.engram.multipliers.cpu(), layer.engram.primes.cpu()
             table, layer_id = layer.engram.table, layer.engram.layer_idx
-            head_rows = table.head_rows.cpu()
-            self.first_rows[layer_id] = head_rows.cumsum(0) - head_rows
+            self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
             self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))
         self.reader = PageReader()
         # Bytes read by all processes that have a copy of this.

@@ -31,8 +31,7 @@ class LayerStatistics:
     def __init__(self, layer: Any, name: str):
         self.table, self.name = layer.table, name
         self.heads_of_order = layer.primes.shape[1]
-        head_rows = self.table.head_rows.cpu()
-        self.head_rows, self.first_rows = head_rows, head_rows.cumsum(0) - head_rows
+        self.head_rows, self.first_rows = self.table.head_rows.cpu(), self.table.first_rows_of_heads.cpu()
         self.counts = torch.zeros(self.table.num_rows, dtype=torch.int32)
         self.touched = torch.zeros(self.table.num_rows, dtype=torch.bool)
         # Per order: a number for each distinct n-gram, (n,), and the rows it reads, (n, heads per order).
