@@ -59,8 +59,14 @@ def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]
         training=output,
         data={"description": text if is_default else arguments.dataset, "tokens": len(train) * SEQ_LENGTH},
         evaluation=[
-            {"metric": "loss", "value": value, "dataset": dataset, "unit": "nats per token", "command": command}
-            for dataset, value in losses.items()
+            {
+                "metric": name,
+                "value": value,
+                "dataset": "held-out documents",
+                "unit": "nats per token",
+                "command": command,
+            }
+            for name, value in losses.items()
         ],
         picture=plot_training(output).name if has_curves else None,
         # Of a text that the user brings, the user knows what it allows and what it is good for.
@@ -133,10 +139,9 @@ def main():
             f"(a perfect hash: {last[f'engram/ngrams_per_row_perfect_hash/layer_{layer_id}']:.2f}), "
             f"memory is {last[f'engram/memory_share/layer_{layer_id}']:.1%} of the residual stream there"
         )
-    losses = {"held-out documents": after, "held-out documents, with the memory silenced": silenced}
-    write_card(output, arguments, train, losses)
+    write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced})
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
-    print(f"saved in {output}, {sum(seconds_of_stage.values()):.0f} seconds in all")
+    print(f"saved in {output}, with a card, {sum(seconds_of_stage.values()):.0f} seconds in all")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def test_the_example_of_training_runs(tmp_path, monkeypatch):
     assert (tmp_path / "output" / "mine" / "checkpoint-20").is_dir()
 
 
+def test_the_example_of_cards_runs(tmp_path):
+    tiny_model(tiny_config(engram_layer_ids=[1])).save_pretrained(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 7, "log_history": []}')
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = next(example for example in examples if "update_card(" in example)
+    exec(compile(example, "README.md", "exec"), {"folder": tmp_path})
+    assert "| steps | 7 |" in (tmp_path / "README.md").read_text()
+
+
 def test_every_make_verb_and_script_that_is_named_exists():
     verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     documents = README + (ROOT / "CONTRIBUTING.md").read_text()

@@ -125,7 +125,7 @@ def _updated(text: str, facts: CardFacts, path: Path) -> str:
     body = text[head.end() :] if head else text
     there = SECTION.search(body)
     expected = 0 if there is None else 1
-    if any(sum(line.strip() == wanted for line in body.splitlines()) != expected for wanted in (BEGIN, END)):
+    if any(sum(line.rstrip() == wanted for line in body.split("\n")) != expected for wanted in (BEGIN, END)):
         raise ValueError(
             f"{path} must have the lines {BEGIN} and {END} once each and in this order, or not at all. It was left "
             "as it is; remove what is too much."
@@ -133,7 +133,7 @@ def _updated(text: str, facts: CardFacts, path: Path) -> str:
     own = read_metadata(head[2] if head else "", str(path))
     before = facts_in(body)
     merged = merge_metadata(own, make_metadata(facts), {} if before is None else make_metadata(before))
-    block = newline.join(edit_block(head[2] if head else "", own, merged).splitlines())
+    block = edit_block(head[2] if head else "", own, merged, newline)
     front = f"{head[1]}{block}{head[3]}" if head else newline.join(["---", block, "---", "", ""])
 
     models = merged.get("base_model") or ()

@@ -89,7 +89,7 @@ class CardFacts:
     dtype: of the backbone; for a config without weights, the one that bytes are counted in.
     parameters: "total", "active", "tables", and "memory_share" of the sparse budget; of causal language models alone.
     shape: layers, widths and numbers of experts, by the config's names.
-    backbone_nbytes, disk_nbytes: of everything but the tables; of all weight files, those of tables that are apart included.
+    backbone_nbytes, disk_nbytes: of everything but the tables; of all weight files, also of tables that are apart.
     fingerprint: of the hash. vocab_size, compressed_vocab_size: ids, and what the memory makes of them, as in a config.
     repo_id, tables_repo: where the model is on the Hub, and its tables where they are apart.
     picture: of the curves, a path inside the repository.

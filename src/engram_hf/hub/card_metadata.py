@@ -83,11 +83,18 @@ def _what_is_measured(result: Mapping[str, Any]) -> tuple:
     return result["task"], result["dataset"], [metric["type"] for metric in result["metrics"]]
 
 
-def edit_block(block: str, own: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
+def edit_block(block: str, own: Mapping[str, Any], merged: Mapping[str, Any], newline: str) -> str:
     """The block of metadata with other values; lines of keys that stay the same, and comments, are left as they are."""
     if own == merged:
         return block
-    lines = block.splitlines()
+    # With what may stand before the end of a line; that of the last one belongs to the line below the block.
+    before_end = newline.removesuffix("\n")
+    lines = f"{block}{before_end}".split("\n") if block else []
+
+    def dump(content: Mapping[str, Any]) -> list[str]:
+        text = yaml_dump(dict(content), sort_keys=False) if content else ""
+        return [f"{line}{before_end}" for line in text.rstrip("\n").split("\n")] if text else []
+
     node = yaml.compose(block, Loader=yaml.SafeLoader)
     entries = node.value if isinstance(node, yaml.MappingNode) and not node.flow_style else []
     for key, value in reversed(entries):
@@ -96,16 +103,12 @@ def edit_block(block: str, own: Mapping[str, Any], merged: Mapping[str, Any]) ->
             start, end = key.start_mark.line, value.end_mark.line + (value.end_mark.column > 0)
             while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
                 end -= 1
-            lines[start:end] = _dump({name: merged[name]}) if name in merged else []
-    lines += _dump({key: value for key, value in merged.items() if key not in own})
-    edited = "\n".join(lines)
+            lines[start:end] = dump({name: merged[name]} if name in merged else {})
+    lines += dump({key: value for key, value in merged.items() if key not in own})
+    edited = "\n".join(lines).removesuffix(before_end)
     try:
         is_right = yaml.safe_load(edited) == merged
     except yaml.YAMLError:
         is_right = False
     # Where lines do not stand for keys (all in one line, anchors), everything is written anew.
-    return edited if is_right else "\n".join(_dump(merged))
-
-
-def _dump(content: Mapping[str, Any]) -> list[str]:
-    return yaml_dump(dict(content), sort_keys=False).splitlines() if content else []
+    return edited if is_right else "\n".join(dump(merged)).removesuffix(before_end)
