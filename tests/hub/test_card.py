@@ -243,7 +243,11 @@ def test_tables_in_a_repository_of_their_own_are_counted(folder, tmp_path):
     facts = gather_facts(tmp_path / "backbone", tables_repo="org/tables")
     assert facts.tables == whole.tables
     assert facts.disk_nbytes == pytest.approx(whole.disk_nbytes, abs=10_000)
-    code = code_of(render_card(facts)).replace("org/tables", str(tmp_path / "tables"))
+    # A push writes both fields; a folder of tables stands for their repository here.
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    config["engram_tables_repo"] = str(tmp_path / "tables")
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(config))
+    code = code_of(render_card(facts))
     names: dict = {}
     exec(code.replace('"."', f'"{tmp_path / "backbone"}"').split("tokenizer =")[0], names)
     assert "[org/tables](https://huggingface.co/org/tables)" in render_card(facts)

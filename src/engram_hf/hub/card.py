@@ -176,7 +176,6 @@ def _render(facts: CardFacts, recorded: CardFacts) -> str:
         entries=entries,
         auto_class=AUTO_CLASS.get(facts.architecture),
         trust=Ready(", trust_remote_code=True" if facts.has_code else ""),
-        apart=Ready(f', tables_from="{facts.tables_repo}"' if facts.tables_repo else ""),
         commands=list(dict.fromkeys(result.command for result in facts.evaluation)),
         quantized=any(table.dtype in QUANTIZED_FORMATS for table in facts.tables),
         begin=Ready(BEGIN),

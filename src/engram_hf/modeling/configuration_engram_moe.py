@@ -122,6 +122,10 @@ class EngramMoEConfig(DeepseekV3Config):
     engram_fingerprint (`dict`, *optional*):
         Digests of token map, multipliers and primes, with the number of ids, the orders and the compressed pad. Written
         by the model as soon as all of it is known, checked at every load.
+    engram_tables_repo (`str`, *optional*):
+        Repository of the tables, where they do not lie beside the backbone. `push_engram` writes it.
+    engram_tables_revision (`str`, *optional*):
+        Commit of that repository.
 
     Example:
 
@@ -174,6 +178,8 @@ class EngramMoEConfig(DeepseekV3Config):
     engram_table_dtype: str | None = None
     engram_block_elements: int = 2**31
     engram_fingerprint: dict | None = None
+    engram_tables_repo: str | None = None
+    engram_tables_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.engram_layer_ids is None:
