@@ -166,9 +166,7 @@ class EngramLayer(nn.Module):
             return gated, gates
         return gated + F.silu(self.short_convolution(self.conv_norm(gated), context.reach, cache)), gates
 
-    def short_convolution(
-        self, normed: torch.Tensor, reach: torch.Tensor, cache: Cache | None
-    ) -> torch.Tensor:
+    def short_convolution(self, normed: torch.Tensor, reach: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Depthwise, causal, dilated; tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
         if cache is not None and self.conv_reach:

@@ -129,7 +129,7 @@ class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
     model_tags = ["engram", "engram_moe", "conditional-memory"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["EngramMoEDecoderLayer"]
-    _skip_keys_device_placement = [CACHE_NAME]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -234,12 +234,12 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             self.confirm_hash("a model with this config")
 
     def single_precision_modules(self) -> list[str]:
-        """Names of what no half-precision `dtype=` changes: as in deepseek_v3 and deepseek_v4 the router's bias and the
-        mixing of streams, and tables that are declared so."""
+        """Names of what no half-precision `dtype=` changes: as in deepseek_v3 and deepseek_v4 the router and the mixing
+        of streams, and tables that are declared so."""
         config = self.config
         has_experts = config.first_k_dense_replace < config.num_hidden_layers
         return (
-            ["e_score_correction_bias"] * has_experts
+            ["e_score_correction_bias", "gate.weight"] * has_experts
             + ["attn_hc", "ffn_hc", "hc_head"] * (config.hc_mult > 1)
             + ["table"] * (bool(config.engram_layer_ids) and config.engram_table_dtype == "float32")
         )
