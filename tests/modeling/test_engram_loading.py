@@ -36,6 +36,17 @@ def test_loading_in_any_dtype_leaves_tables_as_they_are(tmp_path, table_dtype, d
         assert all(torch.equal(b, a) for b, a in zip(before.blocks, after.blocks, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
+def test_loading_in_half_precision_leaves_the_router_and_the_mixing_of_streams_in_single(tmp_path, dtype):
+    model = tiny_model(tiny_config(hc_mult=4))
+    model.save_pretrained(tmp_path)
+    if dtype == "auto":
+        model.to(torch.bfloat16).save_pretrained(tmp_path)
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).named_parameters():
+        is_single = any(part in name for part in ("mlp.gate.", "_hc.", "hc_head.", ".table."))
+        assert (tensor.dtype == torch.float32) == is_single, name
+
+
 def test_saving_writes_the_actual_table_dtype(tmp_path):
     model = tiny_model()
     assert model.config.engram_table_dtype is None

@@ -235,7 +235,7 @@ def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backe
     model = tiny_model(shaped_config(shape))
     _, ids, positions = packed([3, 1, 11, 6])
     compiled = torch.compile(model, backend=backend)
-    with pytest.raises((ValueError, RuntimeError), match="Leave past_key_values out"):
+    with pytest.raises((ValueError, RuntimeError), match="Leave the cache out"):
         compiled(ids, position_ids=positions, past_key_values=DynamicCache(config=model.config))
     padded = torch.ones_like(ids)
     padded[:, :2] = 0

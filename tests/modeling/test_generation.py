@@ -5,6 +5,8 @@ import torch
 from tiny import SHAPES, shaped_config, tiny_ids, tiny_model
 from transformers import set_seed
 
+from engram_hf.modeling.engram_outputs import CACHE_NAME
+
 
 NEW = {"max_new_tokens": 9, "min_new_tokens": 9}
 WAYS = {
@@ -83,5 +85,5 @@ def test_a_conversation_goes_on_with_the_cache_of_its_first_turn(model):
     # Without a mask `generate` takes every pad id that the first turn happened to produce for padding.
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(**both, **NEW, do_sample=False, use_cache=False)
-    actual = model.generate(**both, **NEW, do_sample=False, past_key_values=first.past_key_values)
+    actual = model.generate(**both, **NEW, do_sample=False, **{CACHE_NAME: first[CACHE_NAME]})
     assert torch.equal(actual, expected)

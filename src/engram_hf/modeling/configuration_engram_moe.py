@@ -140,7 +140,7 @@ class EngramMoEConfig(DeepseekV3Config):
     model_type = "engram_moe"
     # Under the name that most mixtures of experts have it, and TRL asks for.
     attribute_map = {**DeepseekV3Config.attribute_map, "num_experts": "n_routed_experts"}
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "engram_gates"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "aux_loss", "router_logits", "engram_gates"]
 
     vocab_size: int = 129280
     hidden_size: int = 2560

@@ -134,14 +134,14 @@ class EngramLayer(nn.Module):
         hidden_streams: torch.Tensor,
         row_ids: torch.Tensor,
         context: NgramContext,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_streams: (batch, seq, streams, hidden).
             row_ids: (batch, seq, heads).
             context: ids and reach of the tokens.
-            past_key_values: a cache whose layer `layer_idx` is hybrid.
+            cache: a cache whose layer `layer_idx` is hybrid.
 
         Returns:
             what is added to the residual streams, (batch, seq, streams, hidden), and the gates, (batch, seq, streams)
@@ -155,8 +155,8 @@ class EngramLayer(nn.Module):
         gates = torch.sigmoid(score) * (context.ids >= 0).unsqueeze(-1)  # (batch, seq, streams)
         gated = gates.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)  # (batch, seq, streams, hidden)
 
-        if past_key_values is not None:
-            past_key_values.update_conv_state(
+        if cache is not None:
+            cache.update_conv_state(
                 pack_history(context.ids, context.reach),
                 self.layer_idx,
                 state_idx=IDS_STATE,
@@ -164,15 +164,13 @@ class EngramLayer(nn.Module):
             )
         if self.conv is None:
             return gated, gates
-        return gated + F.silu(self.short_convolution(self.conv_norm(gated), context.reach, past_key_values)), gates
+        return gated + F.silu(self.short_convolution(self.conv_norm(gated), context.reach, cache)), gates
 
-    def short_convolution(
-        self, normed: torch.Tensor, reach: torch.Tensor, past_key_values: Cache | None
-    ) -> torch.Tensor:
+    def short_convolution(self, normed: torch.Tensor, reach: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Depthwise, causal, dilated; tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
-        if past_key_values is not None and self.conv_reach:
-            states = past_key_values.update_conv_state(
+        if cache is not None and self.conv_reach:
+            states = cache.update_conv_state(
                 channels.transpose(1, 2), self.layer_idx, state_idx=CONV_STATE, conv_kernel_size=self.conv_reach
             )
             history = states.transpose(1, 2)

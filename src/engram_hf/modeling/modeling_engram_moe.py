@@ -50,7 +50,7 @@ from .configuration_engram_moe import EngramMoEConfig
 from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
 from .engram_layer import IDS_STATE, EngramLayer, NgramContext
-from .engram_outputs import EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast
+from .engram_outputs import CACHE_NAME, EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast, find_cache
 from .engram_saving import SavesTables
 from .engram_table import EngramTable
 from .engram_tiers import TablesOnTiers
@@ -86,7 +86,6 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
         hidden_streams: torch.Tensor,
         row_ids: torch.Tensor | None = None,
         context: NgramContext | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
@@ -94,13 +93,14 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
             hidden_streams: (batch, seq, streams, hidden).
             row_ids: (batch, seq, heads), where the layer has a memory.
             context: ids and reach of the tokens, where the layer has a memory.
+            kwargs: what attention takes; the cache among it, which the memory shares.
         """
         if self.engram is not None:
-            memory, _ = self.engram(hidden_streams, row_ids, context, past_key_values)
+            memory, _ = self.engram(hidden_streams, row_ids, context, kwargs.get(CACHE_NAME))
             hidden_streams = hidden_streams + memory
 
         collapsed, merge = self.collapse(hidden_streams, self.attn_hc)
-        attended, _ = self.self_attn(self.input_layernorm(collapsed), past_key_values=past_key_values, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(collapsed), **kwargs)
         hidden_streams = merge(attended)
 
         collapsed, merge = self.collapse(hidden_streams, self.ffn_hc)
@@ -129,7 +129,7 @@ class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
     model_tags = ["engram", "engram_moe", "conditional-memory"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["EngramMoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -234,12 +234,12 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             self.confirm_hash("a model with this config")
 
     def single_precision_modules(self) -> list[str]:
-        """Names of what no half-precision `dtype=` changes: as in deepseek_v3 and deepseek_v4 the router's bias and the
-        mixing of streams, and tables that are declared so."""
+        """Names of what no half-precision `dtype=` changes: as in deepseek_v3 and deepseek_v4 the router and the mixing
+        of streams, and tables that are declared so."""
         config = self.config
         has_experts = config.first_k_dense_replace < config.num_hidden_layers
         return (
-            ["e_score_correction_bias"] * has_experts
+            ["e_score_correction_bias", "gate.weight"] * has_experts
             + ["attn_hc", "ffn_hc", "hc_head"] * (config.hc_mult > 1)
             + ["table"] * (bool(config.engram_layer_ids) and config.engram_table_dtype == "float32")
         )
@@ -257,7 +257,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         token_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> NgramContext:
         """Compressed ids of these tokens, and what each may see of those before it.
 
@@ -265,7 +265,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             token_ids: (batch, seq) raw ids; a negative id carries no memory.
             position_ids: (batch or 1, seq) position of each token in its document.
             token_mask: (batch, seq), 0 for padding.
-            past_key_values: where the ids before these are kept.
+            cache: where the ids before these are kept.
 
         Raises:
             ValueError: no tokenizer is bound yet, an id is none of the vocabulary, or the cache keeps no ids.
@@ -291,7 +291,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         if token_mask is not None:
             ids = torch.where(token_mask.to(ids.device) > 0, ids, NO_MEMORY)
         seen, run_before = ids, None
-        history = self._past_ids(past_key_values)
+        history = self._past_ids(cache)
         if history is not None:
             past_ids, run_before = unpack_history(history.to(ids.device))
             seen = torch.cat([past_ids[:, 1 - config.engram_max_ngram_size :], ids], dim=1)
@@ -307,15 +307,15 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         row_ids = hash_layers(context.taps, multipliers, [memory.primes.to(device) for memory in memories])
         return {memory.layer_idx: ids for memory, ids in zip(memories, row_ids, strict=True)}
 
-    def _past_ids(self, past_key_values: Cache | None) -> torch.Tensor | None:
+    def _past_ids(self, cache: Cache | None) -> torch.Tensor | None:
         """(batch, kept) packed history of the tokens before these; None before the first forward."""
-        if past_key_values is None:
+        if cache is None:
             return None
         layer_id = self.config.engram_layer_ids[0]
-        layers = past_key_values.layers
+        layers = cache.layers
         if layer_id >= len(layers) or not isinstance(layers[layer_id], LinearAttentionCacheLayerMixin):
             raise ValueError(
-                f"{type(past_key_values).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache "
+                f"{type(cache).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache "
                 "from the config, as in DynamicCache(config=model.config)."
             )
         # Cache.get_conv_state says the same, from transformers 5.21 on.
@@ -330,19 +330,26 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         engram_input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EngramMoEModelOutputWithPast:
         r"""
+        cache (`Cache`, *optional*):
+            What was computed for the tokens before these. `past_key_values` is the same under its name before
+            transformers 5.24.
+        past_key_values (`Cache`, *optional*):
+            As `cache`; give one of them.
         engram_input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Raw token ids that the memory reads, where they are not `input_ids`: beside `inputs_embeds`, or with -1 for
             positions that are no tokens, such as image spans. A token looks neither at such a position nor past it.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        cache = find_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         seq = inputs_embeds.shape[1]
@@ -350,16 +357,16 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             position_ids = positions_in_documents(kwargs["cu_seq_lens_q"], seq)
         if position_ids is not None and isinstance(attention_mask, torch.Tensor | None):
-            past_seen = None if past_key_values is None else past_key_values.get_seq_length()
+            past_seen = None if cache is None else cache.get_seq_length()
             attention_mask, is_packed = find_documents(position_ids, attention_mask, past_seen)
             use_cache = use_cache and not is_packed
         # Without a cache the mask keeps packed documents apart, and a cache that is new has nothing to say about it.
-        cache_of_caller = past_key_values
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache_of_caller = cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         memory_positions = position_ids
         if position_ids is None:
-            past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen = cache.get_seq_length() if cache is not None else 0
             position_ids = memory_positions = (torch.arange(seq, device=inputs_embeds.device) + past_seen).unsqueeze(0)
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
                 memory_positions = positions_under_mask(attention_mask, position_ids)
@@ -373,8 +380,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=cache_of_caller,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache_of_caller},
             )
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 token_mask = attention_mask[:, -seq:]
@@ -390,7 +397,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                     f"engram_input_ids must have one id per position, {tuple(inputs_embeds.shape[:2])}, "
                     f"got {tuple(token_ids.shape)}."
                 )
-            context = self.ngram_context(token_ids, memory_positions, token_mask, past_key_values)
+            context = self.ngram_context(token_ids, memory_positions, token_mask, cache)
             row_ids = self.all_row_ids(context)
             for layer in self.memory_layers():
                 layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
@@ -403,11 +410,11 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                 hidden_streams,
                 row_ids=row_ids.get(layer_idx),
                 context=context,
-                past_key_values=past_key_values,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
             # CODEPATH: several streams (the paper's models) are recorded as their mean, one stream as it is.
@@ -421,7 +428,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         hidden_states = hidden_streams.squeeze(2) if self.hc_head is None else self.hc_head(hidden_streams)
         return EngramMoEModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else cache_of_caller,
+            **{CACHE_NAME: cache if use_cache else cache_of_caller},
         )
 
 
@@ -447,16 +454,22 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         engram_input_ids: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EngramMoECausalLMOutputWithPast:
         r"""
+        cache (`Cache`, *optional*):
+            What was computed for the tokens before these. `past_key_values` is the same under its name before
+            transformers 5.24.
+        past_key_values (`Cache`, *optional*):
+            As `cache`; give one of them.
         engram_input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Raw token ids that the memory reads, where they are not `input_ids`; -1 for positions that are no tokens.
 
@@ -476,7 +489,7 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=find_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             engram_input_ids=engram_input_ids,
@@ -502,11 +515,11 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             engram_gates=outputs.engram_gates,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(
@@ -525,7 +538,7 @@ class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
             # Generated from embeddings alone, `input_ids` holds no prompt.
             has_prompt = inputs_embeds is None or input_ids.shape[1] >= inputs_embeds.shape[1]
             read = torch.cat([engram_input_ids, input_ids[:, prompt if has_prompt else 0 :]], dim=1)
-            cache = inputs.get("past_key_values")
+            cache = inputs.get(CACHE_NAME)
             start = cache.get_seq_length() if cache is not None else read.shape[1] - here.shape[1]
             inputs["engram_input_ids"] = read[:, start : start + here.shape[1]]
         return inputs

@@ -19,7 +19,7 @@ BESIDE_PADDING = (
 )
 BESIDE_A_CACHE = (
     "Packed documents (position_ids that do not count up by one, or do not go on where the cache ends) cannot share a "
-    "cache: transformers' attention would mix them. Leave past_key_values out."
+    "cache: transformers' attention would mix them. Leave the cache out."
 )
 
 
