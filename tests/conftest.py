@@ -29,6 +29,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What was left out, and how to run it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = {(report.nodeid.split("::")[0], report.longrepr[2]) for report in skipped}
+    if reasons:
+        terminalreporter.section("left out")
+    for path, reason in sorted(reasons):
+        terminalreporter.write_line(f"{path}: {reason.removeprefix('Skipped: ')}")
+
+
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer whose token `i` is the text `words[i]` as it stands."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))

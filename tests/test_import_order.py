@@ -18,6 +18,7 @@ LEVELS = [
         "modeling.engram_quantization",
         "modeling.hot_rows",
         "modeling.row_gradients",
+        "modeling.engram_refusals",
     ],
     ["modeling.table_files", "modeling.ngram_hashing", "modeling.engram_downloading"],
     ["modeling.engram_reader", "modeling.row_changes"],

@@ -133,7 +133,7 @@ def estimate_memory(
     check_entries(entries, blocks, f"{model.base_model_prefix}.")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
-    limits = memory_limits(max_memory) if device_map in AUTOMATIC else None
+    limits = memory_limits(max_memory) if backbone_map in AUTOMATIC else None
     values = _backbone_devices(backbone_map, sizes, limits)
     devices = [as_device(value) for value in values.values() if value != DISK]
     main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -30,6 +30,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_engram_moe.EngramMoEForCausalLM",
     "AutoModelForSequenceClassification": "modeling_engram_moe.EngramMoEForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_engram_moe.EngramMoEForTokenClassification",
+    # What `transformers serve` asks for first; otherwise it looks for the class inside transformers.
+    "AutoModelForDecision": "modeling_engram_moe.EngramMoEForCausalLM",
 }
 # Rows of a head: addresses stay within 64 bits at any width.
 MAX_ROWS = 2**40

@@ -147,7 +147,8 @@ class EngramLayer(nn.Module):
             what is added to the residual streams, (batch, seq, streams, hidden), and the gates, (batch, seq, streams)
             in float32, 0 for a token without memory.
         """
-        rows = self.table(row_ids).to(self.value_proj.weight.dtype)  # (batch, seq, heads * head_dim)
+        # Not the dtype of the projection: quantized by bitsandbytes, its weight is of integers.
+        rows = self.table(row_ids).to(hidden_streams.dtype)  # (batch, seq, heads * head_dim)
         value = self.value_proj(rows)  # (batch, seq, hidden)
         key = self.key_proj(rows).unflatten(-1, (self.streams, self.hidden_size))
         score = (self.key_norm(key).float() * self.query_norm(hidden_streams).float()).sum(-1) * self.hidden_size**-0.5

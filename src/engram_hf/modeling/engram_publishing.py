@@ -32,6 +32,7 @@ CODE_FILES = (
     "engram_publishing.py",
     "engram_quantization.py",
     "engram_reader.py",
+    "engram_refusals.py",
     "engram_saving.py",
     "engram_table.py",
     "engram_tiers.py",

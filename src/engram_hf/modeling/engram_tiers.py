@@ -31,6 +31,7 @@ from .engram_placement import (
     split_device_map,
 )
 from .engram_reader import PageReader
+from .engram_refusals import refuse_gguf
 from .engram_table import EngramTable, tables_without_blocks
 from .hot_rows import HotRows
 from .ngram_hashing import check_fingerprint
@@ -95,7 +96,8 @@ class TablesOnTiers:
             device_map: as in transformers; an entry for a table ("model.layers.1.engram.table") or for a block of it
                 ("model.layers.1.engram.table.blocks.0") is "cpu" (host memory), "disk" (rows are read from the
                 checkpoint's own files), or an accelerator. A table without an entry stays with its layer. "auto" gives
-                accelerators to the backbone first, then to blocks; the rest goes to host memory, then to disk.
+                accelerators to the backbone first, then to blocks; the rest goes to host memory, then to disk. Where
+                only a string can be given, "cpu+disk" is a map of the backbone and an entry of every table.
             tables_from: folder or repository of the tables, where they are not beside the backbone; by default the
                 repository that the config names, if it names one.
             hot_rows: rows per table to keep in a cache, on the device that computes, in front of blocks that are not
@@ -104,14 +106,14 @@ class TablesOnTiers:
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
-                missing or outside its folder; the fingerprint differs; an entry names no table.
+                missing or outside its folder; the fingerprint differs; an entry names no table; weights are in GGUF.
         """
         where = str(pretrained_model_name_or_path)
+        refuse_gguf(kwargs.get("gguf_file"))
         backbone_map, entries = split_device_map(device_map)
-        limits = memory_limits(kwargs.get("max_memory")) if device_map in AUTOMATIC else None
+        limits = memory_limits(kwargs.get("max_memory")) if backbone_map in AUTOMATIC else None
         load = super().from_pretrained
         is_stored = pretrained_model_name_or_path is not None and kwargs.get("use_safetensors") is not False
-        is_stored = is_stored and kwargs.get("gguf_file") is None
         checkpoint = find_checkpoint(pretrained_model_name_or_path, kwargs) if is_stored else None
         if checkpoint is not None and checkpoint.commit is not None:
             # The very files that were found, also where the branch moves on meanwhile.
