@@ -32,7 +32,8 @@ PIPELINES = {
     "EngramMoEForTokenClassification": "token-classification",
     "EngramMoEModel": "feature-extraction",
 }
-AUTO_CLASS = {model.split(".")[1]: auto for auto, model in AUTO_MAP.items()}
+# The first that a model has: AutoModelForDecision is a second name of the causal one.
+AUTO_CLASS = {model.split(".")[1]: auto for auto, model in reversed(AUTO_MAP.items())}
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 

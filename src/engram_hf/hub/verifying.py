@@ -62,7 +62,8 @@ def verify_tables(path_or_repo: str | Path) -> list[VerifiedFile]:
         >>> verify_tables("output/tiny")
         [VerifiedFile(name='model-00001-of-00001.safetensors', ...), ...]
     """
-    checkpoint = find_checkpoint(str(path_or_repo), HERE)
+    is_there = Path(path_or_repo).is_dir() or not Path(path_or_repo).is_absolute()
+    checkpoint = find_checkpoint(str(path_or_repo), HERE) if is_there else None
     if checkpoint is None or not checkpoint.file_of:
         raise FileNotFoundError(
             f"{path_or_repo} is no folder with safetensors files and their index, and no repository whose files are on "
