@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engram_hf import EngramMoEForCausalLM, fetch_blocks, inspect_checkpoint, push_engram, verify_tables
+from engram_hf import EngramMoEForCausalLM, fetch_blocks, gather_facts, inspect_checkpoint, push_engram, verify_tables
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
 from engram_hf.modeling.engram_publishing import CODE_FILES
 
@@ -155,6 +155,7 @@ def test_tables_in_a_repository_of_their_own(hub, folder, model, tokenizer, tmp_
     snapshot = Path(hf_hub_download("user/tiny", "config.json")).parent
     push_engram(snapshot, "user/copy")
     assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/copy")), logits(model))
+    assert gather_facts(snapshot).disk_nbytes == pytest.approx(gather_facts(folder).disk_nbytes, abs=10_000)
     with pytest.raises(ValueError, match="they are in user/tables"):
         push_engram(snapshot, "user/copy", "user/more")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")

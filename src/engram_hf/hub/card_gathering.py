@@ -129,14 +129,16 @@ def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
 
 def _facts_of_checkpoint(folder: Path) -> dict[str, Any]:
     inspection = inspect_checkpoint(folder)
-    files = set(find_checkpoint(str(folder), {"local_files_only": True}).file_of.values())
+    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
+    files = set(checkpoint.file_of.values())
     config = AutoConfig.from_pretrained(folder)
     there = tuple(
         CardTable(table.name, table.rows, table.head_dim, table.dtype, table.nbytes) for table in inspection.tables
     )
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     # Where the checkpoint's tables are in another folder, the config says which they are.
-    apart = () if there else _tables_of(config, dtype)
+    tables = there or _tables_of(config, dtype)
+    apart = () if checkpoint.blocks() else tables
     digests = read_digests(folder)
     # Of what is in the files, not of their names, which are others after every save.
     weights = hashlib.sha256(json.dumps(sorted(digests.values())).encode()).hexdigest()[:16] if digests else None
@@ -149,7 +151,7 @@ def _facts_of_checkpoint(folder: Path) -> dict[str, Any]:
         "has_code": getattr(config, "auto_map", None) is not None,
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
         "dtype": dtype,
-        "tables": there or apart,
+        "tables": tables,
         "backbone_nbytes": inspection.backbone_nbytes,
         "disk_nbytes": sum(path.stat().st_size for path in files) + sum(table.nbytes for table in apart),
     }

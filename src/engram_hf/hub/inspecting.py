@@ -93,7 +93,12 @@ def inspect_checkpoint(
         raise ValueError(f"{path_or_repo} is a {content.get('model_type')!r}, and no {EngramMoEConfig.model_type}.")
     config = EngramMoEConfig.from_dict(content)
     if config.engram_tables_repo is not None and not any(map(BLOCK_KEY.match, found)):
-        found |= _in_repository(config.engram_tables_repo, config.engram_tables_revision, token)
+        apart = Path(config.engram_tables_repo)
+        found |= (
+            _in_folder(apart)
+            if apart.is_dir()
+            else _in_repository(config.engram_tables_repo, config.engram_tables_revision, token)
+        )
     tables = _tables(found, config)
     in_tables = sum(table.nbytes for table in tables)
     in_changes = sum(tensor.nbytes for name, tensor in found.items() if CHANGED_KEY.match(name))
