@@ -232,8 +232,14 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         oid = _sha256(json.dumps([found[0], lines]).encode())[:40]
-        self.hub.repositories[repo].branches[revision].append((oid, files))
-        self._answer({"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid})
+        branches, answer = self.hub.repositories[repo].branches, {}
+        if "create_pr=1" in urlsplit(self.path).query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in branches)
+            revision = f"refs/pr/{number}"
+            branches[revision] = [found]
+            answer = {"pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}"}
+        branches[revision].append((oid, files))
+        self._answer({"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid, **answer})
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         if (found := self._find(repo, revision)) is None:

@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engram_hf import EngramMoEForCausalLM, fetch_blocks, gather_facts, inspect_checkpoint, push_engram, verify_tables
+from engram_hf import (
+    EngramMoEForCausalLM,
+    EngramMoEForSequenceClassification,
+    fetch_blocks,
+    gather_facts,
+    inspect_checkpoint,
+    push_engram,
+    verify_tables,
+)
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
 from engram_hf.modeling.engram_publishing import CODE_FILES
 
@@ -309,3 +317,49 @@ def test_a_readme_that_cannot_be_edited_stops_the_push_before_anything_is_sent(h
     with pytest.raises(ValueError, match="README"):
         push_engram(folder, "user/tiny", tables_repo="user/tables")
     assert not hub.received and "user/tables" not in hub.repositories
+
+
+def test_a_pull_request_leaves_the_branch_as_it_is(hub, folder, model):
+    push = push_engram(folder, "user/tiny", tables_repo="user/tables", create_pr=True)
+    assert [commit.pr_url for commit in push.commits.values()] == [
+        f"{hub.url}/user/tables/discussions/1",
+        f"{hub.url}/user/tiny/discussions/1",
+    ]
+    assert not hub.commits("user/tiny") and not hub.commits("user/tables")
+    pulled = AutoModelForCausalLM.from_pretrained("user/tiny", revision="refs/pr/1")
+    assert_same_logits(logits(pulled), logits(model))
+
+
+def test_a_branch_of_its_own(hub, folder, model, tokenizer):
+    push_engram(bound_model(tokenizer, 1), "user/tiny", tokenizer=tokenizer)
+    push_engram(folder, "user/tiny", tables_repo="user/tables", revision="next")
+    assert len(hub.commits("user/tiny")) == 1 and "user/tables" in hub.repositories
+    pulled = AutoModelForCausalLM.from_pretrained("user/tiny", revision="next")
+    assert_same_logits(logits(pulled), logits(model))
+
+
+def test_a_file_that_the_hub_should_not_have_is_refused(hub, folder, monkeypatch):
+    monkeypatch.setattr("engram_hf.modeling.engram_uploading.LARGEST_UPLOAD", 5000)
+    with pytest.raises(ValueError, match="smaller max_shard_size"):
+        push_engram(folder, "user/tiny")
+    assert "user/tiny" not in hub.repositories
+
+
+@pytest.mark.parametrize("kind", ["no memory", "classifier", "quantized"])
+def test_other_models_than_the_usual_one(hub, tmp_path, tokenizer, kind):
+    if kind == "no memory":
+        model = tiny_model(tiny_config(engram_layer_ids=[]))
+    elif kind == "classifier":
+        model = EngramMoEForSequenceClassification(tiny_config(num_labels=3)).eval()
+    else:
+        model = tiny_model(tiny_config(engram_table_dtype="int8"))
+    push_engram(model, "user/tiny", "user/tables" if kind == "quantized" else None)
+    pulled = type(model).from_pretrained("user/tiny")
+    assert torch.equal(logits(pulled), logits(model))
+    card = hub.files("user/tiny")["README.md"].decode()
+    assert ("text-classification" in card) == (kind == "classifier")
+
+
+def test_a_model_without_tables_has_none_to_put_apart(hub):
+    with pytest.raises(ValueError, match="no tables for user.tables"):
+        push_engram(tiny_model(tiny_config(engram_layer_ids=[])), "user/tiny", "user/tables")

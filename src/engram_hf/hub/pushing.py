@@ -147,6 +147,8 @@ def _check_tables(folder: Path, config: dict, tables_repo: str | None) -> None:
     """
     checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
     has_tables = checkpoint is not None and bool(checkpoint.blocks())
+    if not config.get("engram_layer_ids") and tables_repo is not None:
+        raise ValueError(f"{folder} is a model without memory layers: it has no tables for {tables_repo}.")
     if config.get("engram_layer_ids") and not has_tables:
         named = config.get("engram_tables_repo")
         if named is None or tables_repo is not None:
