@@ -132,7 +132,7 @@ def estimate_memory(
     blocks = {name: [block.nbytes for block in table.blocks] for name, table in model.named_tables().items()}
     check_entries(entries, blocks, f"{model.base_model_prefix}.")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
+    sizes = {name: _nbytes(name, tensor, model) for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
     limits = memory_limits(max_memory) if backbone_map in AUTOMATIC else None
     values = _backbone_devices(backbone_map, sizes, limits)
     devices = [as_device(value) for value in values.values() if value != DISK]
@@ -167,6 +167,12 @@ def estimate_memory(
                 _add(estimate.optimizer, DISK, block.nbytes)
     _add(estimate.step, str(main_device), max(_moments(config, dtype, batch_size * seq_length)))
     return estimate
+
+
+def _nbytes(name: str, tensor: torch.Tensor, model: EngramMoEForCausalLM) -> int:
+    """Bytes of a tensor as `from_pretrained` loads it: some stay in single precision, whatever the `dtype`."""
+    is_single = tensor.is_floating_point() and any(part in name for part in model.model.single_precision_modules())
+    return max(tensor.nbytes, tensor.numel() * 4) if is_single else tensor.nbytes
 
 
 def _row_state_bytes(block: torch.Tensor) -> int:
