@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # One thread per test process: several processes share the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: install demo style check test bench
+.PHONY: install demo style check test test-tools bench
 
 install: $(STAMP)
 
@@ -31,6 +31,11 @@ check: install
 
 test: install
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# Servers, evaluation, quantizers and exporters: installed beside the rest, or with VENV=.venv/tools apart from it.
+test-tools: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,tools]"
+	$(TEST_ENV) $(BIN)/python -m pytest tests/tools
 
 bench: install
 	@which fio > /dev/null || echo "fio is missing (apt install fio): a libaio loop takes its place"

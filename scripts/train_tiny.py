@@ -5,22 +5,24 @@
 Where other programs keep the cores busy, set OMP_NUM_THREADS=1: two threads that wait for a core are slower than one.
 
 Trains a tokenizer and a model, saves both, loads them again through the Auto classes, and shows what the memory does:
-the loss with and without it, how far its gates open, and for which n-grams they open widest.
+the loss with and without it, how far its gates open, and for which n-grams they open widest. Leaves curves and a card.
 """
 
 import argparse
-import copy
 import importlib.util
+import platform
+import shlex
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from gather_text import DATASET_HELP
+from memory_probes import read_gates, silence_memory, strongest_ngrams
 from tiny_recipe import (
     PRESETS,
-    ROWS_PER_STEP,
+    SEQ_LENGTH,
     STEPS,
     held_out_loss,
     make_config,
@@ -31,8 +33,7 @@ from tiny_recipe import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 # Importing engram_hf is also what makes the Auto classes know the model.
-from engram_hf import plot_training
-from engram_hf.planning import count_parameters
+from engram_hf import count_parameters, gather_facts, plot_training, update_card
 
 
 PROMPT = "def __init__(self"
@@ -46,44 +47,33 @@ def stage(name: str, seconds_of_stage: dict[str, float]):
     seconds_of_stage[name] = time.perf_counter() - start
 
 
-def silence_memory(model):
-    """A copy whose memory reads its rows as before and adds nothing: the projection of the values is zero."""
-    silent = copy.deepcopy(model)
-    for layer in silent.base_model.memory_layers():
-        torch.nn.init.zeros_(layer.engram.value_proj.weight)
-    return silent
-
-
-@torch.no_grad()
-def read_gates(model, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, (rows, seq), and the gate of each token, averaged over streams, (memory layers, rows, seq)."""
-    ids, gates = [], []
-    for batch in rows.with_format("torch", ["input_ids"]).iter(ROWS_PER_STEP):
-        ids.append(batch["input_ids"].to(model.device))
-        outputs = model(input_ids=ids[-1], output_engram_gates=True, use_cache=False)
-        gates.append(torch.stack(outputs.engram_gates).mean(-1))
-    return torch.cat(ids), torch.cat(gates, dim=1)
-
-
-def strongest_ngrams(ids: torch.Tensor, gates: torch.Tensor, token_map: torch.Tensor, count: int = 8):
-    """The 3-grams, one per last token and seen a few times, whose gates open widest: pairs of ids and mean gate.
-
-    Args:
-        ids: (rows, seq).
-        gates: (rows, seq).
-        token_map: (vocab_size,) compressed ids; n-grams that are one for the memory count as one here.
-    """
-    ngrams = ids.unfold(1, 3, 1).flatten(0, 1)  # (positions, 3)
-    distinct, which, seen = token_map[ngrams].unique(dim=0, return_inverse=True, return_counts=True)
-    mean_gates = torch.zeros(len(seen), device=gates.device).index_add(0, which, gates[:, 2:].flatten()) / seen
-    strongest = {}
-    for index in mean_gates.masked_fill(seen < 4, 0.0).argsort(descending=True):
-        last_token = int(distinct[index, -1])
-        if last_token not in strongest:
-            strongest[last_token] = ngrams[(which == index).nonzero()[0, 0]].tolist(), float(mean_gates[index])
-        if len(strongest) == count:
-            break
-    return list(strongest.values())
+def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]) -> None:
+    """README.md of the folder, with what is known here: the text, the run, the losses of held-out documents."""
+    is_default = arguments.dataset is None
+    text = f"sources of the standard library of Python {platform.python_version()}, and the topics of its `help()`"
+    command = shlex.join(["python", "scripts/train_tiny.py", *sys.argv[1:]])
+    has_curves = importlib.util.find_spec("matplotlib") is not None
+    facts = gather_facts(
+        output,
+        name=f"engram-{arguments.preset}",
+        training=output,
+        data={"description": text if is_default else arguments.dataset, "tokens": len(train) * SEQ_LENGTH},
+        evaluation=[
+            {
+                "metric": name,
+                "value": value,
+                "dataset": "held-out documents",
+                "unit": "nats per token",
+                "command": command,
+            }
+            for name, value in losses.items()
+        ],
+        picture=plot_training(output).name if has_curves else None,
+        # Of a text that the user brings, the user knows what it allows and what it is good for.
+        license="apache-2.0" if is_default else None,
+        limits=["A few minutes of training on source code: its text is not to be relied on."] if is_default else None,
+    )
+    update_card(output, facts)
 
 
 def main():
@@ -149,10 +139,9 @@ def main():
             f"(a perfect hash: {last[f'engram/ngrams_per_row_perfect_hash/layer_{layer_id}']:.2f}), "
             f"memory is {last[f'engram/memory_share/layer_{layer_id}']:.1%} of the residual stream there"
         )
-    if importlib.util.find_spec("matplotlib"):
-        print(f"curves in {plot_training(output)}")
+    write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced})
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
-    print(f"saved in {output}, {sum(seconds_of_stage.values()):.0f} seconds in all")
+    print(f"saved in {output}, with a card, {sum(seconds_of_stage.values()):.0f} seconds in all")
 
 
 if __name__ == "__main__":

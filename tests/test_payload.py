@@ -1,21 +1,17 @@
 """The Hub payload: the folder modeling/ is the source, and it runs where the package cannot be imported."""
 
 import filecmp
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 
 from engram_hf import EngramMoEForSequenceClassification, EngramMoEForTokenClassification
-from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
 from engram_hf.modeling.engram_publishing import CODE_FILES
 
 
@@ -43,37 +39,6 @@ def test_save_pretrained_writes_exactly_these_files(tmp_path):
     written = {path.name for path in tmp_path.glob("*.py")}
     assert written == set(CODE_FILES)
     assert filecmp.cmpfiles(tmp_path, PAYLOAD, CODE_FILES, shallow=False)[0] == list(CODE_FILES)
-
-
-class RecordingHub:
-    """Stands in for huggingface_hub's client, and keeps what would have been uploaded."""
-
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-
-    def create_repo(self, repo_id, **kwargs):
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_commit(self, operations, **kwargs):
-        self.files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
-
-
-@pytest.mark.parametrize("door", ["push_to_hub", "save_pretrained"])
-def test_push_to_hub_uploads_weights_code_and_the_whole_auto_map(monkeypatch, tmp_path, door):
-    hub = RecordingHub()
-    monkeypatch.setattr("transformers.utils.hub._hf_api", hub)
-    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", lambda *args, **kwargs: ModelCard(CARD))
-    model = tiny_model()
-    if door == "push_to_hub":
-        model.push_to_hub("somebody/engram")
-    else:
-        model.save_pretrained(tmp_path)
-        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="somebody/engram")
-    assert {name for name in hub.files if name.endswith(".py")} == set(CODE_FILES)
-    assert all(hub.files[name] == (SOURCE / name).read_bytes() for name in CODE_FILES)
-    assert json.loads(hub.files["config.json"])["auto_map"] == AUTO_MAP
-    index = json.loads(hub.files["model.safetensors.index.json"])
-    assert set(index["weight_map"].values()) == {name for name in hub.files if name.endswith(".safetensors")}
 
 
 REMOTE = """

@@ -46,6 +46,11 @@ def test_counts_are_those_of_a_real_model():
     assert counted.active == counted.total - counted.tables - unused - 2 * 99 * 32
 
 
+@pytest.mark.parametrize("row_format", ["int4", "float8_e4m3fn"])
+def test_quantized_tables_have_as_many_parameters_as_plain_ones(row_format):
+    assert count_parameters(tiny_config(engram_table_dtype=row_format)) == count_parameters(tiny_config())
+
+
 def test_the_estimate_is_what_a_loaded_model_takes(tmp_path):
     model = tiny_model(tiny_config(tie_word_embeddings=True))
     model.save_pretrained(tmp_path)

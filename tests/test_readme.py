@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from engram_hf.commands.main import app
 
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +47,43 @@ def test_the_example_of_training_runs(tmp_path, monkeypatch):
     )
     assert not torch.equal(names["model"].model.tables()[0].blocks[0], before)
     assert (tmp_path / "output" / "mine" / "checkpoint-20").is_dir()
+
+
+def test_the_examples_of_the_hub_run(hub, tmp_path, tokenizer, capsys):
+    model = tiny_model(tiny_config(engram_layer_ids=[1]))
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    pushing, reading = (e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "engram-tiny" in e)
+    pushing = pushing.replace("output/tiny", str(tmp_path / "tiny"))
+    exec(compile(pushing, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert all(f"user/engram-tiny/{path.name}\n" in printed for path in (tmp_path / "tiny").iterdir())
+    assert "user/engram-tiny" not in hub.repositories
+    exec(compile(pushing.replace(", dry_run=True", ""), "README.md", "exec"), {})
+    names: dict = {}
+    exec(compile(reading, "README.md", "exec"), names)
+    assert names["table"].rows == model.engram_tables()[0].rows
+    assert torch.equal(names["blocks"]["model.layers.1.engram.table.blocks.0"], model.model.tables()[0].blocks[0])
+
+
+def test_recipes_have_at_most_ten_lines():
+    for recipe in re.findall(r"```(?:python|bash)\n(.*?)```", README, re.DOTALL):
+        assert len([line for line in recipe.splitlines() if line]) <= 10, recipe
+
+
+def test_every_command_that_is_shown_runs(hub, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(tiny_config(engram_layer_ids=[1]))
+    for folder in ("output/tiny", "output/mine/checkpoint-20"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    commands = re.findall(r"^engram-hf (.*?)(?: +#.*)?$", README, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {
+        command.name or command.callback.__name__ for command in app.registered_commands
+    }
+    for command in commands:
+        ran = CliRunner().invoke(app, command.split())
+        assert ran.exit_code == 0, (command, ran.output)
 
 
 def test_every_make_verb_and_script_that_is_named_exists():

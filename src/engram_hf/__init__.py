@@ -12,8 +12,13 @@ from transformers import (
 )
 
 from .adapters.lora import lora_config
+from .hub.card import render_card, update_card
+from .hub.card_facts import CardFacts, read_facts
+from .hub.card_gathering import gather_facts
+from .hub.fetching import fetch_blocks
 from .hub.inspecting import inspect_checkpoint
 from .hub.merging import merge_changed_rows
+from .hub.pushing import push_engram
 from .hub.quantizing import quantize_tables
 from .hub.verifying import verify_tables
 from .insight.plotting import plot_training
@@ -44,6 +49,7 @@ AutoModelForSequenceClassification.register(EngramMoEConfig, EngramMoEForSequenc
 AutoModelForTokenClassification.register(EngramMoEConfig, EngramMoEForTokenClassification)
 
 __all__ = [
+    "CardFacts",
     "EngramGateStatisticsCallback",
     "EngramMoEConfig",
     "EngramMoEForCausalLM",
@@ -62,11 +68,17 @@ __all__ = [
     "count_parameters",
     "engram_optimizers",
     "estimate_memory",
+    "fetch_blocks",
+    "gather_facts",
     "inspect_checkpoint",
     "last_complete_checkpoint",
     "lora_config",
     "merge_changed_rows",
     "plot_training",
+    "push_engram",
     "quantize_tables",
+    "read_facts",
+    "render_card",
+    "update_card",
     "verify_tables",
 ]

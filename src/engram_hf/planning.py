@@ -3,6 +3,7 @@
 Counts a model on the meta device, so a config of any size costs milliseconds and no memory.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,9 @@ def count_parameters(config: EngramMoEConfig) -> ParameterCount:
         >>> round(count_parameters(EngramMoEConfig.preset("engram-27b")).memory_share, 2)
         0.25
     """
+    # Blocks of quantized rows hold bytes, of numbers and scales; the numbers are those of a plain table.
+    config = copy.deepcopy(config)
+    config.engram_table_dtype = None
     with torch.device("meta"):
         model = EngramMoEForCausalLM(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -129,7 +133,7 @@ def estimate_memory(
     check_entries(entries, blocks, f"{model.base_model_prefix}.")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
-    limits = memory_limits(max_memory) if device_map in AUTOMATIC else None
+    limits = memory_limits(max_memory) if backbone_map in AUTOMATIC else None
     values = _backbone_devices(backbone_map, sizes, limits)
     devices = [as_device(value) for value in values.values() if value != DISK]
     main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -73,13 +73,29 @@ def test_quantize_and_merge_write_another_folder(folder, tmp_path):
 
 def test_what_is_not_there_is_said_in_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
-    for command in (["inspect", tmp_path / "empty"], ["verify", tmp_path / "empty"]):
+    empty = tmp_path / "empty"
+    for command in (["inspect", empty], ["verify", empty], ["verify", tmp_path / "nothing"], ["push", empty, "a/b"]):
         ran = run(*command)
         assert ran.exit_code == 1 and ran.stderr.startswith("error: ") and "Traceback" not in ran.stderr
-    assert run("verify", tmp_path / "nothing").exit_code == 2
+    assert run("push", tmp_path / "nothing", "a/b").exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan", "verify", "quantize", "merge"])
+@pytest.mark.parametrize("command", ["inspect", "plan", "verify", "push", "quantize", "merge"])
 def test_every_command_has_an_example(command):
     ran = run(command, "--help")
     assert ran.exit_code == 0 and f"Example: engram-hf {command}" in ran.stdout
+
+
+def test_push_is_a_dry_run_by_default(hub, folder):
+    shown = run("push", folder, "user/tiny", "--license", "mit")
+    assert shown.exit_code == 0 and "--no-dry-run sends" in shown.stdout and "user/tiny" not in hub.repositories
+    for path in folder.glob("*.safetensors"):
+        assert f"{path.stat().st_size:,} bytes  user/tiny/{path.name}" in shown.stdout
+    plan = json.loads(run("push", folder, "user/tiny", "--tables-repo", "user/tables", "--json").stdout)
+    assert set(plan["files"]) == {"user/tiny", "user/tables"} and not plan["commits"]
+    pushed = run("push", folder, "user/tiny", "--license", "mit", "--no-dry-run")
+    assert pushed.exit_code == 0 and f"/user/tiny/commit/{hub.commits('user/tiny')[-1][0]}" in pushed.stdout
+    assert "license: mit" in hub.files("user/tiny")["README.md"].decode()
+    (folder / "config.json").unlink()
+    failed = run("push", folder, "user/tiny", "--no-dry-run")
+    assert failed.exit_code == 1 and "save_pretrained first" in failed.stderr

@@ -141,6 +141,7 @@ def test_code_and_auto_map_come_with_the_weights_or_not_at_all(tmp_path):
         "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
+        "AutoModelForDecision",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     }

@@ -21,6 +21,8 @@ PLACEMENTS = {
     "host": {"": "cpu", FIRST: "cpu", SECOND: "cpu"},
     "disk": {"": "cpu", FIRST: "disk", SECOND: "disk"},
     "tables only": {FIRST: "disk"},
+    "disk, in a string": "cpu+disk",
+    "host, in a string": "auto+cpu",
     "mixed": {"": "cpu", FIRST: "disk", SECOND: "cpu"},
     "blocks": {"": "cpu", f"{FIRST}.blocks.1": "disk", f"{FIRST}.blocks.0": "cpu", f"{SECOND}.blocks.3": "disk"},
     "layer": {"": "cpu", SECOND: "disk", f"{SECOND}.blocks.0": "cpu"},

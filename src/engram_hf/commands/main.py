@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..hub.inspecting import inspect_checkpoint
 from ..hub.merging import merge_changed_rows
+from ..hub.pushing import push_engram
 from ..hub.quantizing import quantize_tables
 from ..hub.verifying import verify_tables
 from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
@@ -110,13 +111,50 @@ def plan(
 
 
 @app.command(epilog="Example: engram-hf verify output/tiny")
-def verify(path: Source, as_json: AsJson = False) -> None:
-    """Read every byte of a checkpoint, and say which files are not what was saved."""
-    files = _or_exit(lambda: verify_tables(path))
+def verify(
+    path_or_repo: Annotated[str, typer.Argument(help="Folder, or repository whose files are on this machine.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a checkpoint, and say what is not as it was saved or does not belong together."""
+    files = _or_exit(lambda: verify_tables(path_or_repo))
     if as_json:
         return typer.echo(json.dumps([vars(file) for file in files], indent=2))
     for file in files:
         typer.echo(f"sound  {_size(file.nbytes):>12}  {file.name}")
+
+
+@app.command(epilog="Example: engram-hf push output/tiny user/engram-tiny --license apache-2.0 --no-dry-run")
+def push(
+    folder: Source,
+    repo_id: Annotated[str, typer.Argument(help="Repository, made where there is none.")],
+    tables_repo: Annotated[str | None, typer.Option(help="Repository for the tables, if of their own.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card, as the Hub writes it.")] = None,
+    training: Annotated[Path | None, typer.Option(help="Folder of the run, for the card.", exists=True)] = None,
+    data: Annotated[str | None, typer.Option(help="What it was trained on, for the card.")] = None,
+    base_model: Annotated[list[str] | None, typer.Option(help="What it was made from, for the card.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made where there is none.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Send nothing, print every file and its size.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Push a checkpoint, with code, tokenizer and card; a dry run, unless --no-dry-run is given."""
+    given = {"license": license, "training": training, "data": data, "base_model": base_model}
+    arguments: dict[str, Any] = {
+        "card": {name: value for name, value in given.items() if value},
+        "revision": revision,
+        "private": private or None,
+        "create_pr": create_pr,
+        "dry_run": dry_run,
+    }
+    pushed = _or_exit(lambda: push_engram(folder, repo_id, tables_repo, **arguments))
+    if as_json:
+        return typer.echo(json.dumps(pushed.as_dict(), indent=2))
+    typer.echo(pushed)
+    for commit in pushed.commits.values():
+        typer.echo(commit.commit_url)
+    if dry_run:
+        typer.echo("a dry run; --no-dry-run sends these files")
 
 
 @app.command(epilog="Example: engram-hf quantize output/tiny output/tiny-int8 --row-format int8")

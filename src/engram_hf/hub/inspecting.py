@@ -71,7 +71,7 @@ def inspect_checkpoint(
     """Tables, blocks, sizes and fingerprint of a checkpoint; reads config and headers, and no tensor.
 
     Args:
-        path_or_repo: folder, or repository of the Hub.
+        path_or_repo: folder, or repository of the Hub; tables in a repository of their own are found by its config.
         revision, token: of the repository.
 
     Raises:
@@ -84,31 +84,16 @@ def inspect_checkpoint(
     """
     folder = Path(path_or_repo)
     if folder.is_dir():
-        checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
-        if checkpoint is None:
-            raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
-        found = {
-            name: FoundTensor(
-                "?" if place.dtype is None else NAMES[place.dtype],
-                place.shape,
-                place.nbytes,
-                checkpoint.file_of[name].name,
-            )
-            for name, place in read_headers(checkpoint).items()
-        }
-        config_file = folder / "config.json"
+        found, config_file = _in_folder(folder), folder / "config.json"
     else:
-        metadata = HfApi(token=token).get_safetensors_metadata(str(path_or_repo), revision=revision)
-        found = {
-            name: FoundTensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0], file)
-            for file, header in metadata.files_metadata.items()
-            for name, info in header.tensors.items()
-        }
+        found = _in_repository(str(path_or_repo), revision, token)
         config_file = Path(hf_hub_download(str(path_or_repo), "config.json", revision=revision, token=token))
     content = json.loads(config_file.read_text())
     if content.get("model_type") != EngramMoEConfig.model_type:
         raise ValueError(f"{path_or_repo} is a {content.get('model_type')!r}, and no {EngramMoEConfig.model_type}.")
     config = EngramMoEConfig.from_dict(content)
+    if config.engram_tables_repo is not None and not any(map(BLOCK_KEY.match, found)):
+        found |= _in_repository(config.engram_tables_repo, config.engram_tables_revision, token)
     tables = _tables(found, config)
     in_tables = sum(table.nbytes for table in tables)
     in_changes = sum(tensor.nbytes for name, tensor in found.items() if CHANGED_KEY.match(name))
@@ -121,6 +106,28 @@ def inspect_checkpoint(
         vocab_size=config.vocab_size,
         compressed_vocab_size=config.engram_compressed_vocab_size,
     )
+
+
+def _in_folder(folder: Path) -> dict[str, FoundTensor]:
+    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
+    return {
+        name: FoundTensor(
+            "?" if place.dtype is None else NAMES[place.dtype], place.shape, place.nbytes, checkpoint.file_of[name].name
+        )
+        for name, place in read_headers(checkpoint).items()
+    }
+
+
+def _in_repository(repo_id: str, revision: str | None, token: str | bool | None) -> dict[str, FoundTensor]:
+    """From the headers, of which the Hub sends no more than the beginning of each file."""
+    metadata = HfApi(token=token).get_safetensors_metadata(repo_id, revision=revision)
+    return {
+        name: FoundTensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0], file)
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
 
 
 def _tables(found: Mapping[str, FoundTensor], config: EngramMoEConfig) -> tuple[FoundTable, ...]:

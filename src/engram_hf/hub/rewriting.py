@@ -9,20 +9,10 @@ from transformers import AutoConfig
 
 from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, Checkpoint, find_checkpoint, read_headers
 from ..modeling.engram_publishing import link_file, publish, staging
+from ..modeling.engram_uploading import TRAINING_FILES
 from ..modeling.row_changes import CHANGED_KEY
 from ..modeling.safetensors_files import TensorContent, write_file
 from ..modeling.table_files import TableFile
-
-
-# What a Trainer leaves beside a model; a checkpoint that is written anew is no place to resume from.
-TRAINING_FILES = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "trainer_state.json",
-    "training_args.bin",
-    "rng_state*.pth",
-)
 
 
 def open_folder(source: Path, target: Path) -> Checkpoint:
@@ -85,6 +75,7 @@ def rewrite_blocks(
 
 
 def _copy_rest(source: Path, stage: Path, weights: set[str], config_changes: dict) -> None:
+    # What is written anew is no place to resume training from.
     for path in source.iterdir():
         is_left_out = path.name in weights or path.name == INDEX_FILE or any(map(path.match, TRAINING_FILES))
         if path.is_file() and not is_left_out:

@@ -1,12 +1,30 @@
-"""Is a checkpoint what it was when it was saved? Reads every byte; a forward cannot see a flipped one."""
+"""Is a checkpoint what it was when it was saved, and do its parts belong together?
+
+Reads every byte; a forward cannot see a flipped one.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..modeling.engram_loading import Checkpoint, find_checkpoint, read_digests, read_headers
-from ..modeling.safetensors_files import file_digest
+from ..modeling.configuration_engram_moe import EngramMoEConfig
+from ..modeling.engram_binding import expand_token_map
+from ..modeling.engram_loading import BLOCK_KEY, Checkpoint, find_checkpoint, match_blocks, read_headers
+from ..modeling.engram_quantization import QUANTIZED_FORMATS, dequantize_rows
+from ..modeling.engram_table import tables_without_blocks
+from ..modeling.modeling_engram_moe import EngramMoEModel
+from ..modeling.ngram_hashing import NgramHash, check_fingerprint, digest
+from ..modeling.safetensors_files import TensorPlace, file_digest
+from ..modeling.table_files import TableFile
+
+
+# Nothing is downloaded.
+HERE = {"local_files_only": True}
+# Rows are looked at in parts of this size.
+PART_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -24,45 +42,90 @@ class VerifiedFile:
         return self.promised == self.found
 
 
-def verify_tables(path: str | Path) -> list[VerifiedFile]:
-    """Compare every weight file of a checkpoint with the SHA-256 that saving wrote into the index.
+def verify_tables(path_or_repo: str | Path) -> list[VerifiedFile]:
+    """Compare a checkpoint with what saving wrote: every weight file with the SHA-256 of the index, shapes and types of
+    blocks with the config, token map, tokenizer and index with the fingerprint; and see that all rows are numbers.
 
     Args:
-        path: folder of a checkpoint, or of tables alone.
+        path_or_repo: folder of a checkpoint, or of tables alone; or a repository whose files were downloaded. Tables in
+            a repository of their own are found by the config.
 
     Returns:
         the files, all of them sound.
 
     Raises:
         FileNotFoundError: no safetensors files are there, or one is missing.
-        ValueError: a file is truncated or changed, or no digest was saved for it; names the files and their tensors.
+        ValueError: a file is truncated or changed, or no digest was saved for it; a block is missing, misshapen or of
+            another type; a row or scale is no number; a fingerprint is another one. Names files and tensors.
 
     Example:
         >>> verify_tables("output/tiny")
         [VerifiedFile(name='model-00001-of-00001.safetensors', ...), ...]
     """
-    checkpoint = find_checkpoint(str(path), {"local_files_only": True}) if Path(path).is_dir() else None
-    if checkpoint is None:
-        raise FileNotFoundError(f"{path} is no folder with safetensors files and their index; nothing can be verified.")
-    read_headers(checkpoint)
-    files = _verify(checkpoint, read_digests(path))
+    is_there = Path(path_or_repo).is_dir() or not Path(path_or_repo).is_absolute()
+    checkpoint = find_checkpoint(str(path_or_repo), HERE) if is_there else None
+    if checkpoint is None or not checkpoint.file_of:
+        raise FileNotFoundError(
+            f"{path_or_repo} is no folder with safetensors files and their index, and no repository whose files are on "
+            "this machine; nothing can be verified."
+        )
+    folder = next(iter(checkpoint.file_of.values())).parent
+    config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    parts = [checkpoint]
+    if config is not None and config.engram_tables_repo is not None and not checkpoint.blocks():
+        hub = {**HERE, "revision": config.engram_tables_revision}
+        parts += [part for part in [find_checkpoint(config.engram_tables_repo, hub)] if part is not None]
+    places = [read_headers(part) for part in parts]
+    files = [file for part in parts for file in _verify_files(part)]
     unknown = [file.name for file in files if file.promised is None]
     changed = [file for file in files if file.promised is not None and not file.is_sound]
     if changed:
         raise ValueError(
-            f"{len(changed)} of {len(files)} files of {path} are not what was saved: "
+            f"{len(changed)} of {len(files)} files of {path_or_repo} are not what was saved: "
             + "; ".join(f"{file.name} (with {_some(file.tensors)})" for file in changed)
             + ". Download or copy them again."
         )
+    for part, part_places in zip(parts, places, strict=True):
+        if config is not None:
+            _verify_parts(part, part_places, config, folder)
+        _verify_rows(part, part_places, config)
     if unknown:
         raise ValueError(
-            f"{path} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and save it "
-            "once with save_pretrained, which writes them."
+            f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and "
+            "save it once with save_pretrained, which writes them."
         )
     return files
 
 
-def _verify(checkpoint: Checkpoint, digests: dict[str, str]) -> list[VerifiedFile]:
+def check_tokenizer(folder: str | Path, tokenizer) -> None:
+    """See that a tokenizer is the one that the tables of a checkpoint were made with.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    config = EngramMoEConfig.from_pretrained(folder)
+    if config.engram_fingerprint is None or config.engram_fingerprint["map"] == "none":
+        return
+    token_map = expand_token_map(tokenizer, config)
+    actual = {**config.engram_fingerprint, "map": digest(token_map.numpy().tobytes())}
+    check_fingerprint(config.engram_fingerprint, actual, f"the tokenizer for {folder}")
+
+
+def read_tokenizer(folder: str | Path):
+    """The tokenizer in a folder.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # A damaged file is met deep inside tokenizers, by errors of any type.
+    except Exception as error:
+        raise ValueError(f"The tokenizer in {folder} cannot be read ({error!r}). Copy or download it again.") from error
+
+
+def _verify_files(checkpoint: Checkpoint) -> list[VerifiedFile]:
+    digests = checkpoint.metadata.get("sha256") or {}
     tensors: dict[Path, list[str]] = {}
     for name, file in checkpoint.file_of.items():
         tensors.setdefault(file, []).append(name)
@@ -73,6 +136,53 @@ def _verify(checkpoint: Checkpoint, digests: dict[str, str]) -> list[VerifiedFil
             found = file_digest(file, progress.update)
             files.append(VerifiedFile(file.name, file.stat().st_size, digests.get(file.name), found, tuple(names)))
     return files
+
+
+def _verify_parts(
+    checkpoint: Checkpoint, places: dict[str, TensorPlace], config: EngramMoEConfig, folder: Path
+) -> None:
+    """Blocks, fingerprint and tokenizer belong to the config."""
+    where = checkpoint.where
+    if checkpoint.blocks():
+        with torch.device("meta"), tables_without_blocks():
+            tables = EngramMoEModel(config).named_tables()
+        match_blocks(tables, checkpoint, places, config)
+    declared = config.engram_fingerprint
+    if (in_index := checkpoint.metadata.get("engram_fingerprint")) is not None and declared is not None:
+        check_fingerprint(declared, in_index, f"the index of {where}")
+    name = next((name for name in checkpoint.file_of if name.endswith("token_map")), None)
+    if name is not None and declared is not None:
+        token_map = TableFile(checkpoint.file_of[name]).tensor(name)
+        pad_id = int(token_map[config.engram_pad_token_id])
+        check_fingerprint(declared, NgramHash.from_config(config, pad_id).fingerprint(token_map), where)
+    if (folder / "tokenizer_config.json").is_file():
+        check_tokenizer(folder, read_tokenizer(folder))
+
+
+def _verify_rows(checkpoint: Checkpoint, places: dict[str, TensorPlace], config: EngramMoEConfig | None) -> None:
+    """All rows are finite numbers, and so are the scales of quantized ones."""
+    is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
+    files: dict[Path, TableFile] = {}
+    for name in filter(BLOCK_KEY.match, checkpoint.file_of):
+        path = checkpoint.file_of[name]
+        file = files.setdefault(path, TableFile(path))
+        rows = file.tensor(name)
+        if not is_quantized and not rows.is_floating_point():
+            # Tables alone, without the config that says what their bytes mean.
+            continue
+        count = max(1, PART_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+        for number, part in enumerate(rows.split(count)):
+            numbers = (
+                dequantize_rows(part, str(config.engram_table_dtype), config.engram_head_dim) if is_quantized else part
+            )
+            is_finite = torch.isfinite(numbers).all(-1)
+            if not is_finite.all():
+                row = number * count + int((~is_finite).nonzero()[0])
+                raise ValueError(
+                    f"{name} in {path.name} of {checkpoint.where} holds NaN or infinity, first in row {row}"
+                    f"{' (a number or its scale)' if is_quantized else ''}. It was saved this way: take an earlier "
+                    "checkpoint, or find what made the training diverge."
+                )
 
 
 def _some(names) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 
-def read_history(log_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines that Trainer has logged, of a run's folder or of one checkpoint.
+def read_state(log_dir: str | Path) -> dict[str, Any]:
+    """Trainer's state of a run's folder, or of one checkpoint, that has logged the most steps.
 
     Raises:
         FileNotFoundError: no `trainer_state.json` is there.
@@ -19,8 +19,16 @@ def read_history(log_dir: str | Path) -> list[dict[str, Any]]:
             f"{folder} holds no trainer_state.json, nor does a checkpoint in it. Trainer writes it with every "
             "checkpoint, and trainer.save_state() at any time."
         )
-    histories = [state["log_history"] for state in states]
-    return max(histories, key=lambda history: max((line.get("step", 0) for line in history), default=0))
+    return max(states, key=lambda state: max((line.get("step", 0) for line in state["log_history"]), default=0))
+
+
+def read_history(log_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines that Trainer has logged, of a run's folder or of one checkpoint.
+
+    Raises:
+        FileNotFoundError: no `trainer_state.json` is there.
+    """
+    return read_state(log_dir)["log_history"]
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_engram_moe.EngramMoEForCausalLM",
     "AutoModelForSequenceClassification": "modeling_engram_moe.EngramMoEForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_engram_moe.EngramMoEForTokenClassification",
+    # What `transformers serve` asks for first; otherwise it looks for the class inside transformers.
+    "AutoModelForDecision": "modeling_engram_moe.EngramMoEForCausalLM",
 }
 # Rows of a head: addresses stay within 64 bits at any width.
 MAX_ROWS = 2**40
@@ -122,6 +124,10 @@ class EngramMoEConfig(DeepseekV3Config):
     engram_fingerprint (`dict`, *optional*):
         Digests of token map, multipliers and primes, with the number of ids, the orders and the compressed pad. Written
         by the model as soon as all of it is known, checked at every load.
+    engram_tables_repo (`str`, *optional*):
+        Repository of the tables, where they do not lie beside the backbone. `push_engram` writes it.
+    engram_tables_revision (`str`, *optional*):
+        Commit of that repository.
 
     Example:
 
@@ -174,6 +180,8 @@ class EngramMoEConfig(DeepseekV3Config):
     engram_table_dtype: str | None = None
     engram_block_elements: int = 2**31
     engram_fingerprint: dict | None = None
+    engram_tables_repo: str | None = None
+    engram_tables_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.engram_layer_ids is None:

@@ -41,21 +41,10 @@ class TokenizerBinding:
         if self.token_map is None:
             reason = "has no memory" if not config.engram_layer_ids else "hashes raw token ids (no compression)"
             raise ValueError(f"This model {reason}, so there is no tokenizer to bind; use it as it is.")
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}. "
-                "Build the model with vocab_size of at least len(tokenizer)."
-            )
-        if config.engram_pad_token_id >= len(tokenizer):
-            raise ValueError(
-                f"engram_pad_token_id is {config.engram_pad_token_id}, the tokenizer's ids end at {len(tokenizer) - 1}."
-            )
-        token_map = build_token_map(tokenizer)
-        pad_id = int(token_map[config.engram_pad_token_id])
-        full_map = torch.full((config.vocab_size,), pad_id, dtype=torch.int64)
-        full_map[: len(token_map)] = token_map
+        full_map = expand_token_map(tokenizer, config)
+        pad_id = int(full_map[config.engram_pad_token_id])
         is_bound = bool((self.token_map >= 0).any())
-        size = int(token_map.max()) + 1
+        size = int(full_map.max()) + 1
         if is_bound and not torch.equal(full_map, self.token_map.cpu()):
             other = copy.copy(config)
             other.engram_compressed_vocab_size = size
@@ -129,6 +118,27 @@ class TokenizerBinding:
         for layer in self.memory_layers():
             layer.engram.write_constants(self.config)
         self.hash_is_confirmed = True
+
+
+def expand_token_map(tokenizer, config) -> torch.Tensor:
+    """(vocab_size,) int64: the compression of a tokenizer, with the compressed pad for ids that it does not have.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the config, or none for padding.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}. "
+            "Build the model with vocab_size of at least len(tokenizer)."
+        )
+    if config.engram_pad_token_id >= len(tokenizer):
+        raise ValueError(
+            f"engram_pad_token_id is {config.engram_pad_token_id}, the tokenizer's ids end at {len(tokenizer) - 1}."
+        )
+    token_map = build_token_map(tokenizer)
+    full_map = torch.full((config.vocab_size,), int(token_map[config.engram_pad_token_id]), dtype=torch.int64)
+    full_map[: len(token_map)] = token_map
+    return full_map
 
 
 def _confirm_after_load(module, incompatible_keys) -> None:

@@ -147,7 +147,10 @@ class EngramLayer(nn.Module):
             what is added to the residual streams, (batch, seq, streams, hidden), and the gates, (batch, seq, streams)
             in float32, 0 for a token without memory.
         """
-        rows = self.table(row_ids).to(self.value_proj.weight.dtype)  # (batch, seq, heads * head_dim)
+        weight = self.value_proj.weight
+        # Quantized by bitsandbytes, the weight is of integers.
+        dtype = weight.dtype if weight.is_floating_point() else hidden_streams.dtype
+        rows = self.table(row_ids).to(dtype)  # (batch, seq, heads * head_dim)
         value = self.value_proj(rows)  # (batch, seq, hidden)
         key = self.key_proj(rows).unflatten(-1, (self.streams, self.hidden_size))
         score = (self.key_norm(key).float() * self.query_norm(hidden_streams).float()).sum(-1) * self.hidden_size**-0.5

@@ -4,14 +4,13 @@ Holds no model code: it is given names, shapes and folders. transformers loads t
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers.utils import cached_file
-from transformers.utils.hub import cached_files
 
+from .engram_downloading import HUB_ARGUMENTS, commit_of, download_files, find_file
 from .engram_quantization import QUANTIZED_FORMATS
 from .engram_table import EngramTable
 from .row_changes import CHANGED_KEY
@@ -28,7 +27,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MEMORY_NAMES = (".engram.", "token_map")
 BLOCK_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.blocks\.(\d+)$")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,13 @@ class Checkpoint:
     where: folder or repository, as the user named it.
     file_of: tensor name to file.
     metadata: of the index; empty where there is none.
+    commit: of the repository; None for a folder.
     """
 
     where: str
     file_of: Mapping[str, Path]
     metadata: Mapping = field(default_factory=dict)
+    commit: str | None = None
 
     def blocks(self) -> dict[tuple[str, int], str]:
         """(table name inside the base model, number of the block) to tensor name."""
@@ -50,12 +50,15 @@ class Checkpoint:
         return {(match[1], int(match[2])): name for name, match in matches if match is not None}
 
 
-def find_checkpoint(name, arguments: Mapping) -> Checkpoint | None:
+def find_checkpoint(
+    name, arguments: Mapping, is_wanted: Callable[[str], bool] = lambda name: True
+) -> Checkpoint | None:
     """The safetensors files of a folder or a repository, downloaded where they are not here.
 
     Args:
         name: folder or repository.
         arguments: those of `from_pretrained`, of which the Hub's and `variant` matter.
+        is_wanted: whether a tensor is to be had; files without such a tensor are not looked at.
 
     Returns:
         None where there are none: an adapter, or weights in another format.
@@ -65,34 +68,23 @@ def find_checkpoint(name, arguments: Mapping) -> Checkpoint | None:
     """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     where, variant = str(name), arguments.get("variant")
-
-    def resolve(filename: str) -> str | None:
-        return cached_file(
-            name,
-            filename,
-            **hub,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-
-    def locate(index: str, weight_map: dict[str, str]) -> dict[str, Path]:
-        filenames = sorted(set(weight_map.values()))
-        if Path(where).is_dir():
-            # Not looked for on the Hub: a file that is missing here has a message of its own.
-            paths = [Path(index).parent / filename for filename in filenames]
-        else:
-            paths = [Path(path) for path in cached_files(name, filenames, **hub)] if filenames else []
-        path_of = dict(zip(filenames, paths, strict=True))
-        return {tensor: path_of[filename] for tensor, filename in weight_map.items()}
-
-    single = resolve(with_variant(SINGLE_FILE, variant))
+    single = find_file(name, with_variant(SINGLE_FILE, variant), hub)
     if single is not None:
-        return Checkpoint(where, dict.fromkeys(read_header(single), Path(single)))
-    index = resolve(with_variant(INDEX_FILE, variant))
+        tensors = filter(is_wanted, read_header(single))
+        return Checkpoint(where, dict.fromkeys(tensors, single), commit=commit_of(name, single))
+    index = find_file(name, with_variant(INDEX_FILE, variant), hub)
     if index is None:
         return None
-    return Checkpoint(where, locate(index, read_weight_map(index)), read_index(index).get("metadata") or {})
+    weight_map = {tensor: file for tensor, file in read_weight_map(index).items() if is_wanted(tensor)}
+    metadata, commit = read_index(index).get("metadata") or {}, commit_of(name, index)
+    if Path(where).is_dir():
+        # Not looked for on the Hub: a file that is missing here has a message of its own.
+        path_of = {filename: index.parent / filename for filename in weight_map.values()}
+    else:
+        # All of one commit, also where the branch moves on meanwhile.
+        at_commit = hub if commit is None else {**hub, "revision": commit}
+        path_of = download_files(name, {*weight_map.values()}, metadata.get("sha256") or {}, at_commit)
+    return Checkpoint(where, {tensor: path_of[file] for tensor, file in weight_map.items()}, metadata, commit)
 
 
 def read_digests(folder: str | Path) -> dict[str, str]:

@@ -19,6 +19,8 @@ if is_accelerate_available():
 
 TABLE_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)(?:\.blocks)?(?:\.(\d+))?$")
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+# The entry of tables without one of their own.
+EVERY_TABLE = (None, None)
 
 
 class Place(NamedTuple):
@@ -38,10 +40,15 @@ def as_device(value) -> torch.device:
 def split_device_map(device_map):
     """The part of a `device_map` that transformers understands, and the entries of tables and blocks.
 
+    For command lines that take no dict, "cpu+disk" is a map of the backbone and an entry of every table.
+
     Returns:
         the map without these entries (None where nothing is left of it), and a dict (table name, number of the block or
         None for all) to the entry's value.
     """
+    if isinstance(device_map, str) and "+" in device_map:
+        backbone_map, _, tables = device_map.partition("+")
+        return backbone_map, {EVERY_TABLE: tables}
     if not isinstance(device_map, Mapping):
         return device_map, {}
     backbone, entries = {}, {}
@@ -96,6 +103,8 @@ def check_entries(entries: Mapping, blocks: Mapping[str, Sequence[int]], prefix:
     """
     for (table, number), value in entries.items():
         place_of_entry(value)
+        if (table, number) == EVERY_TABLE:
+            continue
         if table not in blocks:
             known = ", ".join(f"{prefix}{name}" for name in blocks) or "none"
             raise ValueError(f"device_map names {table}, and the tables of this model are: {known}.")
@@ -125,7 +134,7 @@ def plan_places(
     for table, sizes in blocks.items():
         places[table] = []
         for number, nbytes in enumerate(sizes):
-            value = entries.get((table, number), entries.get((table, None)))
+            value = entries.get((table, number), entries.get((table, None), entries.get(EVERY_TABLE)))
             if value is not None:
                 place = place_of_entry(value)
             elif free is None:

@@ -5,21 +5,26 @@ where a file of unchanged blocks exists.
 """
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData
+from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from transformers.utils.hub import convert_file_size_to_int, create_and_tag_model_card, hf_api
+from transformers.utils.hub import convert_file_size_to_int
 
 from .engram_loading import BLOCK_KEY
 from .engram_publishing import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
 from .engram_table import DISK, EngramTable
+from .engram_uploading import CARD_FILE, card_of, files_to_upload, upload_files
 from .safetensors_files import TensorContent, write_file
 from .table_files import BlockSource, MappedFile
 
 
+logger = logging.get_logger(__name__)
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
 # What Trainer saves while it trains, and the file that it writes last there.
@@ -194,7 +199,9 @@ class SavesTables:
             (folder / TRAINER_STATE).unlink(missing_ok=True)
         with_changes = is_training and state_dict is None and not apart
         set_auto_map(self.config, with_code)
-        hub = self._begin_upload(folder, token, kwargs) if push_to_hub else None
+        # They are saved beside the backbone, or where `tables_from` will be told.
+        self.config.engram_tables_repo = self.config.engram_tables_revision = None
+        upload = _take_upload_arguments(folder, token, kwargs) if push_to_hub else None
         saved = {}
         if apart:
             with staging(tables_to) as stage:
@@ -214,10 +221,84 @@ class SavesTables:
             for name, table in tables.items():
                 full_names = [f"{self._tables_prefix()}{name}.blocks.{i}" for i in range(len(table.block_shapes))]
                 table.follow_save({i: (saved[full], full) for i, full in enumerate(full_names)})
-        if hub is not None:
-            card = create_and_tag_model_card(hub["repo_id"], self.model_tags, token if isinstance(token, str) else None)
-            card.save(folder / "README.md")
-            self._upload_modified_files(save_directory, token=token, **hub)
+        if upload is not None:
+            self._upload(folder, **upload)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer=None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """As `PreTrainedModel.push_to_hub`: weights, tables, code, config, card and tokenizer, in one commit.
+
+        Files that are there are not sent again, so an upload that broke goes on when this is called again.
+
+        Args:
+            tokenizer: to go with the model; by default the one that lies where the model was loaded from.
+            repo_id, commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as
+                in transformers.
+
+        Raises:
+            ValueError: the tokenizer is another one than the one that is bound.
+            OSError: of the connection, or of rights; nothing is committed then.
+
+        Example:
+            >>> model.push_to_hub("user/engram-tiny", tokenizer=tokenizer)
+        """
+        tokenizer = self.tokenizer_to_push(tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            return self._upload(
+                Path(folder),
+                repo_id=repo_id,
+                tags=tags,
+                token=token,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                commit_description=commit_description,
+            )
+
+    def tokenizer_to_push(self, tokenizer):
+        """The tokenizer, or the one that lies beside the weights; none, with a warning, where none does."""
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, local_files_only=True)
+            except (OSError, ValueError):
+                logger.warning(
+                    "No tokenizer lies where this model was loaded from, so none is pushed with it. Give it as "
+                    "push_to_hub(..., tokenizer=tokenizer)."
+                )
+                return None
+        if self.base_model.token_map is not None:
+            self.base_model.bind_tokenizer(tokenizer)
+        return tokenizer
+
+    def _upload(self, folder: Path, repo_id: str, tags: list[str] | None = None, **target) -> CommitInfo:
+        text = card_of(repo_id, target.get("revision"), target["token"])
+        if text is None and (folder / CARD_FILE).is_file():
+            text = (folder / CARD_FILE).read_bytes()
+        if text is None:
+            card = ModelCard.from_template(ModelCardData(library_name="transformers"), model_id=repo_id)
+        else:
+            card = ModelCard(text.decode(), ignore_metadata_errors=True)
+        known = card.data.tags or []
+        card.data.tags = [*known, *(tag for tag in [*(self.model_tags or []), *(tags or [])] if tag not in known)]
+        card.save(folder / CARD_FILE)
+        message = target.pop("commit_message") or "Upload model"
+        return upload_files(repo_id, files_to_upload(folder), commit_message=message, **target)
 
     def _check_blocks(self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor]) -> None:
         """Whether all blocks are there, of one type, which the config then names."""
@@ -237,12 +318,13 @@ class SavesTables:
         for table in tables.values():
             self.config.engram_table_dtype = table.row_format or next(iter(dtypes))
 
-    def _begin_upload(self, folder: Path, token, kwargs: dict) -> dict:
-        """Create the repository, and remember what lies in the folder, as transformers does before it saves."""
-        names = {"private", "repo_type", "exist_ok", "space_sdk"}
-        repo_id = kwargs.pop("repo_id", folder.name)
-        upload = {"commit_message": kwargs.pop("commit_message", None), "create_pr": kwargs.pop("create_pr", False)}
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        options["exist_ok"] = True
-        repo_id = hf_api().create_repo(repo_id, token=token, **options).repo_id
-        return {**upload, "repo_id": repo_id, "files_timestamps": self._get_files_timestamps(folder)}
+
+def _take_upload_arguments(folder: Path, token, kwargs: dict) -> dict:
+    """What of the arguments of `save_pretrained` is about the upload."""
+    names = ("commit_message", "private", "create_pr", "revision", "tags")
+    return {
+        "repo_id": kwargs.pop("repo_id", folder.name),
+        "token": token,
+        "commit_message": None,
+        **{name: kwargs.pop(name) for name in names if name in kwargs},
+    }

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .engram_quantization import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
 from .engram_reader import PageReader, pages_of_rows
+from .engram_refusals import refuse_export
 from .hot_rows import HotRows
 from .row_changes import DIGESTS, KEYS, ROWS, RowChanges
 from .row_gradients import RowGradients
@@ -176,9 +177,10 @@ class EngramTable(RowsByNumber, nn.Module):
 
         Raises:
             IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
-            ValueError: a block's file has changed, a block was moved away by something that does not know tables, or a
-                trainable table off the device has nobody who updates its rows.
+            ValueError: a block's file has changed, a block was moved away by something that does not know tables, a
+                trainable table off the device has nobody who updates its rows, or torch exports what it cannot.
         """
+        refuse_export(self.is_resident)
         if self.row_gradients is not None and torch.is_grad_enabled():
             return self._look_up_to_train(row_ids).flatten(-2)
         if self.is_resident:

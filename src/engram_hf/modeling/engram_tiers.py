@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from .engram_downloading import HUB_ARGUMENTS
 from .engram_loading import (
-    HUB_ARGUMENTS,
     find_checkpoint,
     match_blocks,
     open_changes,
@@ -31,6 +31,7 @@ from .engram_placement import (
     split_device_map,
 )
 from .engram_reader import PageReader
+from .engram_refusals import refuse_gguf
 from .engram_table import EngramTable, tables_without_blocks
 from .hot_rows import HotRows
 from .ngram_hashing import check_fingerprint
@@ -95,23 +96,28 @@ class TablesOnTiers:
             device_map: as in transformers; an entry for a table ("model.layers.1.engram.table") or for a block of it
                 ("model.layers.1.engram.table.blocks.0") is "cpu" (host memory), "disk" (rows are read from the
                 checkpoint's own files), or an accelerator. A table without an entry stays with its layer. "auto" gives
-                accelerators to the backbone first, then to blocks; the rest goes to host memory, then to disk.
-            tables_from: folder or repository of the tables, where they are not beside the backbone.
+                accelerators to the backbone first, then to blocks; the rest goes to host memory, then to disk. Where
+                only a string can be given, "cpu+disk" is a map of the backbone and an entry of every table.
+            tables_from: folder or repository of the tables, where they are not beside the backbone; by default the
+                repository that the config names, if it names one.
             hot_rows: rows per table to keep in a cache, on the device that computes, in front of blocks that are not
                 resident; 0 for none.
             output_loading_info: also return transformers' lists; tensors of the backbone may then be missing.
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
-                missing or outside its folder; the fingerprint differs; an entry names no table.
+                missing or outside its folder; the fingerprint differs; an entry names no table; weights are in GGUF.
         """
         where = str(pretrained_model_name_or_path)
+        refuse_gguf(kwargs.get("gguf_file"))
         backbone_map, entries = split_device_map(device_map)
-        limits = memory_limits(kwargs.get("max_memory")) if device_map in AUTOMATIC else None
+        limits = memory_limits(kwargs.get("max_memory")) if backbone_map in AUTOMATIC else None
         load = super().from_pretrained
         is_stored = pretrained_model_name_or_path is not None and kwargs.get("use_safetensors") is not False
-        is_stored = is_stored and kwargs.get("gguf_file") is None
         checkpoint = find_checkpoint(pretrained_model_name_or_path, kwargs) if is_stored else None
+        if checkpoint is not None and checkpoint.commit is not None:
+            # The very files that were found, also where the branch moves on meanwhile.
+            kwargs = {**kwargs, "revision": checkpoint.commit, "force_download": False}
         if checkpoint is not None and output_loading_info and not (checkpoint.blocks() or tables_from or entries):
             # Who asks for the list of what is missing gets it, and tables drawn at random.
             checkpoint = None
@@ -141,8 +147,10 @@ class TablesOnTiers:
             is_same_class = cls.__name__ in (model.config.architectures or [])
             refuse_incomplete(info, where, prefix, is_same_class)
         tables = checkpoint
+        hub = {key: kwargs.get(key) for key in HUB_ARGUMENTS if key not in ("revision", "subfolder")}
+        if tables_from is None and not checkpoint.blocks() and model.config.engram_tables_repo is not None:
+            tables_from, hub["revision"] = model.config.engram_tables_repo, model.config.engram_tables_revision
         if tables_from is not None:
-            hub = {key: kwargs.get(key) for key in HUB_ARGUMENTS if key not in ("revision", "subfolder")}
             found = find_checkpoint(tables_from, hub)
             if found is None:
                 raise FileNotFoundError(f"tables_from={str(tables_from)!r} holds no safetensors files.")

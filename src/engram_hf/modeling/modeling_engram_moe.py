@@ -51,6 +51,7 @@ from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
 from .engram_layer import IDS_STATE, EngramLayer, NgramContext
 from .engram_outputs import CACHE_NAME, EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast, find_cache
+from .engram_refusals import WithoutContinuousBatching
 from .engram_saving import SavesTables
 from .engram_table import EngramTable
 from .engram_tiers import TablesOnTiers
@@ -433,7 +434,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
 
 
 @auto_docstring
-class EngramMoEForCausalLM(EngramMoEPreTrainedModel, GenerationMixin):
+class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}

@@ -78,7 +78,7 @@ def document_positions(position_ids: torch.Tensor) -> torch.Tensor:
     """(batch or 1, seq): the same positions, but counted from where a piece begins that does not go on by one."""
     begins = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
     places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    start = (places * begins).cummax(-1).values
+    start = (places * begins).cummax(-1)[0]
     return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids)
 
 
@@ -95,5 +95,5 @@ def positions_under_mask(mask: torch.Tensor, position_ids: torch.Tensor) -> torc
     before = sees[:, 0, 1:, :].diagonal(sees.shape[-1] - seq, dim1=1, dim2=2)  # (batch, seq - 1)
     begins = torch.nn.functional.pad(~before, (1, 0))
     places = torch.arange(seq, device=mask.device).expand_as(begins)
-    start = (places * begins).cummax(-1).values
+    start = (places * begins).cummax(-1)[0]
     return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids)

@@ -33,7 +33,7 @@ def token_reach(
         run = run_before.unsqueeze(1)
     else:
         places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        last_gap = torch.where(ids >= 0, 0, places).cummax(1).values  # (batch, ids), 1-based, 0 for none
+        last_gap = torch.where(ids >= 0, 0, places).cummax(1)[0]  # (batch, ids), 1-based, 0 for none
         run = places - 1 - last_gap + torch.where(last_gap == 0, run_before.unsqueeze(1), 0)
         run, ids = run[:, -seq:], ids[:, -seq:]
     reach = torch.minimum(run.clamp_max(window), positions.clamp_min(0))

@@ -1,0 +1,310 @@
+"""What goes to a Hub: everything or nothing to be seen, sent once, and whole when it is read again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
+from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engram_hf import EngramMoEForCausalLM, fetch_blocks, inspect_checkpoint, push_engram, verify_tables
+from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
+from engram_hf.modeling.engram_publishing import CODE_FILES
+
+
+SOURCE = Path(__file__).parent.parent.parent / "src" / "engram_hf" / "modeling"
+INDEX = "model.safetensors.index.json"
+
+
+def bound_model(tokenizer, seed: int = 0) -> EngramMoEForCausalLM:
+    config = tiny_config(
+        vocab_size=608, engram_compressed_vocab_size="auto", engram_pad_token_id=0, engram_table_dtype="float32"
+    )
+    model = tiny_model(config, seed)
+    model.bind_tokenizer(tokenizer)
+    return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return bound_model(tokenizer)
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_ids(2, 17)).logits
+
+
+def digest_of(files: dict[str, bytes], name: str) -> str:
+    return json.loads(files[INDEX])["metadata"]["sha256"][name]
+
+
+@pytest.mark.parametrize("door", ["push_to_hub", "push_engram", "push_engram of a folder", "save_pretrained"])
+def test_all_of_a_model_is_pushed_in_one_commit(hub, model, tokenizer, folder, tmp_path, door):
+    if door == "push_to_hub":
+        model.push_to_hub("user/tiny", tokenizer=tokenizer)
+    elif door == "push_engram":
+        push_engram(model, "user/tiny", tokenizer=tokenizer)
+    elif door == "push_engram of a folder":
+        push_engram(folder, "user/tiny")
+    else:
+        model.save_pretrained(folder, push_to_hub=True, repo_id="user/tiny")
+    assert len(hub.commits("user/tiny")) == 1
+    files = hub.files("user/tiny")
+    named = set(json.loads(files[INDEX])["weight_map"].values())
+    assert named == {name for name in files if name.endswith(".safetensors")}
+    assert {*CODE_FILES, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= set(files)
+    assert all(files[name] == (SOURCE / name).read_bytes() for name in CODE_FILES)
+    assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+    assert files["README.md"].startswith(b"---\n") and b"engram" in files["README.md"]
+    pulled = AutoModelForCausalLM.from_pretrained("user/tiny")
+    pulled.model.bind_tokenizer(AutoTokenizer.from_pretrained("user/tiny"))
+    assert_same_logits(logits(pulled), logits(model))
+    assert verify_tables("user/tiny")
+
+
+def test_a_dry_run_sends_nothing_and_prints_every_file(hub, folder):
+    hub.forget()
+    push = push_engram(folder, "user/tiny", tables_repo="user/tables", dry_run=True)
+    assert not push.commits and not [path for _, path in hub.requests if not path.startswith("/api/agent")]
+    printed = str(push)
+    for path in folder.iterdir():
+        repo = "tables" if path.name.startswith("tables") else "tiny"
+        assert f"user/{repo}/{path.name}\n" in printed
+        if path.suffix == ".safetensors":
+            assert f" {path.stat().st_size:,} bytes  user/{repo}/{path.name}\n" in printed
+    real = push_engram(folder, "user/tiny", tables_repo="user/tables")
+    assert {repo: {file.name for file in files} for repo, files in push.files.items()} == {
+        repo: set(hub.files(repo)) for repo in real.commits
+    }
+    assert list(push.files) == ["user/tables", "user/tiny"]
+    # The same again is no commit, in neither of them.
+    push_engram(folder, "user/tiny", tables_repo="user/tables")
+    assert len(hub.commits("user/tiny")) == len(hub.commits("user/tables")) == 1
+
+
+def test_an_upload_that_breaks_commits_nothing_and_goes_on(hub, folder, model, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    large = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    assert len(large) > 3
+    hub.break_upload = {1: 2000}
+    with pytest.raises((RuntimeError, OSError)):
+        push_engram(folder, "user/tiny")
+    assert not hub.commits("user/tiny") and hub.files("user/tiny") == {}
+    arrived = dict(hub.large_files)
+    assert 0 < len(arrived) < len(large)
+    hub.break_upload = {}
+    hub.forget()
+    push_engram(folder, "user/tiny")
+    assert set(hub.received) == set(hub.large_files) - set(arrived), "what was there was sent again"
+    assert len(hub.commits("user/tiny")) == 1
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny")), logits(model))
+    hub.forget()
+    push_engram(folder, "user/tiny")
+    assert not hub.received and len(hub.commits("user/tiny")) == 1, "nothing has changed, and something was sent"
+
+
+def test_a_reader_never_sees_an_index_without_its_files(hub, tokenizer, model, tmp_path):
+    """Every state that a reader can have seen, commit by commit, in both repositories."""
+    push_engram(model, "user/tiny", tokenizer=tokenizer)
+    push_engram(bound_model(tokenizer, 1), "user/tiny", tokenizer=tokenizer, max_shard_size="10KB")
+    push_engram(bound_model(tokenizer, 2), "user/tiny", "user/tables", tokenizer=tokenizer)
+    assert len(hub.commits("user/tiny")) == 3 and len(hub.commits("user/tables")) == 1
+    for repo in ("user/tiny", "user/tables"):
+        for _, files in hub.commits(repo):
+            named = set(json.loads(files[INDEX])["weight_map"].values())
+            # Neither less, nor what an earlier push has left.
+            assert named == {name for name in files if name.endswith(".safetensors")}
+    last = json.loads(hub.files("user/tiny")["config.json"])
+    assert last["engram_tables_repo"] == "user/tables"
+    assert last["engram_tables_revision"] == hub.commits("user/tables")[-1][0]
+    order = [path for method, path in hub.requests if method == "POST" and "/commit/" in path]
+    assert order[-2:] == ["/api/models/user/tables/commit/main", "/api/models/user/tiny/commit/main"]
+
+
+def test_tables_in_a_repository_of_their_own(hub, folder, model, tokenizer, tmp_path):
+    push_engram(folder, "user/tiny", tables_repo="user/tables")
+    assert not any(name.startswith("tables") for name in hub.files("user/tiny"))
+    # Later tables are none of this model's.
+    push_engram(bound_model(tokenizer, 1), "user/other", "user/tables", tokenizer=tokenizer)
+    on_disk = {"": "cpu", "model.layers.0.engram.table": "disk"}
+    pulled = AutoModelForCausalLM.from_pretrained("user/tiny", device_map=on_disk)
+    assert_same_logits(logits(pulled), logits(model))
+    assert torch.equal(
+        fetch_blocks("user/tiny", layers=[2], blocks=[0])["model.layers.2.engram.table.blocks.0"],
+        model.model.layers[2].engram.table.blocks[0],
+    )
+    assert inspect_checkpoint("user/tiny").tables_nbytes == inspect_checkpoint(folder).tables_nbytes
+    assert inspect_checkpoint("user/tables").tables_nbytes == inspect_checkpoint(folder).tables_nbytes
+    assert len(verify_tables("user/tiny")) == len([path for path in folder.iterdir() if path.suffix == ".safetensors"])
+    pulled.save_pretrained(tmp_path / "again")
+    # A snapshot without tables may be pushed on, as long as the config names them.
+    snapshot = Path(hf_hub_download("user/tiny", "config.json")).parent
+    push_engram(snapshot, "user/copy")
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/copy")), logits(model))
+    with pytest.raises(ValueError, match="they are in user/tables"):
+        push_engram(snapshot, "user/copy", "user/more")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert_same_logits(logits(again), logits(model))
+    with pytest.raises(ValueError, match="lacks .* of the memory"):
+        AutoModelForCausalLM.from_pretrained("user/tables")
+    model.save_pretrained(tmp_path / "backbone", tables_to=tmp_path / "apart")
+    with pytest.raises(ValueError, match="holds no tables. Load the model"):
+        push_engram(tmp_path / "backbone", "user/tiny")
+    with pytest.raises(ValueError, match="itself"):
+        push_engram(folder, "user/tiny", tables_repo="user/tiny")
+
+
+def test_a_push_onto_a_single_file_removes_it(hub, folder, model):
+    """Loaders take model.safetensors before any index."""
+    api = HfApi(token="hf_nobody")
+    api.create_repo("user/tiny")
+    api.upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id="user/tiny")
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/tiny")
+    push_engram(folder, "user/tiny")
+    files = hub.files("user/tiny")
+    assert "model.safetensors" not in files and files["notes.txt"] == b"mine"
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny")), logits(model))
+
+
+def test_another_commit_meanwhile_is_an_error(hub, folder):
+    push_engram(folder, "user/tiny")
+    (folder / "notes.txt").write_text("new")
+    api = HfApi(token="hf_nobody")
+    path = f"/user/tiny/resolve/{hub.commits('user/tiny')[-1][0]}/{INDEX}"
+    hub.after[path] = lambda: api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="user/tiny")
+    with pytest.raises(HfHubHTTPError, match="412"):
+        push_engram(folder, "user/tiny")
+    assert "notes.txt" not in hub.files("user/tiny")
+    push_engram(folder, "user/tiny")
+    assert {"notes.txt", "x"} <= set(hub.files("user/tiny"))
+
+
+@pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "of a training run", "another tokenizer", "empty"])
+def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
+    table = sorted(folder.glob("tables-layer-00*"))[0]
+    content = table.read_bytes()
+    if what == "flipped":
+        table.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif what == "truncated":
+        table.write_bytes(content[:-1])
+    elif what == "missing":
+        table.unlink()
+    elif what == "of a training run":
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"]["model.layers.0.engram.table.changed.keys"] = table.name
+        (folder / INDEX).write_text(json.dumps(index))
+    elif what == "another tokenizer":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["brand-new"])
+        tokenizer.save_pretrained(folder)
+    else:
+        (folder / "config.json").unlink()
+    message = {
+        "flipped": "not what the index",
+        "truncated": "truncated",
+        "missing": "does not exist",
+        "of a training run": "merge_changed_rows",
+        "another tokenizer": "map",
+        "empty": "no folder of a checkpoint",
+    }[what]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        push_engram(folder, "user/tiny")
+    assert "user/tiny" not in hub.repositories or not hub.commits("user/tiny")
+
+
+def test_what_a_trainer_leaves_stays_here(hub, folder):
+    for name in ("optimizer.pt", "trainer_state.json", "rng_state_0.pth", "training_args.bin", ".hidden"):
+        (folder / name).write_text("x")
+    (folder / "tables-layer-09-00001-of-00001.safetensors").write_text("of an earlier save")
+    (folder / "LICENSE").write_text("mine")
+    push_engram(folder, "user/tiny")
+    left = {"optimizer.pt", "trainer_state.json", "rng_state_0.pth", "training_args.bin", ".hidden"}
+    assert not left & set(hub.files("user/tiny")) and "LICENSE" in hub.files("user/tiny")
+    assert "tables-layer-09-00001-of-00001.safetensors" not in hub.files("user/tiny")
+
+
+REMOTE = """
+import sys
+sys.modules["engram_hf"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+out, again = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained("user/tiny", trust_remote_code=True)
+ids = load_file(out)["ids"]
+with torch.no_grad():
+    logits = model(ids).logits
+model.push_to_hub("user/again", tokenizer=AutoTokenizer.from_pretrained("user/tiny"))
+save_file({"ids": ids, "logits": logits}, out)
+"""
+
+
+@pytest.mark.parametrize("tables_repo", [None, "user/tables"])
+def test_code_from_the_hub_gives_the_logits_of_the_package_and_pushes_whole_models(
+    hub, folder, model, tmp_path, monkeypatch, tables_repo
+):
+    from safetensors.torch import save_file
+
+    push_engram(folder, "user/tiny", tables_repo=tables_repo)
+    out = tmp_path / "out.safetensors"
+    save_file({"ids": tiny_ids(2, 17)}, out)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_nobody", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ran = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(out), str(tmp_path / "again")], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert torch.equal(load_file(out)["logits"], logits(model))
+    pulled = AutoModelForCausalLM.from_pretrained("user/again")
+    assert torch.equal(logits(pulled), logits(model))
+    assert set(CODE_FILES) <= set(hub.files("user/again")) and "tokenizer.json" in hub.files("user/again")
+    assert verify_tables("user/again")
+
+
+def test_the_card_is_edited_in_its_own_section_and_shows_the_run(hub, folder, tmp_path):
+    api = HfApi(token="hf_nobody")
+    api.create_repo("user/tiny")
+    mine = b"---\nlicense: mit\ntags:\n- mine\n---\n\n# My model\r\n\nHand-written, with   odd spaces.\n"
+    api.upload_file(path_or_fileobj=mine, path_in_repo="README.md", repo_id="user/tiny")
+    state = {"log_history": [{"step": i, "loss": 3.0 / i} for i in (1, 2, 3)], "global_step": 3, "epoch": 1.0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps(state))
+    card = {"training": tmp_path / "run", "data": "Python's standard library", "license": "apache-2.0"}
+    push_engram(folder, "user/tiny", card=card)
+    files = hub.files("user/tiny")
+    readme = files["README.md"].decode()
+    body = "# My model\r\n\nHand-written, with   odd spaces.\n"
+    assert body in readme and "license: mit" in readme and "- mine" in readme and "- engram" in readme
+    assert "(training.png)" in readme and files["training.png"].startswith(b"\x89PNG")
+    assert "Python's standard library" in readme and f"{model_rows(folder):,} rows" in readme
+    push_engram(folder, "user/tiny", card=card)
+    again = hub.files("user/tiny")["README.md"].decode()
+    assert again.count("Hand-written") == 1 and again == readme
+
+
+def model_rows(folder) -> int:
+    return inspect_checkpoint(folder).tables[0].rows
+
+
+def test_a_readme_that_cannot_be_edited_stops_the_push_before_anything_is_sent(hub, folder):
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    hub.forget()
+    with pytest.raises(ValueError, match="README"):
+        push_engram(folder, "user/tiny", tables_repo="user/tables")
+    assert not hub.received and "user/tables" not in hub.repositories
