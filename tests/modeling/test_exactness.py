@@ -213,6 +213,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
 
 @torch.no_grad()
 def test_the_compiled_forward_gives_the_same_logits(model):
+    # Each model of each test counts against one limit of recompilations.
+    torch._dynamo.reset()
     ids = tiny_ids(2, SEQ)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same_logits(compiled(ids, use_cache=False).logits, model(ids).logits)
