@@ -393,6 +393,11 @@ def test_hostile_words_stay_words(folder, text):
         found = [line for line in lines if line.startswith(start)]
         assert len(found) == len([line for line in expected if line.startswith(start)]), start
     assert not [line for line in lines if line.startswith("|") and line.count("|") - line.count("\\|") not in (3, 4, 5)]
+    # No word opens a tag or a comment, and the comment with the facts ends where its line does.
+    prose = [line for line in lines if not line.startswith(("    ", "<!--"))]
+    assert not [line for line in prose if "<!--" in line or "<b>" in line]
+    record = next(line for line in lines if line.startswith("<!-- engram-hf: facts"))
+    assert record.count("<!--") == record.count("-->") == 1 and record.endswith("-->")
     # The command alone is given letter by letter, indented.
     assert "\n".join(f"    {line}" for line in text.strip().splitlines()) in card
     (folder / "README.md").write_text(card + "mine\n")

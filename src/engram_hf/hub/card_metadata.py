@@ -85,8 +85,6 @@ def _what_is_measured(result: Mapping[str, Any]) -> tuple:
 
 def edit_block(block: str, own: Mapping[str, Any], merged: Mapping[str, Any], newline: str) -> str:
     """The block of metadata with other values; lines of keys that stay the same, and comments, are left as they are."""
-    if own == merged:
-        return block
     # With what may stand before the end of a line; that of the last one belongs to the line below the block.
     before_end = newline.removesuffix("\n")
     lines = f"{block}{before_end}".split("\n") if block else []
