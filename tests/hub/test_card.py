@@ -352,7 +352,8 @@ def test_line_ends_and_marks_of_a_file_are_kept(folder, newline, mark, text):
         assert decoded.startswith(mark) and decoded.count("\n") == decoded.count(newline)
         body = text.split("---\n", 2)[2] if text.startswith("---") else text
         assert body.replace("\n", newline) in decoded
-        card = ModelCard.load(readme)
+        # huggingface_hub 1 does not look behind a byte order mark.
+        card = ModelCard(decoded.removeprefix(mark))
         assert card.data.library_name == "transformers" and "engram_moe" in card.data.tags
     assert read_facts(readme) == gather_facts(folder)
 
