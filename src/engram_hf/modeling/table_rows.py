@@ -7,16 +7,31 @@ A number counts through all heads, block by block.
 from collections.abc import Iterator
 from contextlib import nullcontext
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .engram_reader import pages_of_rows
-from .row_gradients import RowGradients
+from .row_gradients import RowGradients, RowsOfLookups, group
 
 
 RESIDENT, HOST, DISK = "resident", "host", "disk"
 # Stands for the rows where gradients of a model are clipped; no part of the model, so no checkpoint has it.
 ROW_GRADIENT_NORM = "row_gradient_norm"
+
+
+def put_rows(target: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor) -> None:
+    """`target[keys] = rows`, for (rows, ...) contiguous and keys (n,) int64.
+
+    On a CPU by numpy, a row as one element: a fourth of the time that index_copy_ takes.
+    """
+    if target.device.type != "cpu":
+        target.index_copy_(0, keys.to(target.device), rows.to(target.device))
+        return
+    row = np.dtype((np.void, target[0].nbytes))
+    bytes_of_target, bytes_of_rows = (
+        tensor.view(torch.uint8).numpy().reshape(-1).view(row) for tensor in (target, rows.cpu().contiguous())
+    )
+    bytes_of_target[keys.cpu().numpy()] = bytes_of_rows
 
 
 class RowsByNumber:
@@ -41,8 +56,8 @@ class RowsByNumber:
         self._check_files()
         home = row_ids.to(self.home)
         self._check_row_ids(home)
-        keys = home + self.first_rows_of_heads.to(home.device)
-        distinct, back = keys.unique(return_inverse=True)
+        groups = group((home + self.first_rows_of_heads.to(home.device)).flatten())
+        distinct = groups.distinct
         with nullcontext() if self.watch is None else self.watch(distinct):
             started = self.reader.take(row_ids)
             for future in started or []:
@@ -52,7 +67,8 @@ class RowsByNumber:
         if self.is_trainable:
             rows.requires_grad_()
             self.row_gradients.follow(rows, distinct, self._are_trained(distinct))
-        return F.embedding(back.to(row_ids.device), rows).to(self.dtype)
+        looked_up = RowsOfLookups.apply(rows, groups.to(row_ids.device))
+        return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
 
     def _are_trained(self, keys: torch.Tensor) -> torch.Tensor | None:
         """Which rows are of blocks that are not frozen; None for all."""
@@ -112,7 +128,7 @@ class RowsByNumber:
         """
         for number, part, wanted in self.parts(keys):
             block = self._block(number, keys).detach()
-            block.index_copy_(0, wanted.to(block.device), rows[part].to(block.device))
+            put_rows(block, wanted, rows[part])
             self.row_changes.follow_write(number, block)
         self.row_changes.mark(keys)
         if self.hot_rows is not None:

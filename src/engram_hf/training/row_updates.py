@@ -11,6 +11,7 @@ import torch
 
 from ..modeling.engram_reader import pages_of_rows
 from ..modeling.engram_table import DISK, EngramTable
+from ..modeling.table_rows import put_rows
 from .row_rules import RowRule, round_stochastically
 from .work_files import WorkFile, open_training_copy
 
@@ -109,7 +110,7 @@ class RowUpdates:
             self.table.write_rows(part, _round(moved, rows.dtype, generator))
             for name, values in gathered.items():
                 kept = self.stores[name]
-                kept.index_copy_(0, part.to(kept.device), _round(values, kept.dtype, generator).to(kept.device))
+                put_rows(kept, part, _round(values, kept.dtype, generator))
         return len(keys)
 
     def _read_state(self, keys: torch.Tensor) -> None:
