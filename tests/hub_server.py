@@ -35,7 +35,8 @@ class Hub:
     break_upload: from which large file on (0: the first one to come) connections are closed after so many bytes.
     break_download: path to bytes after which the connection is closed, for each coming request.
     served: path to bytes that are served instead of those that were committed.
-    after: path of a GET to what happens once, right after its answer.
+    before: path of a GET to what happens once, right before its answer.
+    failing: paths that are answered by an error of the server.
     """
 
     def __init__(self):
@@ -47,7 +48,8 @@ class Hub:
         self.break_upload: dict[int, int] = {}
         self.break_download: dict[str, list[int]] = {}
         self.served: dict[str, bytes] = {}
-        self.after: dict[str, Callable[[], object]] = {}
+        self.before: dict[str, Callable[[], object]] = {}
+        self.failing: set[str] = set()
         self.url = ""
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -108,11 +110,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
+        if any(path.endswith(name) for name in self.hub.failing):
+            self._body()
+            return self._answer({"error": "broken"}, 500)
         for method, pattern, answer in _ROUTES:
             if self.command in method.split() and (match := re.fullmatch(pattern, path)):
-                happens = self.hub.after.pop(path, None) if self.command == "GET" else None
-                answer(self, **match.groupdict())
-                return happens and happens()
+                is_read = self.command == "GET"
+                if is_read and (happens := self.hub.before.pop(path, None)) is not None:
+                    happens()
+                return answer(self, **match.groupdict())
         self._body()
         self._refuse(404, "EntryNotFound")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
@@ -106,9 +107,41 @@ def test_other_bytes_than_the_index_promises_are_an_error_and_leave_nothing(hub,
     assert_same_logits(logits(pulled), logits(model))
 
 
+def test_a_check_that_was_interrupted_is_made_up_for(hub, model, monkeypatch):
+    content = bytearray(hub.files("user/tiny")[TABLE])
+    content[-5] ^= 4
+    hub.served[TABLE] = bytes(content)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("engram_hf.modeling.engram_downloading.file_digest", interrupted)
+        AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
+    hub.served.clear()
+    with pytest.raises(ValueError, match="not what its index promises"):
+        AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
+    pulled = AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
+    assert_same_logits(logits(pulled), logits(model))
+
+
+def test_what_somebody_else_has_downloaded_is_compared_once(hub, model, monkeypatch):
+    content = bytearray(hub.files("user/tiny")[TABLE])
+    content[-5] ^= 4
+    hub.served[TABLE] = bytes(content)
+    snapshot_download("user/tiny")
+    hub.served.clear()
+    with pytest.raises(ValueError, match="not what its index promises"):
+        EngramMoEForCausalLM.from_pretrained("user/tiny")
+    EngramMoEForCausalLM.from_pretrained("user/tiny")
+    monkeypatch.setattr("engram_hf.modeling.engram_downloading.file_digest", None)
+    assert_same_logits(logits(EngramMoEForCausalLM.from_pretrained("user/tiny")), logits(model))
+
+
 def test_a_push_between_two_files_does_not_mix_them(hub, model):
     newer = tiny_model(tiny_config(engram_table_dtype="float32"), seed=1)
-    hub.after["/user/tiny/resolve/main/model.safetensors.index.json"] = lambda: newer.push_to_hub("user/tiny")
+    first = hub.commits("user/tiny")[-1][0]
+    hub.before[f"/user/tiny/resolve/{first}/{TABLE}"] = lambda: newer.push_to_hub("user/tiny")
     pulled = EngramMoEForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
     assert len(hub.commits("user/tiny")) == 2
     assert_same_logits(logits(pulled), logits(model))

@@ -194,7 +194,7 @@ def test_another_commit_meanwhile_is_an_error(hub, folder):
     (folder / "notes.txt").write_text("new")
     api = HfApi(token="hf_nobody")
     path = f"/user/tiny/resolve/{hub.commits('user/tiny')[-1][0]}/{INDEX}"
-    hub.after[path] = lambda: api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="user/tiny")
+    hub.before[path] = lambda: api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="user/tiny")
     with pytest.raises(HfHubHTTPError, match="412"):
         push_engram(folder, "user/tiny")
     assert "notes.txt" not in hub.files("user/tiny")
@@ -236,12 +236,20 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
 
 
 def test_what_a_trainer_leaves_stays_here(hub, folder):
-    for name in ("optimizer.pt", "trainer_state.json", "rng_state_0.pth", "training_args.bin", ".hidden"):
-        (folder / name).write_text("x")
     (folder / "tables-layer-09-00001-of-00001.safetensors").write_text("of an earlier save")
     (folder / "LICENSE").write_text("mine")
-    push_engram(folder, "user/tiny")
     left = {"optimizer.pt", "trainer_state.json", "rng_state_0.pth", "training_args.bin", ".hidden"}
+    left |= {
+        "train.jsonl",
+        "wandb.key",
+        "nohup.out",
+        "README.md.part4242",
+        "events.out.tfevents.1",
+        "pytorch_model.bin",
+    }
+    for name in left:
+        (folder / name).write_text("x")
+    push_engram(folder, "user/tiny")
     assert not left & set(hub.files("user/tiny")) and "LICENSE" in hub.files("user/tiny")
     assert "tables-layer-09-00001-of-00001.safetensors" not in hub.files("user/tiny")
 
@@ -316,7 +324,7 @@ def test_a_readme_that_cannot_be_edited_stops_the_push_before_anything_is_sent(h
     hub.forget()
     with pytest.raises(ValueError, match="README"):
         push_engram(folder, "user/tiny", tables_repo="user/tables")
-    assert not hub.received and "user/tables" not in hub.repositories
+    assert not hub.received and not hub.commits("user/tiny") and not hub.commits("user/tables")
 
 
 def test_a_pull_request_leaves_the_branch_as_it_is(hub, folder, model):
@@ -363,3 +371,146 @@ def test_other_models_than_the_usual_one(hub, tmp_path, tokenizer, kind):
 def test_a_model_without_tables_has_none_to_put_apart(hub):
     with pytest.raises(ValueError, match="no tables for user.tables"):
         push_engram(tiny_model(tiny_config(engram_layer_ids=[])), "user/tiny", "user/tables")
+
+
+MINE = "---\nlicense: mit\n---\n\nHand-written.\n"
+
+
+def write_readme(repo_id: str, revision: str | None = None, text: str = MINE) -> None:
+    HfApi(token="hf_nobody").upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo_id, revision=revision
+    )
+
+
+@pytest.mark.parametrize("door", ["push_engram", "push_to_hub"])
+def test_a_name_without_a_namespace_is_that_of_the_user(hub, folder, model, tokenizer, door):
+    HfApi(token="hf_nobody").create_repo("tiny")
+    write_readme("user/tiny")
+    if door == "push_engram":
+        push_engram(folder, "tiny", tables_repo="tables")
+        config = json.loads(hub.files("user/tiny")["config.json"])
+        assert config["engram_tables_repo"] == "user/tables"
+        assert 'where = "user/tiny"' in hub.files("user/tiny")["README.md"].decode()
+    else:
+        model.push_to_hub("tiny", tokenizer=tokenizer)
+    assert "Hand-written." in hub.files("user/tiny")["README.md"].decode()
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny")), logits(model))
+    with pytest.raises(ValueError, match="itself"):
+        push_engram(folder, "tiny", tables_repo="user/tiny")
+
+
+@pytest.mark.parametrize("door", ["push_engram", "push_to_hub"])
+def test_a_readme_that_could_not_be_read_is_not_replaced(hub, folder, model, tokenizer, monkeypatch, door):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    HfApi(token="hf_nobody").create_repo("user/tiny")
+    write_readme("user/tiny")
+    hub.failing.add("README.md")
+    with pytest.raises(OSError):
+        push_engram(folder, "user/tiny") if door == "push_engram" else model.push_to_hub("user/tiny")
+    assert hub.files("user/tiny")["README.md"].decode() == MINE and len(hub.commits("user/tiny")) == 1
+
+
+@pytest.mark.parametrize("door", ["push_engram", "push_to_hub"])
+def test_a_new_branch_keeps_the_readme_that_it_begins_with(hub, folder, model, tokenizer, door):
+    HfApi(token="hf_nobody").create_repo("user/tiny")
+    write_readme("user/tiny")
+    if door == "push_engram":
+        push_engram(folder, "user/tiny", revision="next")
+    else:
+        model.push_to_hub("user/tiny", tokenizer=tokenizer, revision="next")
+    assert "Hand-written." in hub.files("user/tiny", "next")["README.md"].decode()
+    assert hub.files("user/tiny")["README.md"].decode() == MINE
+
+
+def test_an_edit_of_the_readme_meanwhile_is_not_lost(hub, folder):
+    push_engram(folder, "user/tiny")
+    before = hub.files("user/tiny")["README.md"].decode()
+    commit = hub.commits("user/tiny")[-1][0]
+    (folder / "notes.txt").write_text("new")
+    hub.before[f"/user/tiny/resolve/{commit}/README.md"] = lambda: write_readme(
+        "user/tiny", text=before + "\nEdited.\n"
+    )
+    with pytest.raises(HfHubHTTPError, match="412"):
+        push_engram(folder, "user/tiny")
+    push_engram(folder, "user/tiny")
+    assert "\nEdited.\n" in hub.files("user/tiny")["README.md"].decode()
+
+
+def test_facts_of_one_push_stay_as_long_as_they_are_true(hub, folder, tokenizer, caplog):
+    loss = {"metric": "loss", "value": 2.5, "dataset": "held-out text", "command": "python evaluate.py"}
+    card = {"license": "mit", "data": "Some text", "base_model": "user/base", "limits": ["English"], "evaluation": loss}
+    push_engram(folder, "user/tiny", card=card)
+    push_engram(folder, "user/tiny")
+    readme = hub.files("user/tiny")["README.md"].decode()
+    assert all(fact in readme for fact in ("license: mit", "Some text", "user/base", "English", "python evaluate.py"))
+    # Other weights: what was measured of the old ones is not true of them.
+    with caplog.at_level("WARNING", "engram_hf"):
+        push_engram(bound_model(tokenizer, 1), "user/tiny", tokenizer=tokenizer)
+    readme = hub.files("user/tiny")["README.md"].decode()
+    assert "license: mit" in readme and "user/base" in readme
+    assert not any(fact in readme for fact in ("Some text", "English", "python evaluate.py", "model-index"))
+    with pytest.raises(ValueError, match="no licence"):
+        push_engram(folder, "user/tiny", card={"licence": "mit"})
+
+
+def test_a_repository_with_a_model_is_no_place_for_tables(hub, folder):
+    push_engram(folder, "user/precious")
+    with pytest.raises(ValueError, match="user/precious holds a model"):
+        push_engram(folder, "user/tiny", tables_repo="user/precious")
+    assert len(hub.commits("user/precious")) == 1 and not hub.commits("user/tiny")
+
+
+@pytest.mark.parametrize("tables_repo", [None, "user/tables"])
+def test_variants_go_with_their_files(hub, folder, model, tokenizer, tables_repo):
+    model.save_pretrained(folder, variant="fp16")
+    push_engram(folder, "user/tiny", tables_repo=tables_repo)
+    for repo in hub.repositories:
+        files = hub.files(repo)
+        indices = [name for name in files if name.startswith("model.safetensors.index")]
+        named = {file for index in indices for file in json.loads(files[index])["weight_map"].values()}
+        assert len(indices) == 2 and named == {name for name in files if name.endswith(".safetensors")}
+    for variant in (None, "fp16"):
+        assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny", variant=variant)), logits(model))
+    # The next push of the default alone leaves the variant's files alone.
+    if tables_repo is None:
+        push_engram(bound_model(tokenizer, 1), "user/tiny", tokenizer=tokenizer)
+        pulled = AutoModelForCausalLM.from_pretrained("user/tiny", variant="fp16")
+        assert_same_logits(logits(pulled), logits(model))
+    for name in ("model.safetensors.index.json",):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="variant only"):
+        push_engram(folder, "user/tiny")
+
+
+@pytest.mark.parametrize("door", ["folder", "tokenizer", "push_to_hub"])
+def test_further_chat_templates_go_with_the_tokenizer(hub, folder, model, door):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    if door == "folder":
+        tokenizer.save_pretrained(folder)
+        push_engram(folder, "user/tiny")
+    elif door == "tokenizer":
+        push_engram(folder, "user/tiny", tokenizer=tokenizer)
+    else:
+        model.push_to_hub("user/tiny", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained("user/tiny").chat_template == tokenizer.chat_template
+
+
+def test_an_adapter_is_not_a_model(hub, folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["value_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for what in (adapted, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match="adapter.*merge"):
+            push_engram(what, "user/tiny")
+    assert not hub.repositories
+
+
+def test_a_readme_that_push_to_hub_cannot_read_stays(hub, model, tokenizer):
+    HfApi(token="hf_nobody").create_repo("user/tiny")
+    for text in (b"\xe4", b"---\nlicense: [\n---\n"):
+        hub.repositories["user/tiny"].branches["main"][-1][1]["README.md"] = text
+        with pytest.raises(ValueError, match="README.md of user/tiny cannot be read"):
+            model.push_to_hub("user/tiny", tokenizer=tokenizer)
+    assert not hub.commits("user/tiny")

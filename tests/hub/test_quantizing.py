@@ -58,11 +58,11 @@ def test_rows_without_numbers_are_refused(row_format):
 def test_a_quantized_checkpoint_is_whole_and_close(tmp_path, row_format, elements):
     model = tiny_model(tiny_config(engram_block_elements=elements))
     model.save_pretrained(tmp_path / "a", max_shard_size="30KB")
-    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    (tmp_path / "a" / "vocab.txt").write_text("{}")
     quantize_tables(tmp_path / "a", tmp_path / "b", row_format)
     verify_tables(tmp_path / "b")
     assert AutoConfig.from_pretrained(tmp_path / "b").engram_table_dtype == row_format
-    assert (tmp_path / "b" / "tokenizer.json").exists() and not list((tmp_path / "b").glob(".saving*"))
+    assert (tmp_path / "b" / "vocab.txt").exists() and not list((tmp_path / "b").glob(".saving*"))
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     for before, after in zip(model.model.tables(), quantized.model.tables(), strict=True):
         for ours, theirs in zip(before.blocks, after.blocks, strict=True):

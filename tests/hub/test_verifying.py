@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 from transformers import AutoTokenizer
 
-from engram_hf import quantize_tables, verify_tables
+from engram_hf import EngramMoEForCausalLM, push_engram, quantize_tables, verify_tables
 from engram_hf.modeling.engram_quantization import QUANTIZED_FORMATS
 from engram_hf.modeling.safetensors_files import file_digest
 
@@ -147,3 +148,25 @@ def test_nothing_there(tmp_path):
         verify_tables(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing can be verified"):
         verify_tables("nobody/nothing")
+
+
+def test_a_model_without_its_tables_is_not_sound(folder, tmp_path):
+    model = EngramMoEForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "backbone", tables_to=tmp_path / "tables")
+    with pytest.raises(FileNotFoundError, match="holds no tables. Say where they are: tables_from="):
+        verify_tables(tmp_path / "backbone")
+    assert len(verify_tables(tmp_path / "tables")) == 2
+    assert len(verify_tables(tmp_path / "backbone", tables_from=tmp_path / "tables")) == 3
+    change_config(tmp_path / "backbone", engram_tables_repo="user/tables", engram_tables_revision="0" * 40)
+    with pytest.raises(FileNotFoundError, match="those of user/tables are not on this machine"):
+        verify_tables(tmp_path / "backbone")
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="weights and no config.json"):
+        verify_tables(folder)
+
+
+def test_a_repository_that_is_not_here_is_said_to_be_so(hub, folder):
+    push_engram(folder, "user/tiny")
+    hf_hub_download("user/tiny", INDEX)
+    with pytest.raises(FileNotFoundError, match="Not all files of user/tiny are on this machine"):
+        verify_tables("user/tiny")

@@ -58,7 +58,7 @@ def fetch_blocks(
         # Which also says what is wrong with a repository that cannot be read.
         config = EngramMoEConfig.from_pretrained(path_or_repo, **hub_arguments)
         if config.engram_tables_repo is not None:
-            hub = {**hub_arguments, "revision": config.engram_tables_revision}
+            hub = {**hub_arguments, "revision": config.engram_tables_revision, "subfolder": None}
             checkpoint = find_checkpoint(config.engram_tables_repo, hub, is_wanted)
     if checkpoint is None or not there:
         raise FileNotFoundError(f"{path_or_repo} holds no tables in safetensors files.")

@@ -2,25 +2,40 @@
 
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..insight.plotting import plot_training
-from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
-from ..modeling.engram_uploading import CARD_FILE, UploadFile, card_of, files_to_upload, upload_files
+from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE
+from ..modeling.engram_uploading import (
+    CARD_FILE,
+    INDEX_FILES,
+    Repository,
+    UploadFile,
+    files_beside,
+    files_to_upload,
+    open_repository,
+    prepare,
+    refuse_model_in_repository,
+    upload,
+)
 from ..modeling.safetensors_files import read_header, read_index
 from .card import update_card
-from .card_facts import CardFacts
+from .card_facts import CardFacts, facts_in
 from .card_gathering import gather_facts
-from .verifying import check_tokenizer, read_tokenizer
+from .verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 
 
 logger = logging.get_logger(__name__)
 CURVES_FILE = "training.png"
+# What `card=` of a push may hold.
+CARD_FACTS = {"training", "data", "evaluation", "license", "base_model", "name", "picture", "limits"}
 TABLES_CARD = """---
 library_name: transformers
 tags:
@@ -94,39 +109,82 @@ def push_engram(
     Example:
         >>> push_engram("output/tiny", "user/engram-tiny", card={"license": "apache-2.0"}, dry_run=True)
     """
-    if tables_repo == repo_id:
-        raise ValueError(f"tables_repo is {repo_id} itself; leave it out to keep tables beside the backbone.")
+    for name in (repo_id, tables_repo):
+        if name is not None:
+            validate_repo_id(name)
+    if unknown := set(card or {}) - CARD_FACTS:
+        raise ValueError(f"card may hold {', '.join(sorted(CARD_FACTS))}, and no {sorted(unknown)[0]}.")
     target: dict[str, Any] = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
     with tempfile.TemporaryDirectory() as scratch:
         folder, files = _files(model, tokenizer, max_shard_size, Path(scratch))
         config = json.loads((folder / "config.json").read_text())
         _check_tables(folder, config, tables_repo)
-        facts = gather_facts(folder, repo_id=repo_id, tables_repo=tables_repo, **(card or {}))
-        added = _curves(card or {}, Path(scratch))
-        facts = replace(facts, picture=added[0].name) if added else facts
-        existing = None if dry_run else card_of(repo_id, revision, token)
-        added.append(UploadFile(CARD_FILE, _card(folder, facts, existing)))
-        push = Push({}, {})
+        curves = _curves(card or {}, Path(scratch))
+        tables: list[UploadFile] = []
         if tables_repo is not None:
             config |= {"engram_tables_repo": None, "engram_tables_revision": None}
             tables, files = _split(files, folder)
-            push.files[tables_repo] = [*tables, _json("config.json", config)]
-            if dry_run or card_of(tables_repo, revision, token) is None:
-                readme = UploadFile(CARD_FILE, TABLES_CARD.format(repo_id=repo_id).encode())
-                push.files[tables_repo].append(readme)
-            if not dry_run:
+            tables.append(_json("config.json", _config_of_tables(config)))
+        files = [
+            file for file in files if file.name != CARD_FILE and (tables_repo is None or file.name != "config.json")
+        ]
+        # Read, and found to be whole, before anything is made or sent.
+        ready, ready_tables = prepare([]) if dry_run else prepare(files + curves), prepare([] if dry_run else tables)
+        repository = None if dry_run else open_repository(repo_id, **target)
+        place_of_tables = None if dry_run or tables_repo is None else open_repository(tables_repo, **target)
+        if repository is not None:
+            repo_id = repository.repo_id
+        if place_of_tables is not None:
+            tables_repo = place_of_tables.repo_id
+        if tables_repo == repo_id:
+            raise ValueError(f"tables_repo is {repo_id} itself; leave it out to keep tables beside the backbone.")
+        if place_of_tables is not None:
+            refuse_model_in_repository(place_of_tables)
+        facts = gather_facts(folder, repo_id=repo_id, tables_repo=tables_repo, **(card or {}))
+        facts = replace(facts, picture=curves[0].name) if curves else facts
+        readme = UploadFile(CARD_FILE, _card(folder, facts, repository))
+
+        push = Push({}, {})
+        if tables_repo is not None:
+            if place_of_tables is None or CARD_FILE not in place_of_tables.files:
+                tables.append(UploadFile(CARD_FILE, TABLES_CARD.format(repo_id=repo_id).encode()))
+                ready_tables += prepare(tables[-1:])
+            push.files[tables_repo] = tables
+            commit = NO_COMMIT
+            if place_of_tables is not None:
                 message = f"{commit_message} (tables of {repo_id})"
-                push.commits[tables_repo] = upload_files(
-                    tables_repo, push.files[tables_repo], commit_message=message, **target
-                )
-            commit = NO_COMMIT if dry_run else push.commits[tables_repo].oid
+                push.commits[tables_repo] = upload(place_of_tables, ready_tables, message)
+                commit = push.commits[tables_repo].oid
             config |= {"engram_tables_repo": tables_repo, "engram_tables_revision": commit}
-            added.append(_json("config.json", config))
-        replaced = {file.name for file in added}
-        push.files[repo_id] = [*(file for file in files if file.name not in replaced), *added]
-        if not dry_run:
-            push.commits[repo_id] = upload_files(repo_id, push.files[repo_id], commit_message=commit_message, **target)
+            files.append(_json("config.json", config))
+            ready += prepare(files[-1:])
+        push.files[repo_id] = [*files, *curves, readme]
+        if repository is not None:
+            push.commits[repo_id] = upload(repository, [*ready, *prepare([readme])], commit_message)
     return push
+
+
+def _config_of_tables(config: dict) -> dict:
+    """The config for a repository of tables: what its rows are, and no classes, which would load no model."""
+    return {key: value for key, value in config.items() if key not in ("architectures", "auto_map")}
+
+
+def _check_tables(folder: Path, config: dict, tables_repo: str | None) -> None:
+    """
+    Raises:
+        ValueError: the folder holds no tables, and names no repository that does.
+    """
+    tensors = [tensor for index in folder.glob(INDEX_FILES) for tensor in read_index(index)["weight_map"]]
+    tensors += [tensor for path in folder.glob(SINGLE_FILE) for tensor in read_header(path)]
+    if not config.get("engram_layer_ids") and tables_repo is not None:
+        raise ValueError(f"{folder} is a model without memory layers: it has no tables for {tables_repo}.")
+    if config.get("engram_layer_ids") and not any(map(BLOCK_KEY.match, tensors)):
+        named = config.get("engram_tables_repo")
+        if named is None or tables_repo is not None:
+            raise ValueError(
+                f"{folder} holds no tables{'' if named is None else f', they are in {named}'}. Load the model (with "
+                "tables_from=, where they lie in a folder of their own), and push the model itself."
+            )
 
 
 def _curves(card: dict, scratch: Path) -> list[UploadFile]:
@@ -140,28 +198,13 @@ def _curves(card: dict, scratch: Path) -> list[UploadFile]:
         return []
 
 
-def _check_tables(folder: Path, config: dict, tables_repo: str | None) -> None:
-    """
-    Raises:
-        ValueError: the folder holds no tables, and names no repository that does.
-    """
-    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
-    has_tables = checkpoint is not None and bool(checkpoint.blocks())
-    if not config.get("engram_layer_ids") and tables_repo is not None:
-        raise ValueError(f"{folder} is a model without memory layers: it has no tables for {tables_repo}.")
-    if config.get("engram_layer_ids") and not has_tables:
-        named = config.get("engram_tables_repo")
-        if named is None or tables_repo is not None:
-            raise ValueError(
-                f"{folder} holds no tables{'' if named is None else f', they are in {named}'}. Load the model (with "
-                "tables_from=, where they lie in a folder of their own), and push the model itself."
-            )
-
-
-def _card(folder: Path, facts: CardFacts, existing: bytes | None) -> bytes:
-    """The README that there is, or the folder's, with our section in it; or a new one."""
+def _card(folder: Path, facts: CardFacts, repository: Repository | None) -> bytes:
+    """The README that the repository has, else the folder's, with our section in it; or a new one."""
+    existing = None if repository is None else repository.read(CARD_FILE)
     if existing is None and (folder / CARD_FILE).is_file():
         existing = (folder / CARD_FILE).read_bytes()
+    elif existing is not None and repository is not None:
+        facts = _with_earlier_facts(facts, facts_in(existing.decode("utf-8", "replace")), repository.files)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CARD_FILE
         if existing is not None:
@@ -170,8 +213,32 @@ def _card(folder: Path, facts: CardFacts, existing: bytes | None) -> bytes:
         return path.read_bytes()
 
 
+def _with_earlier_facts(facts: CardFacts, earlier: CardFacts | None, files: Collection[str]) -> CardFacts:
+    """The facts, with those of the last push that are not given again: all where the weights are the same, otherwise
+    those that are not of the weights."""
+    if earlier is None:
+        return facts
+    kept: dict[str, Any] = {"license": earlier.license, "base_model": earlier.base_model}
+    of_weights = {name: getattr(earlier, name) for name in ("data", "training", "evaluation", "limits")}
+    if earlier.picture in files:
+        of_weights["picture"] = earlier.picture
+    if earlier.weights is not None and earlier.weights == facts.weights:
+        kept |= of_weights
+    elif lost := sorted(name for name, value in of_weights.items() if value and not getattr(facts, name)):
+        logger.warning(
+            f"The weights are other ones than those that the card was written for, so it says nothing any more of "
+            f"{', '.join(lost)}. Give what holds for them too: push_engram(..., card={{...}})."
+        )
+    return replace(facts, **{name: value for name, value in kept.items() if value and not getattr(facts, name)})
+
+
 def _files(model, tokenizer, max_shard_size, scratch: Path) -> tuple[Path, list[UploadFile]]:
     """The folder of the checkpoint, which is made where a model is given, and its files, with the tokenizer's."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "This model has an adapter. Its own push_to_hub pushes the adapter; to push the whole model, merge it "
+            "(merge_and_unload) and push what that gives."
+        )
     if not isinstance(model, str | Path):
         folder = scratch / "model"
         tokenizer = model.tokenizer_to_push(tokenizer)
@@ -181,14 +248,13 @@ def _files(model, tokenizer, max_shard_size, scratch: Path) -> tuple[Path, list[
         return folder, files_to_upload(folder)
     folder = Path(model)
     files = {file.name: file for file in files_to_upload(folder)}
-    if tokenizer is None and "tokenizer_config.json" not in files:
+    if tokenizer is None and not TOKENIZER_FILES & set(files):
         logger.warning(f"{folder} holds no tokenizer, so none is pushed. Give it as push_engram(..., tokenizer=...).")
         return folder, list(files.values())
     check_tokenizer(folder, tokenizer or read_tokenizer(folder))
-    if tokenizer is None:
-        return folder, list(files.values())
-    tokenizer.save_pretrained(scratch / "tokenizer")
-    files |= {path.name: UploadFile(path.name, path) for path in (scratch / "tokenizer").iterdir()}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch / "tokenizer")
+        files |= {file.name: file for file in files_beside(scratch / "tokenizer")}
     return folder, list(files.values())
 
 
@@ -196,29 +262,29 @@ def _split(files: list[UploadFile], folder: Path) -> tuple[list[UploadFile], lis
     """The files of the tables and those of the backbone, each with an index of its own.
 
     Raises:
-        ValueError: a file holds blocks and other tensors.
+        ValueError: there is no index, or a file holds blocks and other tensors.
     """
-    if not (folder / INDEX_FILE).is_file():
+    indices = {path.name: read_index(path) for path in sorted(folder.glob(INDEX_FILES))}
+    if not indices:
         raise ValueError(f"{folder} has no {INDEX_FILE}; load the model and save it once with save_pretrained.")
-    index = read_index(folder / INDEX_FILE)
-    weights = set(index["weight_map"].values())
-    blocks = {tensor: file for tensor, file in index["weight_map"].items() if BLOCK_KEY.match(tensor)}
-    others = {tensor: file for tensor, file in index["weight_map"].items() if tensor not in blocks}
-    if mixed := set(blocks.values()) & set(others.values()):
+    tables = {f for index in indices.values() for t, f in index["weight_map"].items() if BLOCK_KEY.match(t)}
+    others = {f for index in indices.values() for t, f in index["weight_map"].items() if not BLOCK_KEY.match(t)}
+    if mixed := tables & others:
         raise ValueError(f"{sorted(mixed)[0]} holds tables and other tensors; load the model and save it once first.")
-    tables = [file for file in files if file.name in blocks.values()]
-    backbone = [file for file in files if file.name not in blocks.values() and file.name != INDEX_FILE]
 
-    def part(weight_map: dict[str, str], part_files: list[UploadFile]) -> UploadFile:
-        own = [file for file in part_files if file.name in weights]
-        metadata = {
-            **(index.get("metadata") or {}),
-            "total_size": sum(place.nbytes for file in own for place in read_header(folder / file.name).values()),
-            "sha256": {file.name: file.promised for file in own if file.promised is not None},
-        }
-        return _json(INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+    def part(index: dict, names: set[str]) -> dict:
+        weight_map = {tensor: file for tensor, file in index["weight_map"].items() if file in names}
+        own = sorted(set(weight_map.values()))
+        metadata = {**(index.get("metadata") or {})}
+        digests = metadata.get("sha256") or {}
+        metadata["total_size"] = sum(place.nbytes for file in own for place in read_header(folder / file).values())
+        metadata["sha256"] = {file: digests[file] for file in own if file in digests}
+        return {"metadata": metadata, "weight_map": weight_map}
 
-    return [*tables, part(blocks, tables)], [*backbone, part(others, backbone)]
+    of_tables = [file for file in files if file.name in tables]
+    of_backbone = [file for file in files if file.name not in tables and file.name not in indices]
+    of_tables += [_json(name, part(index, tables)) for name, index in indices.items()]
+    return of_tables, of_backbone + [_json(name, part(index, others)) for name, index in indices.items()]
 
 
 def _json(name: str, content: dict) -> UploadFile:

@@ -21,8 +21,7 @@ from ..modeling.safetensors_files import TensorPlace, file_digest
 from ..modeling.table_files import TableFile
 
 
-# Nothing is downloaded.
-HERE = {"local_files_only": True}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 # Rows are looked at in parts of this size.
 PART_BYTES = 2**24
 
@@ -42,13 +41,15 @@ class VerifiedFile:
         return self.promised == self.found
 
 
-def verify_tables(path_or_repo: str | Path) -> list[VerifiedFile]:
+def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = None) -> list[VerifiedFile]:
     """Compare a checkpoint with what saving wrote: every weight file with the SHA-256 of the index, shapes and types of
     blocks with the config, token map, tokenizer and index with the fingerprint; and see that all rows are numbers.
 
     Args:
         path_or_repo: folder of a checkpoint, or of tables alone; or a repository whose files were downloaded. Tables in
             a repository of their own are found by the config.
+        tables_from: folder or repository of the tables, where they are not beside the backbone and the config does not
+            name it, as in `from_pretrained`.
 
     Returns:
         the files, all of them sound.
@@ -63,7 +64,7 @@ def verify_tables(path_or_repo: str | Path) -> list[VerifiedFile]:
         [VerifiedFile(name='model-00001-of-00001.safetensors', ...), ...]
     """
     is_there = Path(path_or_repo).is_dir() or not Path(path_or_repo).is_absolute()
-    checkpoint = find_checkpoint(str(path_or_repo), HERE) if is_there else None
+    checkpoint = _find(str(path_or_repo)) if is_there else None
     if checkpoint is None or not checkpoint.file_of:
         raise FileNotFoundError(
             f"{path_or_repo} is no folder with safetensors files and their index, and no repository whose files are on "
@@ -71,10 +72,11 @@ def verify_tables(path_or_repo: str | Path) -> list[VerifiedFile]:
         )
     folder = next(iter(checkpoint.file_of.values())).parent
     config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    if config is None and len(checkpoint.blocks()) < len(checkpoint.file_of):
+        raise FileNotFoundError(f"{path_or_repo} has weights and no config.json. Copy or download it again.")
     parts = [checkpoint]
-    if config is not None and config.engram_tables_repo is not None and not checkpoint.blocks():
-        hub = {**HERE, "revision": config.engram_tables_revision}
-        parts += [part for part in [find_checkpoint(config.engram_tables_repo, hub)] if part is not None]
+    if config is not None and config.engram_layer_ids and not checkpoint.blocks():
+        parts.append(_find_tables(path_or_repo, config, tables_from))
     places = [read_headers(part) for part in parts]
     files = [file for part in parts for file in _verify_files(part)]
     unknown = [file.name for file in files if file.promised is None]
@@ -95,6 +97,44 @@ def verify_tables(path_or_repo: str | Path) -> list[VerifiedFile]:
             "save it once with save_pretrained, which writes them."
         )
     return files
+
+
+def _find(path_or_repo: str, revision: str | None = None) -> Checkpoint | None:
+    """A checkpoint on this machine.
+
+    Raises:
+        FileNotFoundError: it is a repository of which some files are not here.
+    """
+    try:
+        return find_checkpoint(path_or_repo, {"local_files_only": True, "revision": revision})
+    except OSError as error:
+        if Path(path_or_repo).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"Not all files of {path_or_repo} are on this machine, and verifying downloads none. Load the model once, "
+            f"or `hf download {path_or_repo}`."
+        ) from error
+
+
+def _find_tables(where: str | Path, config: EngramMoEConfig, tables_from: str | Path | None) -> Checkpoint:
+    """The tables of a model that has them elsewhere.
+
+    Raises:
+        FileNotFoundError: nobody says where, or they are not there.
+    """
+    revision = None if tables_from is not None else config.engram_tables_revision
+    place = tables_from or config.engram_tables_repo
+    tables = None if place is None else _find(str(place), revision)
+    if tables is None or not tables.blocks():
+        raise FileNotFoundError(
+            f"{where} has a memory in the layers {config.engram_layer_ids} and holds no tables"
+            + (
+                ". Say where they are: tables_from=folder."
+                if place is None
+                else f", and those of {place} are not on this machine. Load the model once, which downloads them."
+            )
+        )
+    return tables
 
 
 def check_tokenizer(folder: str | Path, tokenizer) -> None:
@@ -155,7 +195,7 @@ def _verify_parts(
         token_map = TableFile(checkpoint.file_of[name]).tensor(name)
         pad_id = int(token_map[config.engram_pad_token_id])
         check_fingerprint(declared, NgramHash.from_config(config, pad_id).fingerprint(token_map), where)
-    if (folder / "tokenizer_config.json").is_file():
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
         check_tokenizer(folder, read_tokenizer(folder))
 
 

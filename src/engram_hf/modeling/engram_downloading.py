@@ -1,5 +1,6 @@
 """Files of a checkpoint that lie on the Hub: fetched at one commit, and compared with what their index promises."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from .safetensors_files import file_digest
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+# In the cache's folder of a repository, beside huggingface_hub's own `.no_exist`.
+NOTES_FOLDER = ".engram_sound"
 # Files below this size are read too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
 
@@ -40,7 +43,7 @@ def commit_of(name: str | Path, path: Path) -> str | None:
 def download_files(
     name: str | Path, filenames: Iterable[str], promised: Mapping[str, str], hub: Mapping
 ) -> dict[str, Path]:
-    """Files of a repository by name; what was not here before is read once, and is what its index promises.
+    """Files of a repository by name. Each is read once after it has come, and is what its index promises.
 
     Args:
         name: repository.
@@ -55,23 +58,22 @@ def download_files(
     filenames = sorted(filenames)
     if not filenames:
         return {}
-    here = {**hub, "local_files_only": True, "force_download": False}
-    is_forced = hub.get("force_download", False)
-    new = {filename for filename in filenames if is_forced or find_file(name, filename, here) is None}
-    paths = {
-        filename: Path(path)
-        for filename, path in zip(filenames, cached_files(name, filenames, **hub) or [], strict=True)
-    }
-    to_read = [filename for filename in filenames if filename in new and filename in promised]
+    found = cached_files(name, filenames, **hub) or []
+    paths = {filename: Path(path) for filename, path in zip(filenames, found, strict=True)}
+    to_read = [f for f in filenames if f in promised and not _was_found_sound(paths[f], promised[f])]
     total = sum(paths[filename].stat().st_size for filename in to_read)
+    wrong = []
     with logging.tqdm(
         total=total, desc="Checking downloads", unit="B", unit_scale=True, disable=total < PROGRESS_BYTES
     ) as progress:
-        wrong = [f for f in to_read if file_digest(paths[f], progress.update) != promised[f]]
-    for filename in wrong:
-        # The cache holds a link to the file itself; a later load must not take it for sound.
-        paths[filename].resolve().unlink(missing_ok=True)
-        paths[filename].unlink(missing_ok=True)
+        for filename in to_read:
+            if file_digest(paths[filename], progress.update) == promised[filename]:
+                _note_as_sound(paths[filename], promised[filename])
+            else:
+                wrong.append(filename)
+                # The cache holds a link to the file itself.
+                paths[filename].resolve().unlink(missing_ok=True)
+                paths[filename].unlink(missing_ok=True)
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(to_read)} files that were downloaded from {name} are not what its index promises: "
@@ -79,3 +81,29 @@ def download_files(
             "again. Where that does not help, the repository itself is damaged, and another revision may be sound."
         )
     return paths
+
+
+def _note_of(path: Path, digest: str) -> Path | None:
+    """Where it is noted that a file of the Hub's cache was read and found sound: in the folder of its repository."""
+    snapshots = next((parent for parent in path.parents if parent.name == "snapshots"), None)
+    return None if snapshots is None else snapshots.parent / NOTES_FOLDER / digest
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _was_found_sound(path: Path, digest: str) -> bool:
+    """Whether a file was compared since it has come; True where that cannot be noted, in a cache of others."""
+    note = _note_of(path, digest)
+    if note is None or not os.access(note.parent if note.parent.exists() else note.parent.parent, os.W_OK):
+        return True
+    return note.is_file() and note.read_text() == _stamp(path)
+
+
+def _note_as_sound(path: Path, digest: str) -> None:
+    note = _note_of(path, digest)
+    if note is not None:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(_stamp(path))

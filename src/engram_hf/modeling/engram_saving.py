@@ -19,7 +19,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from .engram_loading import BLOCK_KEY
 from .engram_publishing import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
 from .engram_table import DISK, EngramTable
-from .engram_uploading import CARD_FILE, card_of, files_to_upload, upload_files
+from .engram_uploading import CARD_FILE, UploadFile, files_to_upload, open_repository, prepare, upload
 from .safetensors_files import TensorContent, write_file
 from .table_files import BlockSource, MappedFile
 
@@ -201,7 +201,7 @@ class SavesTables:
         set_auto_map(self.config, with_code)
         # They are saved beside the backbone, or where `tables_from` will be told.
         self.config.engram_tables_repo = self.config.engram_tables_revision = None
-        upload = _take_upload_arguments(folder, token, kwargs) if push_to_hub else None
+        arguments = _take_upload_arguments(folder, token, kwargs) if push_to_hub else None
         saved = {}
         if apart:
             with staging(tables_to) as stage:
@@ -221,8 +221,8 @@ class SavesTables:
             for name, table in tables.items():
                 full_names = [f"{self._tables_prefix()}{name}.blocks.{i}" for i in range(len(table.block_shapes))]
                 table.follow_save({i: (saved[full], full) for i, full in enumerate(full_names)})
-        if upload is not None:
-            self._upload(folder, **upload)
+        if arguments is not None:
+            self._upload(folder, **arguments)
 
     def push_to_hub(
         self,
@@ -287,18 +287,28 @@ class SavesTables:
         return tokenizer
 
     def _upload(self, folder: Path, repo_id: str, tags: list[str] | None = None, **target) -> CommitInfo:
-        text = card_of(repo_id, target.get("revision"), target["token"])
+        message = target.pop("commit_message", None) or "Upload model"
+        description = target.pop("commit_description", None)
+        additions = prepare(file for file in files_to_upload(folder) if file.name != CARD_FILE)
+        repository = open_repository(repo_id, **target)
+        text = repository.read(CARD_FILE)
         if text is None and (folder / CARD_FILE).is_file():
             text = (folder / CARD_FILE).read_bytes()
-        if text is None:
-            card = ModelCard.from_template(ModelCardData(library_name="transformers"), model_id=repo_id)
-        else:
-            card = ModelCard(text.decode(), ignore_metadata_errors=True)
+        try:
+            if text is None:
+                card = ModelCard.from_template(ModelCardData(library_name="transformers"), model_id=repository.repo_id)
+            else:
+                card = ModelCard(text.decode())
+        except ValueError as error:
+            raise ValueError(
+                f"{CARD_FILE} of {repository.repo_id} cannot be read, so its tags cannot be added to, and nothing was "
+                f"sent: {error}. Mend it there first; it must be UTF-8 with valid YAML between its lines of ---."
+            ) from error
         known = card.data.tags or []
         card.data.tags = [*known, *(tag for tag in [*(self.model_tags or []), *(tags or [])] if tag not in known)]
         card.save(folder / CARD_FILE)
-        message = target.pop("commit_message") or "Upload model"
-        return upload_files(repo_id, files_to_upload(folder), commit_message=message, **target)
+        additions += prepare([UploadFile(CARD_FILE, folder / CARD_FILE)])
+        return upload(repository, additions, message, description)
 
     def _check_blocks(self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor]) -> None:
         """Whether all blocks are there, of one type, which the config then names."""
@@ -325,6 +335,5 @@ def _take_upload_arguments(folder: Path, token, kwargs: dict) -> dict:
     return {
         "repo_id": kwargs.pop("repo_id", folder.name),
         "token": token,
-        "commit_message": None,
         **{name: kwargs.pop(name) for name in names if name in kwargs},
     }

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .engram_downloading import HUB_ARGUMENTS
 from .engram_loading import (
+    INDEX_FILE,
     find_checkpoint,
     match_blocks,
     open_changes,
@@ -153,7 +154,9 @@ class TablesOnTiers:
         if tables_from is not None:
             found = find_checkpoint(tables_from, hub)
             if found is None:
-                raise FileNotFoundError(f"tables_from={str(tables_from)!r} holds no safetensors files.")
+                # What is wrong with a repository, transformers says best.
+                cached_file(tables_from, INDEX_FILE, **{key: value for key, value in hub.items() if value is not None})
+                raise FileNotFoundError(f"{str(tables_from)!r} holds no safetensors files with tables of this model.")
             tables, places = found, read_headers(found)
         model.base_model.confirm_hash(where)
         model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows)
