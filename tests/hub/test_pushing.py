@@ -1,6 +1,7 @@
 """What goes to a Hub: everything or nothing to be seen, sent once, and whole when it is read again."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,8 +169,14 @@ def test_tables_in_a_repository_of_their_own(hub, folder, model, tokenizer, tmp_
         push_engram(snapshot, "user/copy", "user/more")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert_same_logits(logits(again), logits(model))
+    # Tables alone are no model.
     with pytest.raises(ValueError, match="lacks .* of the memory"):
-        AutoModelForCausalLM.from_pretrained("user/tables")
+        EngramMoEForCausalLM.from_pretrained("user/tables")
+    hub.repositories["user/tables"].is_gated = True
+    shutil.rmtree(tmp_path / "cache" / "models--user--tables")
+    with pytest.raises(OSError, match="gated"):
+        AutoModelForCausalLM.from_pretrained("user/tiny")
+    hub.repositories["user/tables"].is_gated = False
     model.save_pretrained(tmp_path / "backbone", tables_to=tmp_path / "apart")
     with pytest.raises(ValueError, match="holds no tables. Load the model"):
         push_engram(tmp_path / "backbone", "user/tiny")

@@ -170,3 +170,13 @@ def test_a_repository_that_is_not_here_is_said_to_be_so(hub, folder):
     hf_hub_download("user/tiny", INDEX)
     with pytest.raises(FileNotFoundError, match="Not all files of user/tiny are on this machine"):
         verify_tables("user/tiny")
+
+
+def test_a_config_that_cannot_be_one(folder):
+    change_config(folder, model_type="llama")
+    with pytest.raises(ValueError, match="is of a 'llama', and of no engram_moe"):
+        verify_tables(folder)
+    (folder / "config.json").write_text("{")
+    for look in (verify_tables, lambda folder: push_engram(folder, "user/tiny", dry_run=True)):
+        with pytest.raises(ValueError, match="config.json is damaged"):
+            look(folder)

@@ -5,6 +5,7 @@ that broke has brought is not sent again.
 """
 
 import fnmatch
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,10 @@ def files_to_upload(folder: str | Path) -> list[UploadFile]:
             f"{folder} is no folder of a checkpoint: it needs config.json and safetensors files. Save the model with "
             "save_pretrained first."
         )
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}). Save or copy it again.") from error
     if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
         raise ValueError(
             f"{folder} holds a variant only, and loaders ask for the weights without one first. Save the model there "
