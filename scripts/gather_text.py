@@ -28,6 +28,12 @@ MAX_CHARACTERS = 20_000_000
 # A plain text file is cut into documents of this length, so that some can be held out.
 DOCUMENT_CHARACTERS = 8_000
 HELD_OUT_EVERY = 16
+# Plain text of a chat, so that tools that chat can be tried; the small models here have learnt none.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 DATASET_HELP = (
     "a .txt or .jsonl file, a folder of files, or a data set of the Hub as NAME or NAME:SUBSET (needs a network)"
 )
@@ -111,7 +117,7 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
 
 
 def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over these documents; ids 0, 1 and 2 are pad, begin and end."""
+    """Byte-level BPE over these documents, with a chat template; ids 0, 1 and 2 are pad, begin and end."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,7 +127,8 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator((text for _, text in documents), trainer, length=len(documents))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    special_tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special_tokens)
 
 
 def packed_dataset(tokenizer, documents: list[Document], seq_length: int) -> Dataset:

@@ -131,7 +131,8 @@ def main():
         print(f"mean gate of layer {layer_id}                     {layer_gates.mean():.3f}   opens widest after:")
         for ngram, gate in strongest_ngrams(ids, layer_gates, model.model.token_map):
             print(f"{gate:12.3f}  {tokenizer.decode(ngram)!r}")
-    last = next(line for line in reversed(trainer.state.log_history) if "loss" in line)
+    # Not every line of the log has every figure.
+    last = {name: value for line in trainer.state.log_history for name, value in line.items()}
     for layer_id in config.engram_layer_ids:
         print(
             f"rows of layer {layer_id}: {last[f'engram/rows_touched/layer_{layer_id}']:.1%} touched, "

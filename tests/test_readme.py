@@ -1,14 +1,17 @@
 """The README says what is true: its example runs, its commands exist, its tree is the folder."""
 
+import logging
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
-from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from engram_hf import merge_changed_rows
 from engram_hf.commands.main import app
 
 
@@ -23,30 +26,74 @@ def test_the_first_example_has_eight_lines_and_runs(capsys):
     assert "torch.Size([1, 12, 4])" in capsys.readouterr().out
 
 
-def test_the_example_of_tiers_runs(tmp_path):
-    tiny_model(tiny_config(engram_layer_ids=[1])).save_pretrained(tmp_path)
-    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    names = {"AutoModelForCausalLM": AutoModelForCausalLM}
-    exec(compile(example.replace("output/tiny", str(tmp_path)), "README.md", "exec"), names)
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run_example(example: str, names: dict) -> None:
+    exec(compile(example, "README.md", "exec"), names)
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch, tokenizer) -> Path:
+    """A model with its tokenizer where the demo saves one, and the text that the README trains on."""
+    monkeypatch.chdir(tmp_path)
+    # Tied, as the demo's: resuming then warns of the matrix that is saved once.
+    config = tiny_config(
+        vocab_size=len(tokenizer),
+        engram_layer_ids=[1],
+        engram_vocab_size=499,
+        engram_compressed_vocab_size="auto",
+        tie_word_embeddings=True,
+    )
+    model = tiny_model(config)
+    model.bind_tokenizer(tokenizer)
+    model.save_pretrained("output/tiny")
+    tokenizer.save_pretrained("output/tiny")
+    Path("README.md").write_text(README, encoding="utf-8")
+    return Path("output/tiny")
+
+
+def test_the_example_of_tiers_runs(demo):
+    names: dict = {}
+    run_example(examples()[1], names)
     assert names["model"].engram_tables()[0].tiers.keys() == {"host"}
 
 
-def test_the_example_of_training_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny_model(tiny_config(engram_layer_ids=[1])).save_pretrained("model")
-    names = {
-        "model": AutoModelForCausalLM.from_pretrained(
-            "model", device_map={"": "cpu", "model.layers.1.engram.table": "disk"}
-        ),
-        "data": [{"input_ids": row, "labels": row} for row in tiny_ids(16, 9)],
-    }
-    before = names["model"].model.tables()[0].blocks[0].clone()
-    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
-    exec(
-        compile(example.replace("max_steps=20", "max_steps=20, report_to=[], use_cpu=True"), "README.md", "exec"), names
-    )
-    assert not torch.equal(names["model"].model.tables()[0].blocks[0], before)
-    assert (tmp_path / "output" / "mine" / "checkpoint-20").is_dir()
+def test_the_examples_of_training_run_and_go_on_when_they_run_again(demo):
+    names: dict = {}
+    run_example(examples()[1].split("model = ")[0], names)
+    text, recipe = examples()[2:4]
+    recipe = recipe.replace("max_steps=20", "max_steps=20, report_to=[], use_cpu=True, disable_tqdm=True")
+    run_example(text, names)
+    assert {len(row["input_ids"]) for row in names["data"]} == {128}
+    before = AutoModelForCausalLM.from_pretrained(demo).model.tables()[0].blocks[0]
+    run_example(recipe, names)
+    assert names["last"] is None and names["trainer"].state.global_step == 20
+    assert {tier for table in names["model"].engram_tables() for tier in table.tiers} == {"disk"}
+    trained = names["model"].model.tables()[0].blocks[0].clone()
+    assert not torch.equal(trained, before)
+    log = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
+
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("transformers.trainer").addHandler(handler)
+    try:
+        run_example(recipe.replace("max_steps=20", "max_steps=30"), names)
+    finally:
+        logging.getLogger("transformers.trainer").removeHandler(handler)
+    assert names["last"] == "output/mine/checkpoint-20" and names["trainer"].state.global_step == 30
+    steps = [line["step"] for line in names["trainer"].state.log_history if "loss" in line]
+    assert steps == [10, 20, 30]
+    assert [line["loss"] for line in names["trainer"].state.log_history if "loss" in line][:2] == log
+    assert any("missing keys" in line and "['lm_head.weight']" in line for line in warned)
+    # What is merged has the tokenizer too.
+    merge_changed_rows("output/mine/checkpoint-30", "output/merged")
+    prompt = AutoTokenizer.from_pretrained("output/merged")("def", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained("output/merged")
+    assert torch.equal(model.model.tables()[0].blocks[0], names["model"].model.tables()[0].blocks[0])
+    assert model.generate(**prompt, max_new_tokens=2).shape[0] == 1
 
 
 def test_the_examples_of_the_hub_run(hub, tmp_path, tokenizer, capsys):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from engram_hf import (
     render_card,
     update_card,
 )
-from engram_hf.hub.card_facts import BEGIN, END
+from engram_hf.hub.card_facts import BEGIN, END, TrainingData
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -198,13 +199,42 @@ def test_what_is_not_known_is_left_out(folder):
     assert "None" not in bare.split("engram-hf: facts")[0] and "None" not in full.split("engram-hf: facts")[0]
     preset = render_card(gather_facts(EngramMoEConfig.preset("engram-27b"))).split("engram-hf: facts")[0]
     assert "fingerprint" not in preset and "How to load" not in preset and "compression" not in preset
+    # Nothing is there that a pipeline or a button of the Hub could load.
+    assert not {"pipeline_tag", "library_name"} & set(metadata_of(preset))
+    assert {"pipeline_tag", "library_name"} <= set(metadata_of(bare))
+    assert "not a release of DeepSeek" in preset and "DeepSeek" not in bare
 
 
-def test_the_code_for_each_tier_loads_the_tables_there(folder):
+def test_the_needs_are_those_of_the_package(folder):
+    lines = metadata.requires("engram-hf")
+    needs = re.search(r"^It needs (.*) or newer\.$", render_card(gather_facts(folder)), re.MULTILINE)[1]
+    found = re.findall(r"`(\w+)(>=[\d.]+)`", needs)
+    assert [name for name, _ in found] == ["transformers", "torch", "accelerate"]
+    for name, floor in found:
+        assert [line for line in lines if re.match(rf"{name}\b", line) and floor in line], (name, floor)
+
+
+def test_a_title_that_is_ours_follows_the_name_as_the_results_do(folder):
+    facts = gather_facts(folder, name="a", evaluation=LOSS)
+    update_card(folder, facts)
+    update_card(folder, replace(facts, name="b"))
+    card = (folder / "README.md").read_text()
+    assert card == render_card(replace(facts, name="b")) and "\n# b\n" in card
+    assert [model["name"] for model in metadata_of(card)["model-index"]] == ["b"]
+    for mine in (card.replace("\n# b\n", "\n# mine\n"), card.replace("\n# b\n", "\n# b\n\nMine.\n")):
+        (folder / "README.md").write_text(mine)
+        update_card(folder, facts)
+        assert (folder / "README.md").read_text().split(BEGIN)[0].split("---\n")[2] == mine.split(BEGIN)[0].split(
+            "---\n"
+        )[2]
+
+
+def test_the_code_for_each_tier_loads_the_tables_there_and_generates(folder, capsys):
     facts = gather_facts(folder, repo_id="org/name", tables_repo="org/tables")
     card = render_card(facts)
     assert 'where = "org/name"' in card
     code = code_of(card).replace("org/name", str(folder)).replace("org/tables", str(folder))
+    code, generating = code.split("prompt = ")
     blocks = code.split("model = ")
     assert len(blocks) == 4
     names: dict = {}
@@ -217,6 +247,8 @@ def test_the_code_for_each_tier_loads_the_tables_there(folder):
     assert tiers == [{"resident"}, {"host"}, {"disk"}]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     assert names["tokenizer"].decode(names["tokenizer"]("def")["input_ids"]) == "def"
+    exec("prompt = " + generating, names)
+    assert capsys.readouterr().out.startswith("The")
 
 
 def test_the_code_runs_where_the_package_is_not_installed(folder, tmp_path):
@@ -486,6 +518,10 @@ def test_the_training_log_is_told_as_it_is(folder, tokenizer):
     trainer.save_state()
     again = gather_facts(folder, training=folder / "run")
     assert again.training.eval_loss == history[-1]["eval_loss"]
+    # 6 steps of 8 rows, of 16 rows of 9 tokens.
+    told = render_card(replace(again, data=TrainingData("text", tokens=16 * 9)))
+    assert "; 144 tokens of text in all" in told and f"| tokens that it was trained on | about {6 * 8 * 9} |" in told
+    assert "tokens that it was trained on" not in render_card(again)
 
 
 def test_the_cards_of_the_repository_are_fresh():

@@ -4,7 +4,9 @@ The section ends with its facts in a comment, so that a later update knows what 
 """
 
 import json
+import math
 from dataclasses import replace
+from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
+from packaging.requirements import Requirement
 
 from ..modeling.configuration_engram_moe import AUTO_MAP
 from ..modeling.engram_quantization import QUANTIZED_FORMATS
@@ -32,6 +35,8 @@ PIPELINES = {
     "EngramMoEForTokenClassification": "token-classification",
     "EngramMoEModel": "feature-extraction",
 }
+# What the code of a checkpoint runs on, and `device_map`; their floors are those of this package.
+NEEDED = ("transformers", "torch", "accelerate")
 # The first that a model has: AutoModelForDecision is a second name of the causal one.
 AUTO_CLASS = {model.split(".")[1]: auto for auto, model in reversed(AUTO_MAP.items())}
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -59,10 +64,12 @@ def make_metadata(facts: CardFacts) -> dict[str, Any]:
         >>> make_metadata(gather_facts("output/tiny"))["pipeline_tag"]
         'text-generation'
     """
-    pipeline, data = PIPELINES.get(facts.architecture), facts.data
+    # Without weights there is nothing that a pipeline, or a button of the Hub, could load.
+    pipeline = PIPELINES.get(facts.architecture) if facts.has_weights else None
+    data = facts.data
     tags = list(EngramMoEForCausalLM.model_tags) if facts.tables else ["engram_moe"]
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if facts.has_weights else None,
         pipeline_tag=pipeline,
         license=facts.license,
         language=list(data.languages) if data and data.languages else None,
@@ -144,13 +151,21 @@ def _updated(text: str, facts: CardFacts, path: Path) -> str:
         base_model=(models,) if isinstance(models, str) else tuple(map(str, models)),
         license=licences if isinstance(licences, str) else ", ".join(map(str, licences)),
     )
-    section = _render(shown, facts)
-    section = section[section.index(f"\n{BEGIN}\n") + 1 : section.rindex(END)].replace("\n", newline) + END
+    whole = _render(shown, facts)
+    section = whole[whole.index(f"\n{BEGIN}\n") + 1 : whole.rindex(END)].replace("\n", newline) + END
     if there is not None:
-        body = body[: there.start()] + section + body[there.end() :]
+        above, below = body[: there.start()], body[there.end() :]
+        # A title that is still ours follows the name, as the results in the metadata do.
+        if before is not None and above.strip() == _title(before):
+            above = above.replace(_title(before), _title(facts))
+        body = above + section + below
     else:
         body += ("" if body.endswith("\n") else newline) + newline + section + newline
     return mark + front + body
+
+
+def _title(facts: CardFacts) -> str:
+    return f"# {_inline(facts.name)}"
 
 
 def _render(facts: CardFacts, recorded: CardFacts) -> str:
@@ -178,6 +193,9 @@ def _render(facts: CardFacts, recorded: CardFacts) -> str:
         auto_class=AUTO_CLASS.get(facts.architecture),
         trust=Ready(", trust_remote_code=True" if facts.has_code else ""),
         commands=list(dict.fromkeys(result.command for result in facts.evaluation)),
+        requirements=_requirements(),
+        generates=facts.architecture == "EngramMoEForCausalLM" and facts.has_tokenizer,
+        trained_tokens=_trained_tokens(facts),
         quantized=any(table.dtype in QUANTIZED_FORMATS for table in facts.tables),
         begin=Ready(BEGIN),
         record=Ready(f"<!-- engram-hf: facts {record} -->"),
@@ -190,6 +208,31 @@ def _inline(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Ready):
         return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|")
     return value
+
+
+def _requirements() -> Ready | None:
+    """The oldest releases that a model runs with, from this package's own metadata; None where it has none."""
+    try:
+        lines = packages.requires("engram-hf") or ()
+    except packages.PackageNotFoundError:
+        return None
+    needed = {requirement.name: requirement for requirement in map(Requirement, lines) if requirement.marker is None}
+    floors = {
+        name: part.version
+        for name in NEEDED
+        if name in needed
+        for part in needed[name].specifier
+        if part.operator == ">="
+    }
+    return Ready(", ".join(f"`{name}>={version}`" for name, version in floors.items())) or None
+
+
+def _trained_tokens(facts: CardFacts) -> int | None:
+    """Tokens of the text times epochs, to three digits: the log does not count them."""
+    if facts.data is None or facts.training is None or not facts.data.tokens or not facts.training.epochs:
+        return None
+    tokens = facts.data.tokens * facts.training.epochs
+    return int(round(tokens, 2 - math.floor(math.log10(tokens))))
 
 
 def _code(command: str) -> Ready:

@@ -33,7 +33,10 @@ class CardTable:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a model was trained on: in words, data sets of the Hub, languages as the Hub writes them, tokens."""
+    """What a model was trained on: in words, data sets of the Hub, languages as the Hub writes them.
+
+    tokens: of all of it, each counted once, however often the run came by.
+    """
 
     description: str
     datasets: tuple[str, ...] = ()
