@@ -31,7 +31,7 @@ HELD_OUT_EVERY = 16
 # Plain text of a chat, so that tools that chat can be tried; the small models here have learnt none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{{ eos_token if message.role == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 DATASET_HELP = (

@@ -1,8 +1,10 @@
 """The README says what is true: its example runs, its commands exist, its tree is the folder."""
 
 import logging
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from engram_hf import merge_changed_rows
+from engram_hf import merge_changed_rows, push_engram
 from engram_hf.commands.main import app
 
 
@@ -111,6 +113,42 @@ def test_the_examples_of_the_hub_run(hub, tmp_path, tokenizer, capsys):
     exec(compile(reading, "README.md", "exec"), names)
     assert names["table"].rows == model.engram_tables()[0].rows
     assert torch.equal(names["blocks"]["model.layers.1.engram.table.blocks.0"], model.model.tables()[0].blocks[0])
+
+
+def test_the_tokenizer_of_the_demo_has_a_chat_template(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gather_text import train_tokenizer
+
+    train_tokenizer([("readme", README)], vocab_size=300).save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "user: a\nassistant: b<eos>\nuser: c\nassistant:"
+    )
+
+
+def test_pinning_a_revision_and_importing_the_package_warn_of_no_code(hub, demo, tmp_path):
+    repository = "user/engram-tiny"
+    commit = push_engram(demo, repository).commits[repository].oid
+    loads = f"AutoModelForCausalLM.from_pretrained({repository!r}, trust_remote_code=True"
+    head = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    without = "import sys; sys.modules['engram_hf'] = None\n" + head
+    warned = {}
+    for name, code in {
+        "any": f"{without}{loads})",
+        "pinned": f"{without}{loads}, revision={commit!r})",
+        "imported": f"import engram_hf\n{head}{loads.split(', trust')[0]})",
+    }.items():
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / name), "HF_HUB_DISABLE_XET": "1"}
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        warned[name] = ran.stderr.count("A new version of the following files")
+    assert warned["any"] > 1 and warned["pinned"] == warned["imported"] == 0
 
 
 def test_recipes_have_at_most_ten_lines():

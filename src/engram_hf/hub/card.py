@@ -5,6 +5,7 @@ The section ends with its facts in a comment, so that a later update knows what 
 
 import json
 import math
+import re
 from dataclasses import replace
 from importlib import metadata as packages
 from pathlib import Path
@@ -15,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
-from packaging.requirements import Requirement
 
 from ..modeling.configuration_engram_moe import AUTO_MAP
 from ..modeling.engram_quantization import QUANTIZED_FORMATS
@@ -216,15 +216,9 @@ def _requirements() -> Ready | None:
         lines = packages.requires("engram-hf") or ()
     except packages.PackageNotFoundError:
         return None
-    needed = {requirement.name: requirement for requirement in map(Requirement, lines) if requirement.marker is None}
-    floors = {
-        name: part.version
-        for name in NEEDED
-        if name in needed
-        for part in needed[name].specifier
-        if part.operator == ">="
-    }
-    return Ready(", ".join(f"`{name}>={version}`" for name, version in floors.items())) or None
+    # What extras need has a marker, after a semicolon.
+    floors = dict(re.findall(r"^([\w-]+)[^;\n]*>=([\d.]+)[^;\n]*$", "\n".join(lines), re.MULTILINE))
+    return Ready(", ".join(f"`{name}>={floors[name]}`" for name in NEEDED if name in floors)) or None
 
 
 def _trained_tokens(facts: CardFacts) -> int | None:
