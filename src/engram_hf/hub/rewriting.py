@@ -15,7 +15,7 @@ from ..modeling.table_files import TableFile
 
 
 def open_folder(source: Path, target: Path) -> Checkpoint:
-    """The checkpoint in a folder, which is not the one to write; it has tables, and the one to write has no weights yet.
+    """The checkpoint in a folder, which is not the one to write; it has tables, and the other one has no weights yet.
 
     Raises:
         ValueError: source and target are one folder; no tables are in the source; weights are in the target.

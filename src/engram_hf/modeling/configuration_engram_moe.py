@@ -212,13 +212,13 @@ class EngramMoEConfig(DeepseekV3Config):
         content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not content:
             raise FileNotFoundError(
-                f"{pretrained_model_name_or_path} has no config.json, which says what model its weights are of. Copy it "
-                "from where they come from, or give it to the model's from_pretrained as config=."
+                f"{pretrained_model_name_or_path} has no config.json, which says what its weights are of. Copy it from "
+                "where they come from, or give it to the model's from_pretrained as config=."
             )
         if content.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {content['model_type']!r}, and no {cls.model_type}. Load it with "
-                "AutoConfig."
+                f"{pretrained_model_name_or_path} is a {content['model_type']!r}, and no {cls.model_type}. Load it "
+                "with the Auto classes."
             )
         return content, kwargs
 

@@ -47,11 +47,12 @@ def split_device_map(device_map):
         None for all) to the entry's value.
 
     Raises:
-        ValueError: a string that means nothing.
+        ValueError: what it gives the backbone is no device.
     """
     if isinstance(device_map, str):
         backbone_map, plus, tables = device_map.partition("+")
-        _check_string(backbone_map, device_map)
+        if backbone_map not in AUTOMATIC:
+            _check_device(backbone_map)
         return backbone_map, {EVERY_TABLE: tables} if plus else {}
     if not isinstance(device_map, Mapping):
         return device_map, {}
@@ -62,17 +63,19 @@ def split_device_map(device_map):
             backbone[key] = value
         else:
             entries[match[1], None if match[2] is None else int(match[2])] = value
+    for value in backbone.values():
+        if value != DISK:
+            _check_device(value)
     return backbone or None, entries
 
 
-def _check_string(backbone_map: str, device_map: str) -> None:
+def _check_device(value) -> None:
     try:
-        if backbone_map not in AUTOMATIC:
-            as_device(backbone_map)
-    except RuntimeError as error:
+        as_device(value)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f'device_map is one of {", ".join(AUTOMATIC)}, a device such as "cpu" or "cuda:0", or a dict; got '
-            f'{device_map!r}. "cpu+disk" has the backbone on the CPU and every table on disk.'
+            f'device_map is one of {", ".join(AUTOMATIC)}, a device such as "cpu" or "cuda:0", or a dict of devices; got '
+            f'{value!r}. "cpu+disk" has the backbone on the CPU and every table on disk.'
         ) from error
 
 

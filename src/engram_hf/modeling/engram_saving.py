@@ -322,8 +322,8 @@ class SavesTables:
             if table.row_format is None and not dtypes <= {*plain}:
                 raise ValueError(
                     f"Tables are saved in {', '.join(plain)}, got {next(iter(dtypes))}, whose numbers have no scales. "
-                    "Cast the tables back, save the model, and make them smaller with engram_hf.quantize_tables(source, "
-                    "target)."
+                    "Cast the tables back, save the model, and make them smaller with "
+                    "engram_hf.quantize_tables(source, target)."
                 )
             self.config.engram_table_dtype = table.row_format or next(iter(dtypes))
 

@@ -108,8 +108,8 @@ class TablesOnTiers:
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
-                missing or outside its folder; there is no config.json; the fingerprint differs; an entry names no table or
-                part of a layer; weights are in GGUF.
+                missing or outside its folder; there is no config.json; the fingerprint differs; an entry names no
+                table or part of a layer; weights are in GGUF.
         """
         where = str(pretrained_model_name_or_path)
         refuse_gguf(kwargs.get("gguf_file"))

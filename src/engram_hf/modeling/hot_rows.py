@@ -33,8 +33,8 @@ class HotRows:
 
     def __repr__(self) -> str:
         return (
-            f"HotRows({self.size} rows, {self.rows.nbytes} bytes on {self.rows.device}; {self.hits} hits, {self.misses} "
-            f"misses, {self.bytes_read} bytes read)"
+            f"HotRows({self.size} rows, {self.rows.nbytes} bytes on {self.rows.device}; {self.hits} hits, "
+            f"{self.misses} misses, {self.bytes_read} bytes read)"
         )
 
     @property
