@@ -74,8 +74,8 @@ def _check_device(value) -> None:
         as_device(value)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f'device_map is one of {", ".join(AUTOMATIC)}, a device such as "cpu" or "cuda:0", or a dict of devices; got '
-            f'{value!r}. "cpu+disk" has the backbone on the CPU and every table on disk.'
+            f'device_map is one of {", ".join(AUTOMATIC)}, a device such as "cpu" or "cuda:0", or a dict of devices; '
+            f'got {value!r}. "cpu+disk" has the backbone on the CPU and every table on disk.'
         ) from error
 
 
