@@ -116,7 +116,7 @@ def make_trainer(arguments: argparse.Namespace, model, base, tokenizer) -> Train
         try:
             parts = split_documents(load_documents(arguments.dataset))
             data, evaluated = (packed_dataset(tokenizer, part, arguments.seq_length) for part in parts)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise SystemExit(f"--dataset: {error}") from error
         args, kind = TrainingArguments(**fields), Trainer
     rows = engram_optimizers(
