@@ -113,8 +113,11 @@ def make_trainer(arguments: argparse.Namespace, model, base, tokenizer) -> Train
         args = SFTConfig(**fields, max_length=arguments.seq_length, packing=True, bf16=torch.cuda.is_available())
         kind, evaluated = SFTTrainer, None
     else:
-        train, held_out = split_documents(load_documents(arguments.dataset))
-        data, evaluated = (packed_dataset(tokenizer, part, arguments.seq_length) for part in (train, held_out))
+        try:
+            parts = split_documents(load_documents(arguments.dataset))
+            data, evaluated = (packed_dataset(tokenizer, part, arguments.seq_length) for part in parts)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"--dataset: {error}") from error
         args, kind = TrainingArguments(**fields), Trainer
     rows = engram_optimizers(
         args, arguments.row_optimizer, backbone=arguments.backbone, work_folder=arguments.output / "work"

@@ -25,7 +25,7 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 TEXT_COLUMNS = ("text", "content")
 # Enough for these models; a data set of the Hub is read no further.
 MAX_CHARACTERS = 20_000_000
-# A plain text file is cut into documents of this length, so that some can be held out.
+# A plain text file is cut into documents of at most this length, a short one into shorter ones: some are held out.
 DOCUMENT_CHARACTERS = 8_000
 HELD_OUT_EVERY = 16
 # Plain text of a chat, so that tools that chat can be tried; the small models here have learnt none.
@@ -73,8 +73,8 @@ def load_documents(name_or_path: str) -> list[Document]:
         except UnicodeDecodeError as error:
             kinds = ", ".join(TABLE_FILES)
             raise ValueError(f"{path} is neither text in UTF-8 nor one of {kinds} ({error}).") from error
-        starts = range(0, len(text), DOCUMENT_CHARACTERS)
-        documents = [(f"{path}[{start}]", text[start : start + DOCUMENT_CHARACTERS]) for start in starts]
+        length = min(DOCUMENT_CHARACTERS, len(text) // HELD_OUT_EVERY + 1)
+        documents = [(f"{path}[{start}]", text[start : start + length]) for start in range(0, len(text), length)]
     else:
         name, _, subset = name_or_path.partition(":")
         documents = _rows_of(load_dataset(name, subset or None, split="train", streaming=True), name_or_path)

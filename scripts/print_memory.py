@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("model", help=f"a folder, a repository, or one of the paper's models: {', '.join(PRESETS)}")
     parser.add_argument("--device-map", help='as for from_pretrained: "auto", a device, or JSON (default: the CPU)')
     parser.add_argument("--max-memory", type=json.loads, help='as for from_pretrained, in JSON: {"cpu": "16GB"}')
-    parser.add_argument("--dtype", default="bfloat16", help="of the backbone (default bfloat16)")
+    parser.add_argument("--dtype", help="of the backbone (default: as in its config; bfloat16 for the paper's models)")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-length", type=int, default=2048)
     arguments = parser.parse_args()
@@ -23,7 +23,9 @@ def main() -> None:
     device_map = arguments.device_map
     if device_map and device_map.lstrip().startswith("{"):
         device_map = json.loads(device_map)
-    model = EngramMoEConfig.preset(arguments.model) if arguments.model in PRESETS else arguments.model
+    model = arguments.model
+    if model in PRESETS:
+        model, arguments.dtype = EngramMoEConfig.preset(model), arguments.dtype or "bfloat16"
     estimate = estimate_memory(
         model, device_map, arguments.dtype, arguments.max_memory, arguments.batch_size, arguments.seq_length
     )

@@ -88,5 +88,44 @@ def test_the_estimate_places_the_backbone_before_tables_where_memory_is_short():
     assert estimate.backbone["cuda:0"] == pytest.approx(41.9e9, rel=0.01) and "cpu" not in estimate.backbone
     assert {"host", "disk"} & set(estimate.tables)
     assert sum(estimate.tables.values()) == pytest.approx(11.58e9, rel=0.01)
-    with pytest.raises(ValueError, match="device_map names layers.3.engram.table"):
-        estimate_memory(config, {"": "cpu", "model.layers.3.engram.table": "disk"})
+    # The weights fill the accelerator, which leaves nothing to the forward; the CPU has only tables.
+    assert set(estimate.lacking) <= {"cuda:0"}
+    assert not estimate_memory(config, "auto", "bfloat16", max_memory={0: "80GB", "cpu": "8GB"}).lacking
+
+
+def test_a_plan_says_how_much_memory_it_lacks():
+    config = tiny_config()
+    free = estimate_memory(config, "cpu")
+    weights, step = sum(free.backbone.values()), free.step["cpu"]
+    short = estimate_memory(config, "auto+disk", max_memory={"cpu": weights + step - 1})
+    assert short.lacking == {"cpu": 1} and short.tables.keys() == {"disk"}
+    assert not estimate_memory(config, "auto+disk", max_memory={"cpu": weights + step}).lacking
+    tables = sum(free.tables.values())
+    assert estimate_memory(config, "auto+cpu", max_memory={"cpu": weights + step}).lacking == {"cpu": tables}
+    tight = estimate_memory(config, "auto", max_memory={"cpu": weights // 2})
+    assert tight.lacking["disk"] == tight.backbone["disk"] > 0
+
+
+def test_the_backbone_is_planned_in_the_type_that_it_has():
+    single, half = (estimate_memory(tiny_config(dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert single.backbone["cpu"] > 1.8 * half.backbone["cpu"]
+    assert estimate_memory(tiny_config(dtype="float32"), dtype="bfloat16").backbone == half.backbone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device_map": {"": "cpu", "model.layers.3.engram.table": "disk"}}, "names layers.3.*: model.layers.0.engram"),
+        ({"device_map": {"": "cpu", "model.layers.0.engram.tabel": "disk"}}, "tabel.*: model.layers.0.engram.table"),
+        ({"device_map": "disc"}, "got 'disc'"),
+        ({"device_map": {"": "disc"}}, "got 'disc'"),
+        ({"dtype": "bf16"}, "such as float32, bfloat16 .* got 'bf16'"),
+        ({"dtype": "int8"}, "got 'int8'"),
+        ({"max_memory": {"cpu": "1GB"}}, "not used with None. Give device_map="),
+        ({"max_memory": [1], "device_map": "auto"}, "is a dict such as"),
+        ({"max_memory": {"cpu": [1]}, "device_map": "auto"}, "is a dict such as"),
+    ],
+)
+def test_an_argument_that_means_nothing_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(tiny_config(), **arguments)

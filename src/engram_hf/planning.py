@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from .modeling.configuration_engram_moe import EngramMoEConfig
 from .modeling.engram_loading import BLOCK_KEY
@@ -17,6 +16,7 @@ from .modeling.engram_placement import (
     AUTOMATIC,
     Place,
     as_device,
+    check_backbone_keys,
     check_entries,
     memory_limits,
     memory_of,
@@ -83,12 +83,15 @@ class MemoryEstimate:
     optimizer: AdamW's state and a gradient for every weight of the backbone; for tables what `engram_optimizers(args)`
         keeps of each row, and on disk the copy that is trained.
     step: what the largest moment of a forward without gradients adds.
+    lacking: where memory is limited, bytes of weights and step beyond the limit; under "disk" what of the backbone
+        found no place in memory. Empty where the model fits.
     """
 
     backbone: dict[str, int] = field(default_factory=dict)
     tables: dict[str, int] = field(default_factory=dict)
     optimizer: dict[str, int] = field(default_factory=dict)
     step: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, int] = field(default_factory=dict)
 
     @property
     def places(self) -> list[str]:
@@ -110,11 +113,13 @@ def estimate_memory(
 
     Args:
         config_or_path: a config, a folder or a repository.
-        device_map, dtype, max_memory: as for `from_pretrained`. "auto" without an accelerator plans for the CPU.
+        device_map, dtype, max_memory: as for `from_pretrained`. "auto" without an accelerator plans for the CPU;
+            without a `dtype` the backbone is in that of the config.
         batch_size, seq_length: of the forward whose largest moment is counted.
 
     Raises:
-        ValueError: an entry of `device_map` names no table or means nothing.
+        ValueError: an entry of `device_map` names nothing or means nothing; `dtype` is no floating type; `max_memory`
+            is given without an automatic map, which alone makes use of it.
 
     Example:
         >>> estimate = estimate_memory("output/tiny", device_map={"": "cpu", "model.layers.1.engram.table": "disk"})
@@ -123,29 +128,33 @@ def estimate_memory(
     """
     config = config_or_path
     if isinstance(config_or_path, str | Path):
-        config = AutoConfig.from_pretrained(config_or_path)
-    dtype = dtype if dtype not in (None, "auto") else (getattr(config, "dtype", None) or torch.float32)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        config = EngramMoEConfig.from_pretrained(config_or_path)
+    dtype = _floating_type(dtype if dtype not in (None, "auto") else (getattr(config, "dtype", None) or torch.float32))
     with torch.device("meta"):
         model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
     backbone_map, entries = split_device_map(device_map)
     blocks = {name: [block.nbytes for block in table.blocks] for name, table in model.named_tables().items()}
-    check_entries(entries, blocks, f"{model.base_model_prefix}.")
+    prefix = f"{model.base_model_prefix}."
+    check_entries(entries, blocks, prefix)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sizes = {name: _nbytes(name, tensor, model) for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
+    check_backbone_keys(backbone_map, tensors, prefix, blocks)
+    if max_memory is not None:
+        _check_limits(max_memory, backbone_map)
     limits = memory_limits(max_memory) if backbone_map in AUTOMATIC else None
     values = _backbone_devices(backbone_map, sizes, limits)
     devices = [as_device(value) for value in values.values() if value != DISK]
     main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     default = {}
     for name in blocks:
-        layer = f"{model.base_model_prefix}.{name.removesuffix('table')}value_proj.weight"
+        layer = f"{prefix}{name.removesuffix('table')}value_proj.weight"
         default[name] = place_of_layer(values[layer], main_device)
-    if limits is not None:
+    left = None if limits is None else dict(limits)
+    if left is not None:
         for name, nbytes in sizes.items():
             if values[name] != DISK:
-                limits[memory_of(Place("", values[name]))] -= nbytes
-    planned = plan_places(blocks, entries, default, limits)
+                left[memory_of(Place("", values[name]))] -= nbytes
+    planned = plan_places(blocks, entries, default, left)
 
     estimate = MemoryEstimate()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -166,7 +175,38 @@ def estimate_memory(
             if block.requires_grad and where == DISK:
                 _add(estimate.optimizer, DISK, block.nbytes)
     _add(estimate.step, str(main_device), max(_moments(config, dtype, batch_size * seq_length)))
+    if limits is not None:
+        _add_lacking(estimate, limits)
     return estimate
+
+
+def _floating_type(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is a floating type, such as float32, bfloat16 or float16; got {str(dtype)!r}.")
+    return found
+
+
+def _check_limits(max_memory: Mapping, backbone_map) -> None:
+    if backbone_map not in AUTOMATIC:
+        raise ValueError(
+            f"max_memory limits an automatic device_map ({', '.join(AUTOMATIC)}), and is not used with "
+            f'{backbone_map!r}. Give device_map="auto" with it, or leave it out.'
+        )
+    if not isinstance(max_memory, Mapping) or not all(isinstance(value, int | str) for value in max_memory.values()):
+        raise ValueError(f'max_memory is a dict such as {{0: "80GB", "cpu": "64GB"}}, got {max_memory!r}.')
+
+
+def _add_lacking(estimate: MemoryEstimate, limits: Mapping) -> None:
+    for key, limit in limits.items():
+        # Host memory is the CPU's.
+        places = ("cpu", "host") if key == "cpu" else (str(as_device(key)),)
+        parts = (estimate.backbone, estimate.tables, estimate.step)
+        needed = sum(part.get(place, 0) for part in parts for place in places)
+        if needed > limit:
+            estimate.lacking[places[0]] = needed - limit
+    if DISK in estimate.backbone:
+        estimate.lacking[DISK] = estimate.backbone[DISK]
 
 
 def _nbytes(name: str, tensor: torch.Tensor, model: EngramMoEForCausalLM) -> int:

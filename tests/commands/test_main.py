@@ -1,14 +1,18 @@
 """The command says what the functions say, and ends with the exit code that a script can rely on."""
 
 import json
+from importlib.metadata import version
 
 import pytest
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
+from typer import Exit
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from engram_hf import EngramMoEConfig, count_parameters, inspect_checkpoint
-from engram_hf.commands.main import app
+from engram_hf import EngramMoEConfig, count_parameters, estimate_memory, inspect_checkpoint
+from engram_hf.commands.main import _or_exit, app
 
 
 @pytest.fixture
@@ -99,3 +103,104 @@ def test_push_is_a_dry_run_by_default(hub, folder):
     (folder / "config.json").unlink()
     failed = run("push", folder, "user/tiny", "--no-dry-run")
     assert failed.exit_code == 1 and "save_pretrained first" in failed.stderr
+
+
+def said(*arguments):
+    """The one sentence of a command that fails."""
+    ran = run(*arguments)
+    assert ran.exit_code == 1 and ran.stderr.startswith("error: ") and "Traceback" not in ran.stderr, ran.output
+    assert isinstance(ran.exception, SystemExit)
+    return ran.stderr
+
+
+def test_what_the_hub_does_not_have_is_said_in_a_sentence(hub, folder, monkeypatch):
+    run("push", folder, "user/tiny", "--no-dry-run")
+    assert "no repository" in said("inspect", "user/nothere")
+    assert "has no revision 'nobranch'" in said("inspect", "user/tiny", "--revision", "nobranch")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for command in (["inspect", "output/nothere"], ["plan", "output/nothere"]):
+        said(*command)
+
+
+@pytest.mark.parametrize("error", [HTTPError("the connection broke"), OSError("no space"), ValueError("no rows")])
+def test_what_is_documented_to_fail_ends_with_one(error, capsys):
+    def fail():
+        raise error
+
+    with pytest.raises(Exit):
+        _or_exit(fail)
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_config_that_is_none_is_named(folder, tmp_path):
+    content = json.loads((folder / "config.json").read_text())
+    for text, message in [
+        (json.dumps({**content, "model_type": "llama"}), "is a 'llama'"),
+        ("{", "config.json' is not a valid JSON"),
+    ]:
+        (folder / "config.json").write_text(text)
+        for command in (
+            ["inspect", folder],
+            ["plan", folder],
+            ["verify", folder],
+            ["quantize", folder, tmp_path / "q"],
+        ):
+            assert message in said(*command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device-map", "disc"], "got 'disc'"),
+        (["--device-map", "{'': 0}"], "--device-map is no JSON"),
+        (["--dtype", "bf16"], "got 'bf16'"),
+        (["--device-map", "auto", "--max-memory", "[1]"], "--max-memory is an object in JSON"),
+        (["--max-memory", '{"cpu": "1GB"}'], "is not used with None"),
+    ],
+)
+def test_plan_refuses_what_means_nothing(folder, arguments, message):
+    assert message in said("plan", folder, *arguments)
+
+
+def test_plan_knows_presets_by_name_alone(hub):
+    assert "engram-27b, engram-40b" in said("plan", "engram-27")
+    assert not hub.requests
+
+
+def test_plan_takes_the_type_of_the_checkpoint_and_says_what_does_not_fit(folder):
+    found = json.loads(run("plan", folder, "--json").stdout)
+    assert found["backbone"] == estimate_memory(folder, dtype="float32").backbone and found["lacking"] == {}
+    half = json.loads(run("plan", folder, "--dtype", "bfloat16", "--json").stdout)
+    assert half["backbone"] == estimate_memory(folder, dtype="bfloat16").backbone != found["backbone"]
+    preset = json.loads(run("plan", "engram-27b", "--json").stdout)
+    assert preset["backbone"] == estimate_memory(EngramMoEConfig.preset("engram-27b"), dtype="bfloat16").backbone
+    limited = ["plan", folder, "--device-map", "auto", "--max-memory", '{"cpu": "100KB"}']
+    assert json.loads(run(*limited, "--json").stdout)["lacking"]["disk"] > 0
+    shown = run(*limited).stdout
+    assert "does not fit: disk: " in shown and "only when training" in shown
+    assert "does not fit" not in run("plan", folder).stdout
+
+
+def test_failures_are_json_where_that_was_asked_for(folder):
+    path = next(folder.glob("tables-layer-00*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    ran = run("verify", folder, "--json")
+    assert ran.exit_code == 1 and path.name in json.loads(ran.stdout)["error"] and path.name in ran.stderr
+
+
+def test_names_of_files_are_never_cut_short(folder):
+    narrow = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "60"}).stdout
+    assert (
+        "…" not in narrow
+        and all(path.name in narrow for path in folder.glob("tables-*"))
+        and "tokens of an n-gram: 2-3" in narrow
+    )
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version").stdout.strip() == version("engram-hf")
+
+
+def test_every_option_is_explained():
+    for command in get_command(app).commands.values():
+        assert all(getattr(option, "help", None) for option in command.params), command.name

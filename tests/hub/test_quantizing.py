@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engram_hf import quantize_tables, verify_tables
+from engram_hf import merge_changed_rows, quantize_tables, verify_tables
 from engram_hf.modeling.engram_quantization import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
 
 
@@ -91,6 +91,36 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
     quantize_tables(tmp_path / "a", tmp_path / "b", "int8")
     with pytest.raises(ValueError, match="are int8 already"):
         quantize_tables(tmp_path / "b", tmp_path / "c", "int4")
+
+
+@pytest.mark.parametrize("rewrite", [quantize_tables, merge_changed_rows])
+def test_a_source_without_tables_and_a_target_with_weights_are_refused(tmp_path, rewrite):
+    tiny_model().save_pretrained(tmp_path / "backbone", tables_to=tmp_path / "tables")
+    tiny_model(tiny_config(engram_layer_ids=[])).save_pretrained(tmp_path / "plain")
+    for name in ("backbone", "plain"):
+        with pytest.raises(ValueError, match=f"{name} holds no tables.*tables_from="):
+            rewrite(tmp_path / name, tmp_path / "new")
+    tiny_model().save_pretrained(tmp_path / "a")
+    tiny_model(seed=1).save_pretrained(tmp_path / "b")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    with pytest.raises(ValueError, match="b holds weights already .*new or empty"):
+        rewrite(tmp_path / "a", tmp_path / "b")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rewrite", [quantize_tables, merge_changed_rows])
+def test_folders_of_the_model_come_along(tmp_path, rewrite):
+    source = tmp_path / "a"
+    tiny_model().save_pretrained(source)
+    tiny_model().save_pretrained(source / "checkpoint-2")
+    for name in ("additional_chat_templates", ".cache"):
+        (source / name).mkdir()
+        (source / name / "tools.jinja").write_text("{{ messages }}")
+    rewrite(source, source / "smaller")
+    found = {path.name for path in (source / "smaller").iterdir() if path.is_dir()}
+    assert found == {"additional_chat_templates"}
+    assert (source / "smaller" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_new_model_may_have_quantized_tables():

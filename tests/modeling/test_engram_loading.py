@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONE, tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, push_engram
 from engram_hf.modeling.engram_publishing import CODE_FILES
 
 
@@ -149,3 +151,31 @@ def test_code_and_auto_map_come_with_the_weights_or_not_at_all(tmp_path):
     AutoModelForCausalLM.from_pretrained(with_code).save_pretrained(without, with_code=False)
     assert not list(without.glob("*.py"))
     assert not hasattr(AutoConfig.from_pretrained(without), "auto_map")
+
+
+def test_weights_without_a_config_are_refused_before_a_model_is_built(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    for reader in (EngramMoEConfig, EngramMoEForCausalLM):
+        with pytest.raises(FileNotFoundError, match="has no config.json.*config="):
+            reader.from_pretrained(tmp_path)
+    ids = tiny_ids(2, 9)
+    loaded = EngramMoEForCausalLM.from_pretrained(tmp_path, config=EngramMoEConfig(**content)).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "llama"}))
+    with pytest.raises(ValueError, match="is a 'llama', and no engram_moe"):
+        EngramMoEForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_repository_without_a_config_needs_one_given(hub, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    push_engram(tmp_path / "model", "user/tiny")
+    HfApi(token="hf_nobody").delete_file("config.json", "user/tiny")
+    with pytest.raises(FileNotFoundError, match="user/tiny has no config.json"):
+        EngramMoEForCausalLM.from_pretrained("user/tiny")
+    loaded = EngramMoEForCausalLM.from_pretrained("user/tiny", config=model.config).eval()
+    ids = tiny_ids(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -212,3 +212,15 @@ def test_two_variants_live_in_one_folder(tmp_path):
     one.save_pretrained(tmp_path)
     assert_same_state(load(tmp_path), one)
     assert_same_state(load(tmp_path, variant="ema"), two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_tables_that_were_cast_to_eight_bits_are_refused_before_anything_is_written(tmp_path, dtype):
+    model = tiny_model()
+    for table in model.model.tables():
+        for block in table.blocks:
+            block.requires_grad_(False)
+            block.data = block.data.to(dtype)
+    with pytest.raises(ValueError, match="got float8_e.*no scales.*quantize_tables"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -93,8 +93,11 @@ def test_the_base_model_takes_entries_with_and_without_the_prefix(tmp_path):
     [
         (
             {"": "cpu", "model.layers.1.engram.table": "disk"},
-            "names layers.1.engram.table, and the tables .* are",
+            "names layers.1.engram.table, which is no table. The tables of this model are: ",
         ),
+        ({"": "cpu", "model.layers.0.engram.tabel": "disk"}, f"no part of. The tables of this model are: {FIRST}, "),
+        ({"": "cpu", "model.layers.7": "cpu"}, "names model.layers.7, which this model has no part of"),
+        ("disk", r'got .disk.\. "cpu\+disk" has'),
         ({"": "cpu", f"{FIRST}.blocks.9": "disk"}, "names block 9 of .*, which has blocks 0 to 3"),
         ({"": "cpu", FIRST: "tape"}, "got 'tape'"),
         ({"": "cpu", FIRST: "meta"}, "it has no rows"),
@@ -140,7 +143,7 @@ def test_blocks_move_between_tiers_after_loading(tmp_path):
         moving.place_tables(places)
         assert torch.equal(moving(ids).logits, expected), places
     assert tiers(moving) == [[HOST] * 4, [DISK] * 4]
-    with pytest.raises(ValueError, match="moves tables and blocks only"):
+    with pytest.raises(ValueError, match=f"tables and blocks only, got model.layers.1. The tables .* are: {FIRST}, "):
         moving.place_tables({"model.layers.1": "disk"})
 
 
@@ -189,6 +192,7 @@ def test_hot_rows_of_any_size_give_the_same_bits_and_count(tmp_path, size, eleme
         asked += ids.numel() * 4
     for table in cached.engram_tables():
         assert table.hot_rows.hits + table.hot_rows.misses == asked
+        assert f"{size} rows" in repr(table.hot_rows) and f"{table.hot_rows.hits} hits" in repr(table.hot_rows)
         assert 0 < table.hot_rows.bytes_read <= table.hot_rows.misses * table.nbytes // table.rows
         assert table.hot_rows.hits > 0 or size < 64
     cached.place_tables({FIRST: "cpu"}, hot_rows=0)

@@ -1,12 +1,20 @@
 """What a checkpoint holds, from its headers alone: of a folder, or of a repository whose files are not downloaded."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
 
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.engram_loading import BLOCK_KEY, find_checkpoint, read_headers
@@ -71,34 +79,26 @@ def inspect_checkpoint(
     """Tables, blocks, sizes and fingerprint of a checkpoint; reads config and headers, and no tensor.
 
     Args:
-        path_or_repo: folder, or repository of the Hub; tables in a repository of their own are found by its config.
+        path_or_repo: folder, or repository of the Hub, or of its cache where the Hub cannot be reached; tables in a
+            repository of their own are found by its config.
         revision, token: of the repository.
 
     Raises:
-        FileNotFoundError: no safetensors files are there.
+        FileNotFoundError: no such folder, repository or revision; or no config or safetensors files are there.
         ValueError: a file is damaged, or the config is none of an EngramMoE.
+        OSError: the Hub cannot be reached, and the files are not in its cache; or they are not for everybody.
 
     Example:
         >>> inspect_checkpoint("output/tiny").tables[0].rows
         53800
     """
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        found, config_file = _in_folder(folder), folder / "config.json"
-    else:
-        found = _in_repository(str(path_or_repo), revision, token)
-        config_file = Path(hf_hub_download(str(path_or_repo), "config.json", revision=revision, token=token))
-    content = json.loads(config_file.read_text())
-    if content.get("model_type") != EngramMoEConfig.model_type:
-        raise ValueError(f"{path_or_repo} is a {content.get('model_type')!r}, and no {EngramMoEConfig.model_type}.")
-    config = EngramMoEConfig.from_dict(content)
+    where = str(path_or_repo)
+    hub = _at_one_commit(where, revision, token)
+    config = EngramMoEConfig.from_pretrained(where, **hub)
+    found = _tensors(where, hub)
     if config.engram_tables_repo is not None and not any(map(BLOCK_KEY.match, found)):
-        apart = Path(config.engram_tables_repo)
-        found |= (
-            _in_folder(apart)
-            if apart.is_dir()
-            else _in_repository(config.engram_tables_repo, config.engram_tables_revision, token)
-        )
+        apart = config.engram_tables_repo
+        found |= _tensors(apart, _at_one_commit(apart, config.engram_tables_revision, token))
     tables = _tables(found, config)
     in_tables = sum(table.nbytes for table in tables)
     in_changes = sum(tensor.nbytes for name, tensor in found.items() if CHANGED_KEY.match(name))
@@ -113,21 +113,58 @@ def inspect_checkpoint(
     )
 
 
-def _in_folder(folder: Path) -> dict[str, FoundTensor]:
-    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
-    if checkpoint is None:
-        raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
-    return {
-        name: FoundTensor(
-            "?" if place.dtype is None else NAMES[place.dtype], place.shape, place.nbytes, checkpoint.file_of[name].name
-        )
-        for name, place in read_headers(checkpoint).items()
-    }
+def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
+    """Arguments that read a folder, or a repository at the commit that it is at; without a connection, the cache."""
+    if Path(where).is_dir():
+        return {"local_files_only": True}
+    try:
+        return {"revision": HfApi(token=token).model_info(where, revision=revision).sha, "token": token}
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{where} is no folder, and no name of a repository, such as user/model.") from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{where} is gated. Ask for access at https://huggingface.co/{where}, then hf auth login."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} is no folder, and no repository of the Hub that you may read. Is the name right? A private one "
+            "needs hf auth login, or a token."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} has no revision {revision!r}. Branches and tags are at https://huggingface.co/{where}/tree/main."
+        ) from error
+    except (HTTPError, ConnectionError) as error:
+        hub = {"revision": revision, "local_files_only": True}
+        if find_checkpoint(where, hub) is None:
+            raise ConnectionError(
+                f"{where} is no folder; as a repository it cannot be asked for ({error}), and its weights are not in "
+                "the cache of this machine."
+            ) from error
+        return hub
 
 
-def _in_repository(repo_id: str, revision: str | None, token: str | bool | None) -> dict[str, FoundTensor]:
+def _tensors(where: str, hub: dict[str, Any]) -> dict[str, FoundTensor]:
     """From the headers, of which the Hub sends no more than the beginning of each file."""
-    metadata = HfApi(token=token).get_safetensors_metadata(repo_id, revision=revision)
+    if hub.get("local_files_only"):
+        checkpoint = find_checkpoint(where, hub)
+        if checkpoint is None:
+            raise FileNotFoundError(f"{where} holds no safetensors files of a model.")
+        return {
+            name: FoundTensor(
+                "?" if place.dtype is None else NAMES[place.dtype],
+                place.shape,
+                place.nbytes,
+                checkpoint.file_of[name].name,
+            )
+            for name, place in read_headers(checkpoint).items()
+        }
+    try:
+        metadata = HfApi(token=hub["token"]).get_safetensors_metadata(where, revision=hub["revision"])
+    except NotASafetensorsRepoError as error:
+        raise FileNotFoundError(f"{where} holds no safetensors files of a model.") from error
+    except SafetensorsParsingError as error:
+        raise ValueError(f"A safetensors file of {where} is damaged: {error}") from error
     return {
         name: FoundTensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0], file)
         for file, header in metadata.files_metadata.items()

@@ -18,13 +18,13 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
 
     Args:
         source: folder of a checkpoint that Trainer has written; one without changed rows will do.
-        target: folder for the model; another one than `source`. Files without changed rows are linked.
+        target: folder for the model, without weights yet. Files without changed rows are linked.
 
     Returns:
         `target`.
 
     Raises:
-        ValueError, FileNotFoundError: `source` is damaged, or no checkpoint.
+        ValueError, FileNotFoundError: `source` is damaged, has no tables or is no checkpoint; `target` holds weights.
 
     Example:
         >>> merge_changed_rows("output/checkpoint-500", "output/model")

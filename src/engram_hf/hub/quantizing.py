@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 from transformers.utils import logging
 
+from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.engram_loading import BLOCK_KEY, read_headers
 from ..modeling.engram_quantization import QUANTIZED_FORMATS, quantize_rows, row_bytes
 from ..modeling.row_changes import CHANGED_KEY
@@ -23,21 +23,22 @@ def quantize_tables(source: str | Path, target: str | Path, row_format: str = "f
 
     Args:
         source: folder of a checkpoint with floating tables.
-        target: folder for the new one; another one than `source`.
+        target: folder for the new one, without weights yet.
         row_format: "float8_e4m3fn" (a scale per 32 channels), "int8" or "int4" (a scale per row).
 
     Returns:
         `target`.
 
     Raises:
-        ValueError: tables are quantized already, hold NaN or infinity, or the format is none of these.
+        ValueError: `source` holds no tables, or they are quantized already, or hold NaN or infinity; `target` holds
+            weights; the format is none of these.
         FileNotFoundError: no safetensors files are there.
     """
     source, target = Path(source), Path(target)
     if row_format not in QUANTIZED_FORMATS:
         raise ValueError(f"row_format must be one of {QUANTIZED_FORMATS}, got {row_format!r}.")
     checkpoint = open_folder(source, target)
-    config = AutoConfig.from_pretrained(source)
+    config = EngramMoEConfig.from_pretrained(source)
     if config.engram_table_dtype in QUANTIZED_FORMATS:
         raise ValueError(f"The tables of {source} are {config.engram_table_dtype} already; start from the original.")
     if any(map(CHANGED_KEY.match, checkpoint.file_of)):

@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoConfig
-
+from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, Checkpoint, find_checkpoint, read_headers
 from ..modeling.engram_publishing import link_file, publish, staging
 from ..modeling.engram_uploading import TRAINING_FILES
@@ -16,10 +15,10 @@ from ..modeling.table_files import TableFile
 
 
 def open_folder(source: Path, target: Path) -> Checkpoint:
-    """The checkpoint in a folder, which is not the one to write.
+    """The checkpoint in a folder, which is not the one to write; it has tables, and the other one has no weights yet.
 
     Raises:
-        ValueError: source and target are one folder.
+        ValueError: source and target are one folder; no tables are in the source; weights are in the target.
         FileNotFoundError: no safetensors files are there.
     """
     if source.resolve() == target.resolve():
@@ -27,6 +26,17 @@ def open_folder(source: Path, target: Path) -> Checkpoint:
     checkpoint = find_checkpoint(str(source), {"local_files_only": True}) if source.is_dir() else None
     if checkpoint is None:
         raise FileNotFoundError(f"{source} is no folder with the safetensors files of a model.")
+    if not checkpoint.blocks():
+        raise ValueError(
+            f"{source} holds no tables. If they were saved to a folder of their own, load the model with tables_from=, "
+            "save it once with save_pretrained(folder), and start from that folder."
+        )
+    there = sorted(path.name for path in target.glob("*.safetensors*"))
+    if there:
+        raise ValueError(
+            f"{target} holds weights already ({there[0]}{', ...' if len(there) > 1 else ''}), which would be replaced. "
+            "Name a folder that is new or empty, or remove that one first."
+        )
     return checkpoint
 
 
@@ -48,7 +58,7 @@ def rewrite_blocks(
     Raises:
         ValueError: a file holds tables and other tensors.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = EngramMoEConfig.from_pretrained(source)
     read_headers(checkpoint)
     with staging(target) as stage:
         _copy_rest(source, stage, {path.name for path in checkpoint.file_of.values()}, config_changes)
@@ -71,7 +81,16 @@ def rewrite_blocks(
                 digests[path.name] = link_file(path, stage / path.name)
             (table_map if blocks else backbone).update(dict.fromkeys(names, path.name))
         (stage / INDEX_FILE).write_text(json.dumps({"weight_map": backbone}))
+        _copy_folders(source, target)
         publish(stage, target, table_map, digests, config)
+
+
+def _copy_folders(source: Path, target: Path) -> None:
+    """Folders that belong to the model, such as additional_chat_templates: none with weights, none that is hidden."""
+    for path in sorted(source.iterdir()):
+        is_of_model = path.is_dir() and not path.name.startswith(".") and not any(path.rglob("*.safetensors"))
+        if is_of_model and path.resolve() not in (target.resolve(), *target.resolve().parents):
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
 def _copy_rest(source: Path, stage: Path, weights: set[str], config_changes: dict) -> None:

@@ -202,6 +202,27 @@ class EngramMoEConfig(DeepseekV3Config):
         ]
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As `PreTrainedConfig.get_config_dict`, which takes a folder without config.json for one with all defaults.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            ValueError: it is that of another kind of model.
+        """
+        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not content:
+            raise FileNotFoundError(
+                f"{pretrained_model_name_or_path} has no config.json, which says what its weights are of. Copy it from "
+                "where they come from, or give it to the model's from_pretrained as config=."
+            )
+        if content.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {content['model_type']!r}, and no {cls.model_type}. Load it "
+                "with the Auto classes."
+            )
+        return content, kwargs
+
+    @classmethod
     def preset(cls, name: str, **overrides) -> "EngramMoEConfig":
         """One of the paper's models: "dense-4b", "moe-27b", "engram-27b" or "engram-40b".
 

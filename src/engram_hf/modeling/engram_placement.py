@@ -5,7 +5,7 @@ of the model around it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,10 +45,15 @@ def split_device_map(device_map):
     Returns:
         the map without these entries (None where nothing is left of it), and a dict (table name, number of the block or
         None for all) to the entry's value.
+
+    Raises:
+        ValueError: what it gives the backbone is no device.
     """
-    if isinstance(device_map, str) and "+" in device_map:
-        backbone_map, _, tables = device_map.partition("+")
-        return backbone_map, {EVERY_TABLE: tables}
+    if isinstance(device_map, str):
+        backbone_map, plus, tables = device_map.partition("+")
+        if backbone_map not in AUTOMATIC:
+            _check_device(backbone_map)
+        return backbone_map, {EVERY_TABLE: tables} if plus else {}
     if not isinstance(device_map, Mapping):
         return device_map, {}
     backbone, entries = {}, {}
@@ -58,7 +63,51 @@ def split_device_map(device_map):
             backbone[key] = value
         else:
             entries[match[1], None if match[2] is None else int(match[2])] = value
+    for value in backbone.values():
+        if value != DISK:
+            _check_device(value)
     return backbone or None, entries
+
+
+def _check_device(value) -> None:
+    try:
+        as_device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'device_map is one of {", ".join(AUTOMATIC)}, a device such as "cpu" or "cuda:0", or a dict of devices; '
+            f'got {value!r}. "cpu+disk" has the backbone on the CPU and every table on disk.'
+        ) from error
+
+
+def check_backbone_keys(device_map, names: Iterable[str], prefix: str, tables: Iterable[str]) -> None:
+    """See that keys of a `device_map` that look like parts of layers are parts of the model.
+
+    Args:
+        device_map: without the entries of tables, as `split_device_map` gives it.
+        names: of the parameters and buffers of the model.
+        prefix: of the base model in them, "" for the base model itself.
+        tables: names of the tables inside the base model, for the message.
+
+    Raises:
+        ValueError: a key is the beginning of no name.
+    """
+    if not isinstance(device_map, Mapping):
+        return
+    own = [name.removeprefix(prefix) for name in names] + list(tables)
+    for key in device_map:
+        # Maps are also made from the names of another head, of which a model may have none.
+        within = key.removeprefix(prefix or "model.")
+        looks_like_a_part = "engram" in key or "layers." in key
+        if looks_like_a_part and not any(name == within or name.startswith(f"{within}.") for name in own):
+            raise ValueError(
+                f"device_map names {key}, which this model has no part of. {known_tables(tables, prefix)} Parts of the "
+                "backbone have the names of model.named_parameters(), or their beginnings."
+            )
+
+
+def known_tables(tables: Iterable[str], prefix: str) -> str:
+    """A sentence with the names that entries may have."""
+    return f"The tables of this model are: {', '.join(f'{prefix}{name}' for name in tables) or 'none'}."
 
 
 def place_of_entry(value) -> Place:
@@ -106,8 +155,7 @@ def check_entries(entries: Mapping, blocks: Mapping[str, Sequence[int]], prefix:
         if (table, number) == EVERY_TABLE:
             continue
         if table not in blocks:
-            known = ", ".join(f"{prefix}{name}" for name in blocks) or "none"
-            raise ValueError(f"device_map names {table}, and the tables of this model are: {known}.")
+            raise ValueError(f"device_map names {table}, which is no table. {known_tables(blocks, prefix)}")
         if number is not None and number >= len(blocks[table]):
             raise ValueError(
                 f"device_map names block {number} of {table}, which has blocks 0 to {len(blocks[table]) - 1}."

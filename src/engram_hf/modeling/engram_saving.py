@@ -16,8 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
+from .configuration_engram_moe import TABLE_DTYPES
 from .engram_loading import BLOCK_KEY
 from .engram_publishing import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
+from .engram_quantization import QUANTIZED_FORMATS
 from .engram_table import DISK, EngramTable
 from .engram_uploading import CARD_FILE, UploadFile, files_to_upload, open_repository, prepare, upload
 from .safetensors_files import TensorContent, write_file
@@ -325,7 +327,14 @@ class SavesTables:
         dtypes = {str(blocks[name].dtype).removeprefix("torch.") for name in wanted}
         if len(dtypes) > 1:
             raise ValueError(f"The blocks of the tables must be of one type, got {sorted(dtypes)}.")
+        plain = [name for name in TABLE_DTYPES if name not in QUANTIZED_FORMATS]
         for table in tables.values():
+            if table.row_format is None and not dtypes <= {*plain}:
+                raise ValueError(
+                    f"Tables are saved in {', '.join(plain)}, got {next(iter(dtypes))}, whose numbers have no scales. "
+                    "Cast the tables back, save the model, and make them smaller with "
+                    "engram_hf.quantize_tables(source, target)."
+                )
             self.config.engram_table_dtype = table.row_format or next(iter(dtypes))
 
 

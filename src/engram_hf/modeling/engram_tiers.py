@@ -25,7 +25,9 @@ from .engram_loading import (
 from .engram_placement import (
     AUTOMATIC,
     Place,
+    check_backbone_keys,
     check_entries,
+    known_tables,
     memory_limits,
     place_of_layer,
     plan_places,
@@ -107,7 +109,8 @@ class TablesOnTiers:
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
-                missing or outside its folder; the fingerprint differs; an entry names no table; weights are in GGUF.
+                missing or outside its folder; there is no config.json; the fingerprint differs; an entry names no
+                table or part of a layer; weights are in GGUF.
         """
         where = str(pretrained_model_name_or_path)
         refuse_gguf(kwargs.get("gguf_file"))
@@ -141,6 +144,8 @@ class TablesOnTiers:
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=backbone_map, output_loading_info=True, **kwargs
             )
+        named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        check_backbone_keys(backbone_map, named, model._tables_prefix(), model.named_tables())
         if getattr(model.config, "quantization_config", None) is None:
             refuse_integers({n: p for n, p in places.items() if n not in info["unexpected_keys"]}, where)
         if not output_loading_info:
@@ -261,10 +266,11 @@ class TablesOnTiers:
         Example:
             >>> model.place_tables({"model.layers.1.engram.table": "disk"})
         """
+        tables = self.named_tables()
         others, entries = split_device_map(places)
         if others:
-            raise ValueError(f"place_tables moves tables and blocks only, and {sorted(others)} are none.")
-        tables = self.named_tables()
+            known = known_tables(tables, self._tables_prefix())
+            raise ValueError(f"place_tables moves tables and blocks only, got {', '.join(map(str, others))}. {known}")
         check_entries(
             entries, {name: [b.nbytes for b in table.blocks] for name, table in tables.items()}, self._tables_prefix()
         )

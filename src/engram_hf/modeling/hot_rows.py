@@ -31,6 +31,12 @@ class HotRows:
         self.hits = self.misses = self.bytes_read = 0
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return (
+            f"HotRows({self.size} rows, {self.rows.nbytes} bytes on {self.rows.device}; {self.hits} hits, "
+            f"{self.misses} misses, {self.bytes_read} bytes read)"
+        )
+
     @property
     def size(self) -> int:
         return len(self.keys)
