@@ -11,7 +11,7 @@ from typer import Exit
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from engram_hf import EngramMoEConfig, count_parameters, estimate_memory, inspect_checkpoint
+from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters, estimate_memory, inspect_checkpoint
 from engram_hf.commands.main import _or_exit, app
 
 
@@ -99,6 +99,8 @@ def test_push_is_a_dry_run_by_default(hub, folder):
     assert set(plan["files"]) == {"user/tiny", "user/tables"} and not plan["commits"]
     pushed = run("push", folder, "user/tiny", "--license", "mit", "--no-dry-run")
     assert pushed.exit_code == 0 and f"/user/tiny/commit/{hub.commits('user/tiny')[-1][0]}" in pushed.stdout
+    request = run("push", folder, "user/tiny", "--tables-repo", "user/tables", "--create-pr", "--no-dry-run")
+    assert f"{hub.url}/user/tiny/discussions/1" in request.stdout
     assert "license: mit" in hub.files("user/tiny")["README.md"].decode()
     (folder / "config.json").unlink()
     failed = run("push", folder, "user/tiny", "--no-dry-run")
@@ -204,3 +206,11 @@ def test_the_version_is_that_of_the_package():
 def test_every_option_is_explained():
     for command in get_command(app).commands.values():
         assert all(getattr(option, "help", None) for option in command.params), command.name
+
+
+def test_verify_takes_tables_that_lie_elsewhere(folder, tmp_path):
+    model = EngramMoEForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "backbone", tables_to=tmp_path / "tables")
+    assert run("verify", tmp_path / "backbone").exit_code == 1
+    both = run("verify", tmp_path / "backbone", "--tables-from", tmp_path / "tables")
+    assert both.exit_code == 0 and both.stdout.count("sound") == 3

@@ -1,5 +1,7 @@
 """What a checkpoint holds is read at one commit, from the Hub or its cache; an error says what is not there."""
 
+import shutil
+
 import pytest
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
@@ -13,10 +15,13 @@ def found(hub):
     return inspect_checkpoint("user/tiny")
 
 
-def test_config_and_headers_are_of_one_commit(hub, found):
+def test_config_and_headers_are_of_one_commit(hub, found, tmp_path):
     other = tiny_model(tiny_config(engram_layer_ids=[1]))
-    hub.after["/api/models/user/tiny"] = lambda: other.push_to_hub("user/tiny")
+    first = hub.commits("user/tiny")[-1][0]
+    hub.before[f"/user/tiny/resolve/{first}/config.json"] = lambda: other.push_to_hub("user/tiny")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert inspect_checkpoint("user/tiny") == found
+    assert len(hub.commits("user/tiny")) == 2
     assert [table.name for table in inspect_checkpoint("user/tiny").tables] == ["layers.1.engram.table"]
 
 

@@ -177,10 +177,11 @@ def _from_json(option: str, text: str) -> dict[str, Any]:
 @app.command(epilog="Example: engram-hf verify output/tiny")
 def verify(
     path_or_repo: Annotated[str, typer.Argument(help="Folder, or repository whose files are on this machine.")],
+    tables_from: Annotated[str | None, typer.Option(help="Of the tables, where they lie elsewhere.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every byte of a checkpoint, and say what is not as it was saved or does not belong together."""
-    files = _or_exit(lambda: verify_tables(path_or_repo), as_json)
+    files = _or_exit(lambda: verify_tables(path_or_repo, tables_from), as_json)
     if as_json:
         return typer.echo(json.dumps([vars(file) for file in files], indent=2))
     for file in files:
@@ -216,7 +217,7 @@ def push(
         return typer.echo(json.dumps(pushed.as_dict(), indent=2))
     typer.echo(pushed)
     for commit in pushed.commits.values():
-        typer.echo(commit.commit_url)
+        typer.echo(commit.pr_url or commit.commit_url)
     if dry_run:
         typer.echo("a dry run; --no-dry-run sends these files")
 

@@ -3,7 +3,6 @@
 Reads every byte; a forward cannot see a flipped one.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             "this machine; nothing can be verified."
         )
     folder = next(iter(checkpoint.file_of.values())).parent
-    config = _read_config(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
     if config is None and len(checkpoint.blocks()) < len(checkpoint.file_of):
         raise FileNotFoundError(f"{path_or_repo} has weights and no config.json. Copy or download it again.")
     parts = [checkpoint]
@@ -98,20 +97,6 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             "save it once with save_pretrained, which writes them."
         )
     return files
-
-
-def _read_config(path: Path) -> EngramMoEConfig:
-    """
-    Raises:
-        ValueError: it is damaged, or of another model.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Copy or download it again.") from error
-    if content.get("model_type") != EngramMoEConfig.model_type:
-        raise ValueError(f"{path} is of a {content.get('model_type')!r}, and of no {EngramMoEConfig.model_type}.")
-    return EngramMoEConfig.from_dict(content)
 
 
 def _find(path_or_repo: str, revision: str | None = None) -> Checkpoint | None:

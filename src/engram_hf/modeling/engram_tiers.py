@@ -159,8 +159,9 @@ class TablesOnTiers:
         if tables_from is not None:
             found = find_checkpoint(tables_from, hub)
             if found is None:
-                # What is wrong with a repository, transformers says best.
-                cached_file(tables_from, INDEX_FILE, **{key: value for key, value in hub.items() if value is not None})
+                if not Path(tables_from).is_dir():
+                    # What is wrong with a repository, transformers says best.
+                    cached_file(tables_from, INDEX_FILE, **{k: value for k, value in hub.items() if value is not None})
                 raise FileNotFoundError(f"{str(tables_from)!r} holds no safetensors files with tables of this model.")
             tables, places = found, read_headers(found)
         model.base_model.confirm_hash(where)
