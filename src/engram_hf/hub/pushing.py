@@ -104,7 +104,7 @@ def push_engram(
     Raises:
         FileNotFoundError, ValueError: the folder holds no whole checkpoint; files are damaged, or too large; the
             tokenizer is another one than the model's.
-        OSError: of the connection, or of rights; what was committed before stays.
+        OSError, huggingface_hub.errors.HTTPError: of the connection, or of rights; what was committed before stays.
 
     Example:
         >>> push_engram("output/tiny", "user/engram-tiny", card={"license": "apache-2.0"}, dry_run=True)

@@ -251,7 +251,7 @@ class SavesTables:
 
         Raises:
             ValueError: the tokenizer is another one than the one that is bound.
-            OSError: of the connection, or of rights; nothing is committed then.
+            OSError, huggingface_hub.errors.HTTPError: of the connection, or of rights; nothing is committed then.
 
         Example:
             >>> model.push_to_hub("user/engram-tiny", tokenizer=tokenizer)

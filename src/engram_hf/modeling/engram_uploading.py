@@ -222,7 +222,7 @@ def upload(
         the commit; where nothing has changed, the one that was there.
 
     Raises:
-        OSError: of the connection, or of rights; nothing is committed.
+        OSError, huggingface_hub.errors.HTTPError: of the connection, or of rights; nothing is committed.
     """
     new = {addition.path_in_repo for addition in additions}
     indices = [name for name in repository.files if fnmatch.fnmatch(name, INDEX_FILES)]
