@@ -110,7 +110,7 @@ class RowUpdates:
             self.table.write_rows(part, _round(moved, rows.dtype, generator))
             for name, values in gathered.items():
                 kept = self.stores[name]
-                put_rows(kept, part, _round(values, kept.dtype, generator))
+                put_rows(kept, part, _round(values, kept.dtype, generator), is_mapped=self.work_file is not None)
         return len(keys)
 
     def _read_state(self, keys: torch.Tensor) -> None:
