@@ -28,7 +28,7 @@ def naive_memory(layer, hidden, row_ids, eps):
     """One row without padding, token by token and stream by stream: hidden (seq, streams, hidden)."""
     table, streams, size = torch.cat(list(layer.table.blocks)), layer.streams, hidden.shape[-1]
     starts = [0]
-    for prime in layer.primes.flatten().tolist():
+    for prime in layer.table.head_rows.tolist():
         starts.append(starts[-1] + prime)
     gated = torch.zeros_like(hidden)
     for t, m in ((t, m) for t in range(hidden.shape[0]) for m in range(streams)):

@@ -28,9 +28,9 @@ def test_derived_values_follow_from_the_fields():
     config = tiny_config(engram_max_ngram_size=4, engram_vocab_size=[53, 59, 61], engram_kernel_size=4)
     assert config.layer_types == ["hybrid", "full_attention", "hybrid"]
     assert config.engram_width == 3 * 2 * 8
-    assert (config.engram_conv_reach, config.engram_reach, config.number_of_conv_states) == (12, 12, 2)
+    assert (config.engram_conv_reach, config.number_of_conv_states) == (12, 2)
     without = tiny_config(engram_kernel_size=0)
-    assert (without.engram_conv_reach, without.engram_reach, without.number_of_conv_states) == (0, 2, 1)
+    assert (without.engram_conv_reach, without.number_of_conv_states) == (0, 1)
     assert tiny_config(pad_token_id=None, eos_token_id=[5, 6]).engram_pad_token_id == 5
 
 

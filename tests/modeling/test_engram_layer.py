@@ -5,7 +5,7 @@ import torch
 from naive import naive_memory, naive_row_ids
 from tiny import SHAPES, shaped_config, tiny_ids, tiny_model
 
-from engram_hf.modeling.ngram_hashing import hash_layers
+from engram_hf import NgramHash
 
 
 @pytest.mark.parametrize("elements", [10**6, 1000])
@@ -16,14 +16,12 @@ def test_a_memory_layer_equals_the_naive_one(shape, elements):
     layer = model.model.layers[2].engram
     ids = tiny_ids(2, 13)
     context = model.model.ngram_context(ids, torch.arange(13).unsqueeze(0))
-    (row_ids,) = hash_layers(context.taps, [layer.multipliers], [layer.primes])
+    row_ids, hashing = model.model.all_row_ids(context)[2], NgramHash.from_config(model.config)
     hidden = torch.randn(2, 13, shape[0], 32)
     added, gates = layer(hidden, row_ids, context)
     assert gates.shape == (2, 13, shape[0]) and ((gates > 0) & (gates < 1)).all()
     for row in range(2):
-        expected_rows = naive_row_ids(
-            ids[row].tolist(), range(13), layer.multipliers.tolist(), layer.primes.tolist(), 0
-        )
+        expected_rows = naive_row_ids(ids[row].tolist(), range(13), hashing.multipliers(2), hashing.primes(2), 0)
         assert row_ids[row].tolist() == expected_rows
         expected = naive_memory(layer, hidden[row], expected_rows, model.config.rms_norm_eps)
         torch.testing.assert_close(added[row], expected, rtol=1e-4, atol=1e-5)

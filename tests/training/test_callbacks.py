@@ -156,11 +156,11 @@ def test_ngrams_per_row_are_those_of_a_plain_count(tmp_path):
     for ids in seen:
         context = base.ngram_context(ids, torch.arange(ids.shape[1]).unsqueeze(0))
         row_ids = base.all_row_ids(context)[0].flatten(0, 1)
-        taps = torch.stack(context.taps, -1).flatten(0, 1)
+        read = context.ngrams.transpose(1, 2).flatten(0, 1)
         for head in range(row_ids.shape[1]):
-            orders[head] = head // layer.primes.shape[1] + 2
-            for token in range(len(taps)):
-                ngrams.setdefault(head, set()).add(tuple(taps[token, : orders[head]].tolist()))
+            orders[head] = head // model.config.engram_n_heads + 2
+            for token in range(len(read)):
+                ngrams.setdefault(head, set()).add(tuple(read[token, -orders[head] :].tolist()))
                 rows.setdefault(head, set()).add(int(row_ids[token, head]))
     measured = sum(len(ngrams[head]) / len(rows[head]) for head in ngrams) / len(ngrams)
     perfect = 0.0

@@ -265,11 +265,6 @@ class EngramMoEConfig(DeepseekV3Config):
         return max(self.engram_kernel_size - 1, 0) * self.engram_max_ngram_size
 
     @property
-    def engram_reach(self) -> int:
-        """Tokens before the current one that a memory layer sees, by its n-grams or by its convolution."""
-        return max(self.engram_max_ngram_size - 1, self.engram_conv_reach)
-
-    @property
     def number_of_conv_states(self) -> int:
         """States a hybrid cache layer keeps: the last ids, and the convolution's inputs where there is one."""
         return 2 if self.engram_conv_reach else 1

@@ -8,7 +8,8 @@ import copy
 
 import torch
 
-from .ngram_hashing import NO_MEMORY, NgramHash, build_token_map, check_fingerprint
+from .ngram_hashing import NgramHash, build_token_map, check_fingerprint, layer_constants
+from .token_history import NO_MEMORY
 
 
 class TokenizerBinding:
@@ -16,13 +17,20 @@ class TokenizerBinding:
 
     vocab_size: int
     token_map: torch.Tensor | None
+    hash_multipliers: torch.Tensor
+    hash_primes: torch.Tensor
 
-    def init_token_map(self) -> None:
-        """Register the buffer `token_map`, (vocab_size,) int64, not bound yet; None for a model that needs none."""
+    def init_hash(self) -> None:
+        """Register the buffers `token_map`, (vocab_size,) int64, not bound yet, None for a model that needs none, and
+        `hash_multipliers` and `hash_primes`, as `hash_layers` takes them."""
         config = self.config
         compresses = bool(config.engram_layer_ids) and config.engram_compressed_vocab_size is not None
         token_map = torch.full((config.vocab_size,), NO_MEMORY, dtype=torch.int64) if compresses else None
         self.register_buffer("token_map", token_map)
+        # They follow from the config, so no checkpoint holds them.
+        multipliers, primes = layer_constants(config) if config.engram_layer_ids else (None, None)
+        self.register_buffer("hash_multipliers", multipliers, persistent=False)
+        self.register_buffer("hash_primes", primes, persistent=False)
         # Whether rows are addressed as the config's fingerprint says.
         self.hash_is_confirmed = not config.engram_layer_ids
         self.register_load_state_dict_post_hook(_confirm_after_load)
@@ -115,8 +123,11 @@ class TokenizerBinding:
 
     def _write_hash(self, fingerprint: dict[str, str]) -> None:
         self.config.engram_fingerprint = fingerprint
-        for layer in self.memory_layers():
-            layer.engram.write_constants(self.config)
+        multipliers, primes = layer_constants(self.config)
+        self.hash_multipliers.copy_(multipliers)
+        self.hash_primes.copy_(primes)
+        for table in self.tables():
+            table.write_heads()
         self.hash_is_confirmed = True
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from .engram_quantization import QUANTIZED_FORMATS
 from .engram_table import EngramTable
-from .ngram_hashing import draw_multipliers, find_primes
+from .ngram_hashing import find_primes
 from .token_history import pack_history
 
 
@@ -26,13 +26,13 @@ class NgramContext(NamedTuple):
     """What a memory layer needs to know of the tokens: the same for all memory layers of a forward.
 
     ids: (batch, seq) compressed ids; negative carries no memory.
-    reach: (batch, seq) tokens directly before it that each token may see.
-    taps: N tensors (batch, seq), the ids its n-grams are made of.
+    reach: (batch, seq) tokens directly before it that each token may see; -1 for a token without memory.
+    ngrams: (batch, N, seq) ids of the longest n-gram that ends at each token, the oldest first.
     """
 
     ids: torch.Tensor
     reach: torch.Tensor
-    taps: list[torch.Tensor]
+    ngrams: torch.Tensor
 
 
 class EngramRMSNorm(nn.Module):
@@ -84,12 +84,10 @@ class EngramLayer(nn.Module):
         self.kernel_size = config.engram_kernel_size
         self.conv_reach = config.engram_conv_reach
 
-        # The constants of the hash follow from the config, so no checkpoint holds them.
-        self.primes = nn.Buffer(self.make_primes(config), persistent=False)
-        self.multipliers = nn.Buffer(self.make_multipliers(config), persistent=False)
         is_quantized = config.engram_table_dtype in QUANTIZED_FORMATS
+        primes = find_primes(config.engram_layer_ids, config.engram_vocab_sizes, config.engram_n_heads)[layer_idx]
         self.table = EngramTable(
-            [rows for order in self.find_primes(config) for rows in order],
+            [rows for order in primes for rows in order],
             config.engram_head_dim,
             config.engram_block_elements,
             dtype=getattr(torch, config.engram_table_dtype or "", None),
@@ -106,28 +104,6 @@ class EngramLayer(nn.Module):
             self.conv = ShortConvolution(
                 channels, channels, self.kernel_size, groups=channels, dilation=self.max_ngram_size, bias=False
             )
-
-    def find_primes(self, config) -> list[list[int]]:
-        """Rows of each head, order by order."""
-        return find_primes(config.engram_layer_ids, config.engram_vocab_sizes, config.engram_n_heads)[self.layer_idx]
-
-    def make_primes(self, config) -> torch.Tensor:
-        """(orders, heads per order) int64: rows of each head."""
-        return torch.tensor(self.find_primes(config), dtype=torch.int64)
-
-    def make_multipliers(self, config) -> torch.Tensor:
-        """(N,) int64, zeros while the number of compressed ids is not known."""
-        orders, ids = config.engram_max_ngram_size, config.engram_id_space
-        multipliers = [0] * orders if ids is None else draw_multipliers(self.layer_idx, orders, ids, config.engram_seed)
-        return torch.tensor(multipliers, dtype=torch.int64)
-
-    @torch.no_grad()
-    def write_constants(self, config) -> None:
-        """Write what follows from the config and no checkpoint holds: the hash, and the heads of the table."""
-        self.primes.copy_(self.make_primes(config))
-        self.multipliers.copy_(self.make_multipliers(config))
-        self.table.head_offsets.copy_(self.table.make_head_offsets())
-        self.table.head_rows.copy_(self.table.make_head_rows())
 
     def forward(
         self,

@@ -155,6 +155,12 @@ class EngramTable(RowsByNumber, nn.Module):
         return torch.tensor([rows for block in self.rows_of_block for rows in block], dtype=torch.int64)
 
     @torch.no_grad()
+    def write_heads(self) -> None:
+        """Write what no checkpoint holds: where heads begin, and how many rows they have."""
+        self.head_offsets.copy_(self.make_head_offsets())
+        self.head_rows.copy_(self.make_head_rows())
+
+    @torch.no_grad()
     def draw_rows(self, std: float) -> None:
         """Draw all rows from a normal distribution, in place."""
         for block in self.blocks:

@@ -49,15 +49,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_engram_moe import EngramMoEConfig
 from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
-from .engram_layer import IDS_STATE, EngramLayer, NgramContext
+from .engram_layer import IDS_STATE, EngramLayer, NgramContext, ShortConvolution
 from .engram_outputs import CACHE_NAME, EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast, find_cache
 from .engram_refusals import WithoutContinuousBatching
 from .engram_saving import SavesTables
 from .engram_table import EngramTable
 from .engram_tiers import TablesOnTiers
-from .ngram_hashing import NO_MEMORY, hash_layers, ngram_taps
+from .ngram_hashing import find_ngrams, hash_layers, layer_constants
 from .packed_documents import document_positions, find_documents, positions_in_documents, positions_under_mask
-from .token_history import token_reach, unpack_history
+from .token_history import NO_MEMORY, token_reach, unpack_history
 
 
 class HiddenStateTap(nn.Module):
@@ -170,17 +170,18 @@ class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
             module.draw_rows(std)
             init.copy_(module.head_offsets, module.make_head_offsets())
             init.copy_(module.head_rows, module.make_head_rows())
-        elif isinstance(module, EngramLayer):
-            init.copy_(module.primes, module.make_primes(self.config))
-            init.copy_(module.multipliers, module.make_multipliers(self.config))
-            if module.conv is not None:
-                # The memory starts without its convolution, and learns it.
-                init.zeros_(module.conv.weight)
-        elif isinstance(module, EngramMoEModel) and module.token_map is not None:
-            init.constant_(module.token_map, NO_MEMORY)
-            module.hash_is_confirmed = module.hash_is_confirmed and (
-                module.token_map.is_meta or bool((module.token_map >= 0).any())
-            )
+        elif isinstance(module, ShortConvolution):
+            # The memory starts without its convolution, and learns it.
+            init.zeros_(module.weight)
+        elif isinstance(module, EngramMoEModel) and self.config.engram_layer_ids:
+            multipliers, primes = layer_constants(self.config)
+            init.copy_(module.hash_multipliers, multipliers)
+            init.copy_(module.hash_primes, primes)
+            if module.token_map is not None:
+                init.constant_(module.token_map, NO_MEMORY)
+                module.hash_is_confirmed = module.hash_is_confirmed and (
+                    module.token_map.is_meta or bool((module.token_map >= 0).any())
+                )
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
@@ -227,7 +228,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = self.single_precision_modules()
 
-        self.init_token_map()
+        self.init_hash()
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -297,16 +298,14 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             past_ids, run_before = unpack_history(history.to(ids.device))
             seen = torch.cat([past_ids[:, 1 - config.engram_max_ngram_size :], ids], dim=1)
         positions = document_positions(position_ids.to(ids.device))
-        reach = token_reach(ids, positions, config.engram_reach, run_before)
-        return NgramContext(ids, reach, ngram_taps(seen, reach, config.engram_max_ngram_size, pad_id))
+        reach = token_reach(ids, positions, run_before)
+        return NgramContext(ids, reach, find_ngrams(seen, reach, config.engram_max_ngram_size, pad_id))
 
     def all_row_ids(self, context: NgramContext) -> dict[int, torch.Tensor]:
         """Layer id to the row ids, (batch, seq, heads), that its memory will read: one hash for all layers."""
-        memories = [layer.engram for layer in self.memory_layers()]
-        device = context.ids.device
-        multipliers = [memory.multipliers.to(device) for memory in memories]
-        row_ids = hash_layers(context.taps, multipliers, [memory.primes.to(device) for memory in memories])
-        return {memory.layer_idx: ids for memory, ids in zip(memories, row_ids, strict=True)}
+        device = context.ngrams.device
+        row_ids = hash_layers(context.ngrams, self.hash_multipliers.to(device), self.hash_primes.to(device))
+        return dict(zip(self.config.engram_layer_ids, row_ids, strict=True))
 
     def _past_ids(self, cache: Cache | None) -> torch.Tensor | None:
         """(batch, kept) packed history of the tokens before these; None before the first forward."""

@@ -18,17 +18,10 @@ import torch
 import torch.nn.functional as F
 from sympy import nextprime
 from tokenizers import Regex, normalizers
-from transformers.utils.import_utils import is_tracing
 
-from .token_history import token_reach
+from .token_history import NO_MEMORY, token_reach
 
 
-# From this many tokens on, head by head with numpy beats all heads at once with torch.
-MANY_TOKENS = 1024
-# So many that no call is too small for numpy, and their row ids stay in a core's cache.
-TOKENS_AT_ONCE = 4096
-# A compressed id below zero carries no memory: padding, image spans, everything before the start.
-NO_MEMORY = -1
 LAYER_SEED_STEP = 10007
 REPLACEMENT_CHARACTER = "\ufffd"
 # Stands for "one space" while Strip runs; a private-use character that no vocabulary contains.
@@ -80,8 +73,10 @@ def build_token_map(tokenizer) -> torch.Tensor:
     return torch.tensor(token_map, dtype=torch.int64)
 
 
-def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_id: int | torch.Tensor):
-    """The ids that an n-gram is made of, shifted by 0, 1, ... `max_ngram_size - 1`, pads where a token may not look.
+def find_ngrams(
+    ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_id: int | torch.Tensor
+) -> torch.Tensor:
+    """The ids of the longest n-gram that ends at each token, pads where a token may not look.
 
     Args:
         ids: (batch, history + seq) compressed ids, negative for "no memory".
@@ -90,65 +85,54 @@ def ngram_taps(ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_
         pad_id: the compressed pad.
 
     Returns:
-        list of N tensors (batch, seq), all in [0, compressed vocabulary size).
+        (batch, N, seq), the oldest id first, the token itself last; all in [0, compressed vocabulary size).
     """
     seq = reach.shape[1]
     missing = max(0, seq + max_ngram_size - 1 - ids.shape[1])
     padded = F.pad(ids, (missing, 0), value=NO_MEMORY) if missing else ids
-    end = padded.shape[1]
-    taps = [torch.where(ids[:, -seq:] >= 0, ids[:, -seq:], pad_id)]
-    for shift in range(1, max_ngram_size):
-        taps.append(torch.where(reach >= shift, padded[:, end - seq - shift : end - shift], pad_id))
-    return taps
+    shifted = padded[:, 1 - max_ngram_size - seq :].unfold(1, max_ngram_size, 1).transpose(1, 2)  # (batch, N, seq)
+    shifts = torch.arange(max_ngram_size - 1, -1, -1, device=ids.device).unsqueeze(1)
+    return torch.where(reach.unsqueeze(1) >= shifts, shifted, pad_id)
 
 
-def hash_layers(
-    taps: Sequence[torch.Tensor], multipliers: Sequence[torch.Tensor], primes: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def hash_layers(ngrams: torch.Tensor, multipliers: torch.Tensor, primes: torch.Tensor) -> Sequence[torch.Tensor]:
     """Row ids of all heads of several layers, over the same tokens.
 
     Args:
-        taps: N tensors (batch, seq), from `ngram_taps`.
-        multipliers: (N,) int64 of each layer.
-        primes: (orders, heads per order) int64 of each layer.
+        ngrams: (batch, N, seq), from `find_ngrams`.
+        multipliers: (layers, 1, N, 1) int64, as `stack_constants` gives them.
+        primes: (layers, 1, 1, orders, heads per order) int64.
 
     Returns:
         for each layer (batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
     """
-    if taps[0].numel() >= MANY_TOKENS and taps[0].device.type == "cpu" and not is_tracing(taps[0]):
-        arrays = [tap.reshape(-1).numpy() for tap in taps]
-        shape = (*taps[0].shape, -1)
-        layers = zip(multipliers, primes, strict=True)
-        return [_hash_many(arrays, m.tolist(), p.tolist()).view(shape) for m, p in layers]
-    factors = torch.stack(list(multipliers))  # (layers, N)
-    mix = taps[0].unsqueeze(-1) * factors[:, 0]  # (batch, seq, layers)
-    mixes = []
-    for shift in range(1, len(taps)):
-        mix = mix ^ (taps[shift].unsqueeze(-1) * factors[:, shift])
-        mixes.append(mix)
-    # (batch, seq, layers, orders, heads per order)
-    row_ids = torch.stack(mixes, dim=-1).unsqueeze(-1) % torch.stack(list(primes))
-    return list(row_ids.flatten(-2).unbind(2))
+    products = (ngrams * multipliers).unbind(2)
+    mixes = [products[-1] ^ products[-2]]
+    for product in products[-3::-1]:
+        mixes.append(mixes[-1] ^ product)
+    # One remainder per head, in the place of the number that it is taken of.
+    mixed = torch.stack(mixes, dim=-1).unsqueeze(-1).expand(*mixes[0].shape, *primes.shape[-2:])
+    return mixed.contiguous().fmod_(primes).flatten(-2).unbind(0)
 
 
-def _hash_many(taps: list[np.ndarray], multipliers: list[int], primes: list[list[int]]) -> torch.Tensor:
-    """(tokens, heads), on a CPU: numpy divides by one number many times as fast as by a vector of them."""
-    tokens, heads = len(taps[0]), sum(map(len, primes))
-    row_ids = np.empty((tokens, heads), dtype=np.int64)
-    by_head = np.empty((heads, TOKENS_AT_ONCE), dtype=np.int64)
-    for start in range(0, tokens, TOKENS_AT_ONCE):
-        here = slice(start, start + TOKENS_AT_ONCE)
-        mix, head = taps[0][here] * multipliers[0], 0
-        quotient = np.empty_like(mix)
-        for tap, multiplier, primes_of_order in zip(taps[1:], multipliers[1:], primes, strict=True):
-            mix ^= tap[here] * multiplier
-            for prime in primes_of_order:
-                np.floor_divide(mix, prime, out=quotient)
-                np.multiply(quotient, prime, out=quotient)
-                np.subtract(mix, quotient, out=by_head[head, : len(mix)])
-                head += 1
-        row_ids[here] = by_head[:, : len(mix)].T
-    return torch.from_numpy(row_ids)
+def stack_constants(
+    multipliers: Sequence[Sequence[int]], primes: Sequence[Sequence[Sequence[int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Constants of several layers as `hash_layers` takes them, the multiplier of the oldest id first."""
+    of_shifts = torch.tensor(multipliers, dtype=torch.int64).flip(-1)
+    return of_shifts[:, None, :, None], torch.tensor(primes, dtype=torch.int64)[:, None, None]
+
+
+def layer_constants(config) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the hash of a config's memory layers needs: multipliers, zeros while the number of compressed ids is not
+    known, and primes."""
+    layer_ids, orders, ids = config.engram_layer_ids, config.engram_max_ngram_size, config.engram_id_space
+    primes = find_primes(layer_ids, config.engram_vocab_sizes, config.engram_n_heads)
+    if ids is None:
+        multipliers = [[0] * orders] * len(layer_ids)
+    else:
+        multipliers = [draw_multipliers(layer_id, orders, ids, config.engram_seed) for layer_id in layer_ids]
+    return stack_constants(multipliers, [primes[layer_id] for layer_id in layer_ids])
 
 
 def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: int, seed: int) -> list[int]:
@@ -282,10 +266,10 @@ class NgramHash:
         compressed_ids, device = compressed_ids.long(), compressed_ids.device
         if positions is None:
             positions = torch.arange(compressed_ids.shape[1], device=device).unsqueeze(0)
-        reach = token_reach(compressed_ids, positions, self.max_ngram_size - 1)
-        taps = ngram_taps(compressed_ids, reach, self.max_ngram_size, self.pad_id)
-        multipliers = torch.tensor(self._multipliers[layer_id], device=device)
-        return hash_layers(taps, [multipliers], [torch.tensor(self._primes[layer_id], device=device)])[0]
+        reach = token_reach(compressed_ids, positions)
+        ngrams = find_ngrams(compressed_ids, reach, self.max_ngram_size, self.pad_id)
+        multipliers, primes = stack_constants([self._multipliers[layer_id]], [self._primes[layer_id]])
+        return hash_layers(ngrams, multipliers.to(device), primes.to(device))[0]
 
     def fingerprint(self, token_map: torch.Tensor | None) -> dict[str, str]:
         """What a table depends on, one short digest per part, so that a difference can be named.

@@ -75,11 +75,12 @@ def _restarts_beside_padding(position_ids: torch.Tensor, attention_mask: torch.T
 
 
 def document_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """(batch or 1, seq): the same positions, but counted from where a piece begins that does not go on by one."""
+    """(batch or 1, seq), none negative: the same positions, but counted from where a piece begins that does not go on
+    by one."""
     begins = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
     places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
     start = (places * begins).cummax(-1)[0]
-    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids)
+    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids.clamp_min(0))
 
 
 def positions_under_mask(mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

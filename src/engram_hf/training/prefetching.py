@@ -64,8 +64,8 @@ class RowPrefetcher:
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
         self.columns: dict[int, list[Column]] = {}
         self.first_rows: dict[int, torch.Tensor] = {}
-        for own, layer in zip(self.skeleton.memory_layers(), base.memory_layers(), strict=True):
-            own.engram.multipliers, own.engram.primes = layer.engram.multipliers.cpu(), layer.engram.primes.cpu()
+        self.skeleton.hash_multipliers, self.skeleton.hash_primes = base.hash_multipliers.cpu(), base.hash_primes.cpu()
+        for layer in base.memory_layers():
             table, layer_id = layer.engram.table, layer.engram.layer_idx
             self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
             self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))

@@ -62,7 +62,9 @@ def find_memory_layers(model: nn.Module, who: str) -> dict[int, Any]:
     Raises:
         ValueError: the model has none.
     """
-    found: dict[int, Any] = {m.layer_idx: m for m in model.modules() if hasattr(m, "table") and hasattr(m, "primes")}
+    found: dict[int, Any] = {
+        m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "table", None), nn.Module)
+    }
     if not found:
         raise ValueError(
             f"{who} found no memory layer in {type(model).__name__}. It needs a model with a memory: engram_layer_ids "

@@ -30,14 +30,15 @@ class LayerStatistics:
 
     def __init__(self, layer: Any, name: str):
         self.table, self.name = layer.table, name
-        self.heads_of_order = layer.primes.shape[1]
         self.head_rows, self.first_rows = self.table.head_rows.cpu(), self.table.first_rows_of_heads.cpu()
+        self.heads_of_order = len(self.head_rows) // (layer.max_ngram_size - 1)
         self.counts = torch.zeros(self.table.num_rows, dtype=torch.int32)
         self.touched = torch.zeros(self.table.num_rows, dtype=torch.bool)
         # Per order: a number for each distinct n-gram, (n,), and the rows it reads, (n, heads per order).
         self.ngrams: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # The last batch that was looked at: row numbers, (tokens, heads), and compressed ids, (tokens, N).
-        self.keys = self.taps = torch.zeros(0, 0, dtype=torch.int64)
+        # The last batch that was looked at: row numbers, (tokens, heads), and compressed ids, (tokens, N),
+        # the token itself last.
+        self.keys = self.last_ngrams = torch.zeros(0, 0, dtype=torch.int64)
         # Rows that had a gradient first, and what they were at the beginning and before this step.
         self.watched = torch.zeros(0, dtype=torch.int64)
         self.first_values = self.values_before = torch.zeros(0, 0)
@@ -50,12 +51,12 @@ class LayerStatistics:
         self.counts.index_add_(0, flat, torch.ones(len(flat), dtype=torch.int32))
         return keys
 
-    def look(self, keys: torch.Tensor, taps: list[torch.Tensor]) -> None:
+    def look(self, keys: torch.Tensor, ngrams: torch.Tensor) -> None:
         """Remember the n-grams of a batch, and what its rows are before the step."""
-        self.keys, self.taps = keys, torch.stack([tap.detach().cpu().flatten() for tap in taps], dim=-1)
-        for order in range(2, self.taps.shape[1] + 1):
+        self.keys, self.last_ngrams = keys, ngrams.cpu().transpose(1, 2).flatten(0, 1)
+        for order in range(2, self.last_ngrams.shape[1] + 1):
             mixers = torch.tensor([MIXERS[i % len(MIXERS)] for i in range(order)])
-            mixed = (self.taps[:, :order] * mixers).sum(-1)
+            mixed = (self.last_ngrams[:, -order:] * mixers).sum(-1)
             start = (order - 2) * self.heads_of_order
             rows = keys[:, start : start + self.heads_of_order]
             if order in self.ngrams:
@@ -105,8 +106,7 @@ class LayerStatistics:
         for key in self.counts.topk(min(HOTTEST, len(self.counts))).indices.tolist():
             order = int(self.heads_of(torch.tensor([key]))) // self.heads_of_order + 2
             where = (self.keys == key).any(-1).nonzero()
-            # taps[:, 0] is the token itself.
-            ngram = self.taps[where[0, 0], :order].flip(0).tolist() if len(where) else []
+            ngram = self.last_ngrams[where[0, 0], -order:].tolist() if len(where) else []
             found.append((key, int(self.counts[key]), ngram))
         return found
 
@@ -210,7 +210,7 @@ class EngramRowStatisticsCallback(EngramCallback):
         statistics = self.layers[layer.layer_idx]
         keys = statistics.count(inputs[1])
         if self.is_looking:
-            statistics.look(keys, inputs[2].taps)
+            statistics.look(keys, inputs[2].ngrams)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_looking:
