@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ RANGES_OF_A_CALL = 1024
 PAGES_AT_ONCE = 128
 SAMPLED_PAGES = 256
 ASKING_THREADS = 4
+# Calls after which the pages of those before them are mapped, in a read of many.
+CALLS_AHEAD = 4
 READING_THREADS = 32
 # Lookups that may be prefetched and not yet made.
 PREFETCHES_KEPT = 8
@@ -46,6 +49,13 @@ def pages_of_rows(addresses: np.ndarray, row_bytes: int) -> np.ndarray:
     is_new[:1] = True
     np.not_equal(pages[1:], pages[:-1], out=is_new[1:])
     return pages[is_new]
+
+
+def touch(file: MappedFile, pages: np.ndarray) -> bool:
+    """Read a byte of every page, (n,) page numbers, in this thread; True, when they are here and mapped."""
+    content = torch.frombuffer(file.mapping, dtype=torch.uint8)
+    content.index_select(0, torch.from_numpy(pages * PAGE - file.address))
+    return True
 
 
 class PageReader:
@@ -73,31 +83,24 @@ class PageReader:
             return found
 
     def read(self, pages: np.ndarray, file: MappedFile) -> None:
-        """Have pages read; returns when the device has been asked for all of them, or later.
+        """Have pages read for one who waits for them; many are mapped while those behind them are read.
 
         Args:
-            pages: (n,) page numbers (address // page size) of `file`'s mapping.
+            pages: (n,) page numbers (address // page size) of `file`'s mapping, ascending.
             file: what they belong to.
 
         Raises:
             OSError: the kernel refuses the pages themselves.
         """
-        if (
-            len(pages) > 4 * SAMPLED_PAGES
-            and file.cached_share(pages[:: len(pages) // SAMPLED_PAGES], least=1.0) == 1.0
-        ):
-            # Asking for each of many costs more than reading it.
-            return
-        if self._batched and self._advise(pages):
-            return
-        self._touch(pages, file)
+        self._bring(pages, file, is_awaited=True)
 
     def start(self, pages: np.ndarray, file: MappedFile) -> Future | None:
-        """As `read`, but a long one goes on in the reading thread: then its future, which tells of errors."""
+        """Have pages read for one who comes later, and return when the device has been asked for them. Asking for many
+        goes on in the reading thread: then its future, which tells of errors."""
         if len(pages) <= PAGES_AT_ONCE:
-            self.read(pages, file)
+            self._bring(pages, file, is_awaited=False)
             return None
-        return self.in_background(lambda: self.read(pages, file))
+        return self.in_background(lambda: self._bring(pages, file, is_awaited=False))
 
     def in_background(self, work: Callable) -> Future:
         """Run in the one reading thread of this reader, in the order of calls."""
@@ -111,7 +114,17 @@ class PageReader:
             # A forked child has neither its parent's thread nor its parent's handle.
             self._process, self._thread, self._process_handle = os.getpid(), None, -1
 
-    def _advise(self, pages: np.ndarray) -> bool:
+    def _bring(self, pages: np.ndarray, file: MappedFile, is_awaited: bool) -> None:
+        if len(pages) > 4 * SAMPLED_PAGES:
+            sample = pages[:: len(pages) // SAMPLED_PAGES]
+            if file.cached_share(sample, least=1.0) == 1.0:
+                # Asking for each of many costs more than reading it.
+                return
+        if not (self._batched and self._advise(pages, file if is_awaited else None)):
+            with ThreadPoolExecutor(READING_THREADS) as threads:
+                list(threads.map(partial(touch, file), np.array_split(pages, READING_THREADS)))
+
+    def _advise(self, pages: np.ndarray, mapped_file: MappedFile | None) -> bool:
         """process_madvise(MADV_WILLNEED): False where the system does not have it, or forbids it."""
         self._belong_to_this_process()
         try:
@@ -123,15 +136,20 @@ class PageReader:
         ranges = np.empty((len(pages), 2), dtype=np.uint64)
         ranges[:, 0] = pages * PAGE
         ranges[:, 1] = PAGE
-        parts = [ranges[start : start + RANGES_OF_A_CALL] for start in range(0, len(pages), RANGES_OF_A_CALL)]
-        if len(parts) <= ASKING_THREADS:
-            is_done = all(map(self._call, parts))
-        else:
-            # While one waits for the interpreter, beside a busy thread, another is asking.
-            with ThreadPoolExecutor(ASKING_THREADS) as threads:
-                is_done = all(threads.map(self._call, parts))
-        self._batched = is_done
-        return is_done
+        starts = range(0, len(pages), RANGES_OF_A_CALL)
+        work = [partial(self._call, ranges[start : start + RANGES_OF_A_CALL]) for start in starts]
+        if len(work) <= ASKING_THREADS:
+            self._batched = all(call() for call in work)
+            return self._batched
+        if mapped_file is not None:
+            pieces = np.split(pages, starts[CALLS_AHEAD::CALLS_AHEAD])
+            # From the end, so that places before it stay what they are: a piece is mapped when the next was asked for.
+            for number, piece in reversed(list(enumerate(pieces, start=2))):
+                work.insert(number * CALLS_AHEAD, partial(touch, mapped_file, piece))
+        # While one waits for the interpreter, beside a busy thread, another is asking.
+        with ThreadPoolExecutor(ASKING_THREADS) as threads:
+            self._batched = all(threads.map(lambda call: call(), work))
+        return self._batched
 
     def _call(self, part: np.ndarray) -> bool:
         syscall = self._libc.syscall
@@ -145,15 +163,6 @@ class PageReader:
             ctypes.c_long(0),
         )
         return done == len(part) * PAGE
-
-    @staticmethod
-    def _touch(pages: np.ndarray, file: MappedFile) -> None:
-        """Read a byte of every page in many threads: where the kernel takes no batches."""
-        content = torch.frombuffer(file.mapping, dtype=torch.uint8)
-        offsets = torch.from_numpy(pages * PAGE - file.address)
-        parts = [part for part in offsets.chunk(READING_THREADS) if len(part)]
-        with ThreadPoolExecutor(READING_THREADS) as threads:
-            list(threads.map(lambda part: content.index_select(0, part), parts))
 
     def __deepcopy__(self, memo):
         return PageReader()

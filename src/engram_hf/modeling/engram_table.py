@@ -113,7 +113,10 @@ class EngramTable(RowsByNumber, nn.Module):
         self.watch: Callable[[torch.Tensor], AbstractContextManager] | None = None
         self.given_blocks: list[int] = []
         self.register_load_state_dict_post_hook(_write_changed_rows)
-        # First row of each head inside its block, and the number of its rows.
+        # First row of each head inside its block, and the number of its rows: where the model is, and for lookups on
+        # the CPU.
+        offsets = [offset for rows in self.rows_of_block for offset in accumulate(rows[:-1], initial=0)]
+        self.offsets_on_cpu, self.rows_on_cpu = np.array(offsets), np.array(rows_of_head)
         self.head_offsets = nn.Buffer(self.make_head_offsets(), persistent=False)
         self.head_rows = nn.Buffer(self.make_head_rows(), persistent=False)
 
@@ -147,12 +150,11 @@ class EngramTable(RowsByNumber, nn.Module):
 
     def make_head_offsets(self) -> torch.Tensor:
         """(heads,) int64: first row of each head inside its block."""
-        offsets = [offset for rows in self.rows_of_block for offset in accumulate(rows[:-1], initial=0)]
-        return torch.tensor(offsets, dtype=torch.int64)
+        return torch.tensor(self.offsets_on_cpu)
 
     def make_head_rows(self) -> torch.Tensor:
         """(heads,) int64: rows of each head."""
-        return torch.tensor([rows for block in self.rows_of_block for rows in block], dtype=torch.int64)
+        return torch.tensor(self.rows_on_cpu)
 
     @torch.no_grad()
     def write_heads(self) -> None:
@@ -226,12 +228,14 @@ class EngramTable(RowsByNumber, nn.Module):
         # On an accelerator looking would wait for it, and the kernel looks by itself.
         if torch.compiler.is_compiling() or row_ids.device.type != "cpu":
             return
-        is_outside = (row_ids < 0) | (row_ids >= self.head_rows)
-        if is_outside.any():
-            where = is_outside.nonzero()[0].tolist()
+        # As unsigned numbers negative ones are too large.
+        numbers = row_ids.detach().numpy().view(np.uint64)
+        bounds = self.rows_on_cpu.view(np.uint64)
+        if (numbers.max(axis=tuple(range(numbers.ndim - 1)), initial=0) >= bounds).any():
+            where = np.argwhere(numbers >= bounds)[0].tolist()
             raise IndexError(
                 f"Row id {int(row_ids[tuple(where)])} at {where} is out of range: head {where[-1]} has "
-                f"{int(self.head_rows[where[-1]])} rows. Row ids come from this layer's own hash."
+                f"{self.rows_on_cpu[where[-1]]} rows. Row ids come from this layer's own hash."
             )
 
     def _check_files(self) -> None:
@@ -255,15 +259,21 @@ class EngramTable(RowsByNumber, nn.Module):
 
     @torch.compiler.disable
     def _prefetch(self, row_ids: torch.Tensor) -> None:
-        self._check_files()
-        on_cpu = row_ids.cpu()
-        self._check_row_ids(on_cpu)
-        block_rows = self._rows_of_blocks(on_cpu)
+        block_rows = self._rows_on_cpu(row_ids)
         if row_ids.is_cuda and self.row_gradients is None:
             started = [self.reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
             started = [self.reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
         self.reader.remember(row_ids, [future for future in started if future is not None])
+
+    def _rows_on_cpu(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
+        """As `_rows_of_blocks`, on the CPU, of ids and files that have been checked. In few steps: beside a busy thread
+        each one may wait for the interpreter."""
+        self._check_files()
+        on_cpu = row_ids if row_ids.device.type == "cpu" else row_ids.cpu()
+        self._check_row_ids(on_cpu)
+        rows, ends = on_cpu.numpy() + self.offsets_on_cpu, list(accumulate(map(len, self.rows_of_block), initial=0))
+        return [torch.from_numpy(rows[..., start:end]) for start, end in zip(ends, ends[1:])]
 
     def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, MappedFile]]:
         for number, rows in enumerate(block_rows):
@@ -285,11 +295,8 @@ class EngramTable(RowsByNumber, nn.Module):
             if row_ids.is_cuda and self.row_gradients is None:
                 rows, event = results[0]
                 return self._arrived(rows, event, torch.cuda.current_stream(row_ids.device))
-        self._check_files()
-        on_cpu = row_ids.cpu()
-        block_rows = self._rows_of_blocks(on_cpu)
+        block_rows = self._rows_on_cpu(row_ids)
         if started is None:
-            self._check_row_ids(on_cpu)
             for pages, file in self._pages_on_disk(block_rows):
                 self.reader.read(pages, file)
         return [self._gather(number, rows, row_ids.device) for number, rows in enumerate(block_rows)]
