@@ -50,3 +50,4 @@ bench: install
 	$(BIN)/python scripts/bench_training.py
 	$(BIN)/python scripts/bench_checkpoints.py
 	$(BIN)/python scripts/bench_callbacks.py
+	$(BIN)/python scripts/bench_gpu.py
