@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
-from engram_hf.modeling.engram_reader import PageReader, pages_of_rows
+from engram_hf.modeling import engram_reader
+from engram_hf.modeling.engram_reader import PAGES_MAPPED, PageReader, pages_of_rows
 from engram_hf.modeling.engram_table import DISK, EngramTable, tables_without_blocks
 from engram_hf.modeling.safetensors_files import TensorContent, read_header, write_file
 from engram_hf.modeling.table_files import PAGE, BlockSource, TableFile
+from engram_hf.training.work_files import WorkFile
 
 
 DISK_MAP = {"": "cpu", "model.layers.0.engram.table": "disk", "model.layers.2.engram.table": "disk"}
@@ -57,6 +59,12 @@ def test_a_lookup_reads_the_pages_of_its_rows_and_no_other(tmp_path, is_batched,
         len(pages_of_rows(block.data_ptr() + ids.numpy() * 256, 256))
         for block, ids in zip(table.blocks, row_ids[0].unbind(-1))
     )
+    # What a first lookup loads of torch and numpy is read too.
+    (tmp_path / "other").mkdir()
+    other, _, _ = table_on_disk(tmp_path / "other", rows=10_007)
+    other.reader._batched = table.reader._batched
+    other.prefetch(row_ids % 10_007)
+    other(row_ids % 10_007)
     open_files = len(os.listdir("/proc/self/fd"))
     before = bytes_read()
     if is_prefetched:
@@ -97,6 +105,43 @@ def test_without_batches_pages_are_touched_by_threads(tmp_path):
     first = file.tensor("blocks.0").data_ptr()
     reader.read(np.unique((first + np.arange(0, 1009 * 256, PAGE)) // PAGE), file)
     assert torch.equal(file.tensor("blocks.0"), blocks[0])
+
+
+def mapped_share(pages: np.ndarray) -> float:
+    """Of pages that this process finds without a fault, by the kernel's own table."""
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(8 * int(pages[0]))
+        entries = np.frombuffer(pagemap.read(8 * int(pages[-1] - pages[0] + 1)), dtype=np.uint64)
+    return float((entries[pages - pages[0]] >> np.uint64(63)).mean())
+
+
+@on_linux
+def test_many_pages_are_mapped_when_they_have_been_read(tmp_path):
+    table, blocks, file = table_on_disk(tmp_path, heads=1)
+    pages = pages_of_rows(table.blocks[0].data_ptr() + np.arange(0, 200_003, 20) * 256, 256)
+    assert mapped_share(pages) < 0.01 and len(pages) > 2 * PAGES_MAPPED
+    table.reader.read(pages, file)
+    assert mapped_share(pages) == 1.0
+    assert torch.equal(file.tensor("blocks.0"), blocks[0])
+
+
+@on_linux
+@pytest.mark.parametrize("kernel_can", [True, False])
+def test_pages_that_will_be_written_keep_what_they_hold(tmp_path, kernel_can, monkeypatch):
+    if not kernel_can:
+        # No advice that any kernel knows.
+        monkeypatch.setattr(engram_reader, "MADV_POPULATE_WRITE", 9999)
+    _, blocks, file = table_on_disk(tmp_path, heads=1)
+    work = WorkFile(tmp_path / "work", {"rows": (tuple(blocks[0].shape), torch.float32)})
+    work.fill("rows", BlockSource(file, "blocks.0"))
+    os.fsync(work.file.fileno())
+    os.posix_fadvise(work.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    rows = work.tensor("rows")
+    pages = pages_of_rows(rows.data_ptr() + np.arange(200_003) * 256, 256)
+    PageReader().read(pages, work, is_written=True)
+    assert mapped_share(pages) == 1.0 and torch.equal(rows, blocks[0])
+    rows[77] = 1.0
+    assert os.pread(work.file.fileno(), 256, 77 * 256) == np.ones(64, np.float32).tobytes()
 
 
 def test_more_reads_than_a_device_takes_go_to_the_reading_thread(tmp_path):

@@ -24,14 +24,16 @@ PAGE_SHIFT = PAGE.bit_length() - 1
 RANGES_OF_A_CALL = 1024
 # A device takes about 256 requests before it blocks who asks, so more than that is another thread's work.
 PAGES_AT_ONCE = 128
-SAMPLED_PAGES = 256
+SAMPLED_PAGES = 64
 ASKING_THREADS = 4
-# Calls after which the pages of those before them are mapped, in a read of many.
+# Pages that are mapped at once in a read of many, when those behind them have been asked for.
 CALLS_AHEAD = 4
+PAGES_MAPPED = CALLS_AHEAD * RANGES_OF_A_CALL
 READING_THREADS = 32
 # Lookups that may be prefetched and not yet made.
 PREFETCHES_KEPT = 8
 PROCESS_MADVISE = 440
+MADV_POPULATE_WRITE = 23
 
 
 def pages_of_rows(addresses: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -58,6 +60,14 @@ def touch(file: MappedFile, pages: np.ndarray) -> bool:
     return True
 
 
+def ranges_of_calls(pages: np.ndarray) -> list[np.ndarray]:
+    """(n,) page numbers as what system calls take: start and length in bytes, each (at most RANGES_OF_A_CALL, 2)."""
+    ranges = np.empty((len(pages), 2), dtype=np.uint64)
+    ranges[:, 0] = pages * PAGE
+    ranges[:, 1] = PAGE
+    return [ranges[start : start + RANGES_OF_A_CALL] for start in range(0, len(pages), RANGES_OF_A_CALL)]
+
+
 class PageReader:
     """Brings pages of mapped files into the page cache, many at once."""
 
@@ -82,25 +92,27 @@ class PageReader:
             self._started = [each for each in self._started if each[0] is not row_ids]
             return found
 
-    def read(self, pages: np.ndarray, file: MappedFile) -> None:
+    def read(self, pages: np.ndarray, file: MappedFile, is_written: bool = False) -> None:
         """Have pages read for one who waits for them; many are mapped while those behind them are read.
 
         Args:
             pages: (n,) page numbers (address // page size) of `file`'s mapping, ascending.
             file: what they belong to.
+            is_written: whether they will be written to: then many are mapped for that, where the kernel can (Linux
+                6.13); they count as changed from then on.
 
         Raises:
             OSError: the kernel refuses the pages themselves.
         """
-        self._bring(pages, file, is_awaited=True)
+        self._bring(pages, file, partial(self._map_to_write if is_written else touch, file))
 
     def start(self, pages: np.ndarray, file: MappedFile) -> Future | None:
         """Have pages read for one who comes later, and return when the device has been asked for them. Asking for many
         goes on in the reading thread: then its future, which tells of errors."""
         if len(pages) <= PAGES_AT_ONCE:
-            self._bring(pages, file, is_awaited=False)
+            self._bring(pages, file)
             return None
-        return self.in_background(lambda: self._bring(pages, file, is_awaited=False))
+        return self.in_background(partial(self._bring, pages, file))
 
     def in_background(self, work: Callable) -> Future:
         """Run in the one reading thread of this reader, in the order of calls."""
@@ -114,17 +126,17 @@ class PageReader:
             # A forked child has neither its parent's thread nor its parent's handle.
             self._process, self._thread, self._process_handle = os.getpid(), None, -1
 
-    def _bring(self, pages: np.ndarray, file: MappedFile, is_awaited: bool) -> None:
+    def _bring(self, pages: np.ndarray, file: MappedFile, map_piece: Callable | None = None) -> None:
         if len(pages) > 4 * SAMPLED_PAGES:
             sample = pages[:: len(pages) // SAMPLED_PAGES]
             if file.cached_share(sample, least=1.0) == 1.0:
                 # Asking for each of many costs more than reading it.
                 return
-        if not (self._batched and self._advise(pages, file if is_awaited else None)):
+        if not (self._batched and self._advise(pages, map_piece)):
             with ThreadPoolExecutor(READING_THREADS) as threads:
                 list(threads.map(partial(touch, file), np.array_split(pages, READING_THREADS)))
 
-    def _advise(self, pages: np.ndarray, mapped_file: MappedFile | None) -> bool:
+    def _advise(self, pages: np.ndarray, map_piece: Callable | None) -> bool:
         """process_madvise(MADV_WILLNEED): False where the system does not have it, or forbids it."""
         self._belong_to_this_process()
         try:
@@ -133,25 +145,25 @@ class PageReader:
         except OSError:
             self._batched = False
             return False
-        ranges = np.empty((len(pages), 2), dtype=np.uint64)
-        ranges[:, 0] = pages * PAGE
-        ranges[:, 1] = PAGE
-        starts = range(0, len(pages), RANGES_OF_A_CALL)
-        work = [partial(self._call, ranges[start : start + RANGES_OF_A_CALL]) for start in starts]
+        work = [partial(self._call, mmap.MADV_WILLNEED, part) for part in ranges_of_calls(pages)]
         if len(work) <= ASKING_THREADS:
             self._batched = all(call() for call in work)
             return self._batched
-        if mapped_file is not None:
-            pieces = np.split(pages, starts[CALLS_AHEAD::CALLS_AHEAD])
+        if map_piece is not None:
+            pieces = np.split(pages, range(PAGES_MAPPED, len(pages), PAGES_MAPPED))
             # From the end, so that places before it stay what they are: a piece is mapped when the next was asked for.
             for number, piece in reversed(list(enumerate(pieces, start=2))):
-                work.insert(number * CALLS_AHEAD, partial(touch, mapped_file, piece))
+                work.insert(number * CALLS_AHEAD, partial(map_piece, piece))
         # While one waits for the interpreter, beside a busy thread, another is asking.
         with ThreadPoolExecutor(ASKING_THREADS) as threads:
             self._batched = all(threads.map(lambda call: call(), work))
         return self._batched
 
-    def _call(self, part: np.ndarray) -> bool:
+    def _map_to_write(self, file: MappedFile, pages: np.ndarray) -> bool:
+        populate = partial(self._call, MADV_POPULATE_WRITE)
+        return all(map(populate, ranges_of_calls(pages))) or touch(file, pages)
+
+    def _call(self, advice: int, part: np.ndarray) -> bool:
         syscall = self._libc.syscall
         syscall.restype = ctypes.c_long
         done = syscall(
@@ -159,7 +171,7 @@ class PageReader:
             ctypes.c_long(self._process_handle),
             ctypes.c_void_p(part.ctypes.data),
             ctypes.c_size_t(len(part)),
-            ctypes.c_long(mmap.MADV_WILLNEED),
+            ctypes.c_long(advice),
             ctypes.c_long(0),
         )
         return done == len(part) * PAGE

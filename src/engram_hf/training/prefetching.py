@@ -6,6 +6,7 @@ The pages of the rows go into the page cache, which all processes share, so this
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,12 @@ from transformers.utils import logging
 
 from ..modeling.engram_reader import PageReader, pages_of_rows
 from ..modeling.engram_table import DISK, EngramTable, tables_without_blocks
-from ..modeling.table_files import PAGE, BlockSource
+from ..modeling.table_files import PAGE, BlockSource, MappedFile
 from .reporting import EngramCallback, find_memory_layers
 
 
 # Rows of a lookup that are looked for in the page cache.
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 128
 
 logger = logging.get_logger(__name__)
 
@@ -92,8 +93,12 @@ class RowPrefetcher:
             for column in self.columns[layer_id]:
                 file = column.source.file
                 pages = pages_of_rows(column.addresses(keys), column.row_nbytes)
-                self.bytes_read += int((1 - file.share_in_memory(sample(pages))) * len(pages) * PAGE)
-                self.reader.start(pages, file)
+                self.reader.in_background(partial(self._read, pages, file))
+
+    def _read(self, pages: np.ndarray, file: MappedFile) -> None:
+        """To the end, mapping included, so that a step finds nothing left to do."""
+        self.bytes_read += int((1 - file.share_in_memory(sample(pages))) * len(pages) * PAGE)
+        self.reader.read(pages, file, is_written=file.is_shared)
 
 
 def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
