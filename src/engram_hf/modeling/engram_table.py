@@ -229,7 +229,7 @@ class EngramTable(RowsByNumber, nn.Module):
         if torch.compiler.is_compiling() or row_ids.device.type != "cpu":
             return
         # As unsigned numbers negative ones are too large.
-        numbers = row_ids.detach().numpy().view(np.uint64)
+        numbers = row_ids.detach().numpy().astype(np.int64, copy=False).view(np.uint64)
         bounds = self.rows_on_cpu.view(np.uint64)
         if (numbers.max(axis=tuple(range(numbers.ndim - 1)), initial=0) >= bounds).any():
             where = np.argwhere(numbers >= bounds)[0].tolist()

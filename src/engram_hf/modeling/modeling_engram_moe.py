@@ -173,6 +173,7 @@ class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
         elif isinstance(module, ShortConvolution):
             # The memory starts without its convolution, and learns it.
             init.zeros_(module.weight)
+        # CODEPATH: engram-27b and engram-40b have a memory, moe-27b and dense-4b none.
         elif isinstance(module, EngramMoEModel) and self.config.engram_layer_ids:
             multipliers, primes = layer_constants(self.config)
             init.copy_(module.hash_multipliers, multipliers)
