@@ -6,7 +6,7 @@ from conftest import word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import naive_row_ids
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 from transformers import PythonBackend
 
 from engram_hf import NgramHash, build_token_map
@@ -190,18 +190,19 @@ def test_a_fingerprint_names_what_differs():
 
 
 @pytest.mark.parametrize("orders", [2, 3, 4])
-def test_many_tokens_have_the_row_ids_of_few(orders):
-    config = tiny_config(
-        engram_max_ngram_size=orders, vocab_size=5003, engram_vocab_size=10_007, engram_layer_ids=[0, 2]
-    )
-    hashing = NgramHash.from_config(config)
+def test_all_layers_at_once_equal_the_scalar_reference_over_many_tokens(orders):
+    sizes = {"vocab_size": 5003, "engram_vocab_size": 10_007, "engram_layer_ids": [0, 2]}
+    model = tiny_model(tiny_config(engram_max_ngram_size=orders, **sizes)).model
+    hashing = NgramHash.from_config(model.config)
     ids = torch.randint(5003, (3, 2807), generator=torch.Generator().manual_seed(0))
-    for layer_id in (0, 2):
-        many = hashing.row_ids(layer_id, ids)
-        assert many.is_contiguous()
-        assert torch.equal(many[:, :200], hashing.row_ids(layer_id, ids[:, :200]))
-        tail = hashing.row_ids(layer_id, ids[:, -200:])
-        assert torch.equal(many[:, -200 + orders :], tail[:, orders:])
+    row_ids = model.all_row_ids(model.ngram_context(ids, torch.arange(2807).unsqueeze(0)))
+    for layer in (0, 2):
+        assert row_ids[layer].is_contiguous()
+        for row in range(3):
+            expected = naive_row_ids(
+                ids[row].tolist(), range(2807), hashing.multipliers(layer), hashing.primes(layer), hashing.pad_id
+            )
+            assert row_ids[layer][row].tolist() == expected
 
 
 @pytest.mark.parametrize("history", [0, 1, 4])

@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from engram_hf.modeling import engram_reader
-from engram_hf.modeling.engram_reader import PAGES_MAPPED, PageReader, pages_of_rows
+from engram_hf.modeling.engram_reader import PAGES_AT_A_TIME, PageReader, pages_of_rows
 from engram_hf.modeling.engram_table import DISK, EngramTable, tables_without_blocks
 from engram_hf.modeling.safetensors_files import TensorContent, read_header, write_file
 from engram_hf.modeling.table_files import PAGE, BlockSource, TableFile
@@ -119,7 +119,7 @@ def mapped_share(pages: np.ndarray) -> float:
 def test_many_pages_are_mapped_when_they_have_been_read(tmp_path):
     table, blocks, file = table_on_disk(tmp_path, heads=1)
     pages = pages_of_rows(table.blocks[0].data_ptr() + np.arange(0, 200_003, 20) * 256, 256)
-    assert mapped_share(pages) < 0.01 and len(pages) > 2 * PAGES_MAPPED
+    assert mapped_share(pages) < 0.01 and len(pages) > 2 * PAGES_AT_A_TIME
     table.reader.read(pages, file)
     assert mapped_share(pages) == 1.0
     assert torch.equal(file.tensor("blocks.0"), blocks[0])

@@ -4,9 +4,13 @@ import dataclasses
 import gc
 import json
 import math
+import mmap
 import os
 import sqlite3
+import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +26,7 @@ from engram_hf import (
     plot_training,
 )
 from engram_hf.insight.plotting import read_history
+from engram_hf.modeling.table_files import PAGE
 from engram_hf.training.prefetching import PrefetchingCollator, RowPrefetcher
 
 
@@ -277,14 +282,21 @@ def test_prefetching_changes_no_number(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_prefetcher_asks_for_the_rows_that_a_forward_reads(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in its page cache")
+def test_a_prefetcher_reads_the_pages_that_a_forward_reads_and_no_other(tmp_path):
     tiny_model(tiny_config(engram_vocab_size=20_011)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=ON_DISK)
     prefetcher = RowPrefetcher(model)
+    blocks = [pair for t in model.model.tables() for pair in zip(t.blocks, t.sources, strict=True)]
+    pages = [np.arange(b.data_ptr() // PAGE, (b.data_ptr() + b.nbytes - 1) // PAGE + 1) for b, _ in blocks]
+    for _, source in blocks:
+        source.file.mapping.madvise(mmap.MADV_DONTNEED)
+        os.fsync(source.file.file.fileno())
+        os.posix_fadvise(source.file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(source.file.share_in_memory(p) for (_, source), p in zip(blocks, pages, strict=True)):
+        pytest.skip("this file system keeps its files in memory")
     ids = tiny_ids(3, 20)
     positions = torch.cat([torch.arange(7), torch.arange(13)]).repeat(3, 1)
-    asked = []
-    prefetcher.reader.read = lambda pages, file, is_written: asked.append((set(pages.tolist()), is_written))
     prefetcher.prefetch(ids, None, positions)
     # One thread reads, in order.
     prefetcher.reader.in_background(bool).result()
@@ -295,10 +307,16 @@ def test_a_prefetcher_asks_for_the_rows_that_a_forward_reads(tmp_path):
         row_ids = model.model.all_row_ids(context)[layer.engram.layer_idx]
         for head, rows in enumerate(row_ids.flatten(0, 1).unbind(-1)):
             block = table.blocks[head]
-            addresses = block.data_ptr() + rows * 32
-            wanted.append(set((addresses // 4096).tolist()) | set(((addresses + 31) // 4096).tolist()))
-    # Nobody trains these tables: a checkpoint's own files are read, and only read.
-    assert asked == [(pages, False) for pages in wanted]
+            addresses = (block.data_ptr() + rows * 32).tolist()
+            wanted.append({byte // PAGE for address in addresses for byte in (address, address + 31)})
+    # Asking is not waiting.
+    deadline = time.monotonic() + 30
+    while any(s.file.share_in_memory(np.array([*w])) < 1 for (_, s), w in zip(blocks, wanted, strict=True)):
+        assert time.monotonic() < deadline
+    borders = {page for own in pages for page in (own[0], own[-1])}
+    for (_, source), own, read in zip(blocks, pages, wanted, strict=True):
+        others = [page for page in own.tolist() if page not in read | borders]
+        assert len(others) > 50 and source.file.share_in_memory(np.array(others)) == 0
 
 
 def test_a_collator_is_wrapped_for_the_run_and_put_back(tmp_path):

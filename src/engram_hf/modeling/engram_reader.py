@@ -26,9 +26,8 @@ RANGES_OF_A_CALL = 1024
 PAGES_AT_ONCE = 128
 SAMPLED_PAGES = 64
 ASKING_THREADS = 4
-# Pages that are mapped at once in a read of many, when those behind them have been asked for.
-CALLS_AHEAD = 4
-PAGES_MAPPED = CALLS_AHEAD * RANGES_OF_A_CALL
+# Of a read of many, so many pages are asked for, and then mapped, while the next are asked for.
+PAGES_AT_A_TIME = ASKING_THREADS * RANGES_OF_A_CALL
 READING_THREADS = 32
 # Lookups that may be prefetched and not yet made.
 PREFETCHES_KEPT = 8
@@ -145,18 +144,19 @@ class PageReader:
         except OSError:
             self._batched = False
             return False
-        work = [partial(self._call, mmap.MADV_WILLNEED, part) for part in ranges_of_calls(pages)]
-        if len(work) <= ASKING_THREADS:
-            self._batched = all(call() for call in work)
+        ask = partial(self._call, mmap.MADV_WILLNEED)
+        if len(pages) <= PAGES_AT_A_TIME:
+            self._batched = all(map(ask, ranges_of_calls(pages)))
             return self._batched
-        if map_piece is not None:
-            pieces = np.split(pages, range(PAGES_MAPPED, len(pages), PAGES_MAPPED))
-            # From the end, so that places before it stay what they are: a piece is mapped when the next was asked for.
-            for number, piece in reversed(list(enumerate(pieces, start=2))):
-                work.insert(number * CALLS_AHEAD, partial(map_piece, piece))
+        work: list[Callable[[], bool]] = []
+        behind: list[Callable[[], bool]] = []
+        for piece in np.split(pages, range(PAGES_AT_A_TIME, len(pages), PAGES_AT_A_TIME)):
+            # What was asked for before this piece has come when it is mapped.
+            work += [partial(ask, part) for part in ranges_of_calls(piece)] + behind
+            behind = [partial(map_piece, piece)] if map_piece is not None else []
         # While one waits for the interpreter, beside a busy thread, another is asking.
         with ThreadPoolExecutor(ASKING_THREADS) as threads:
-            self._batched = all(threads.map(lambda call: call(), work))
+            self._batched = all(threads.map(lambda call: call(), work + behind))
         return self._batched
 
     def _map_to_write(self, file: MappedFile, pages: np.ndarray) -> bool:
