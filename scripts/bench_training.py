@@ -6,16 +6,16 @@
 
 A model as small as the demo's, with a memory layer at index 1; 2,048 tokens a step, under the stock Trainer with
 clipping. It is checked that all tiers train to the same bits, and that dense gradients begin with the same loss. Every
-way runs in a process of its own; milliseconds are medians over steps. Cold: the demo's own two streams and eight heads,
-three runs of each way in turn; the files of the table are out of the page cache when training begins, and the table is
-so large that a step finds few of its rows there.
+way runs in a process of its own, four steps at a time in turn with the others; milliseconds are medians over steps, of
+which the first turn and the first step of each are left out. Cold: the demo's own two streams and eight heads, in pairs
+with a resident table; the files of the table are out of the page cache when training begins, and the table is so large,
+and the tokens so random, that a step finds few of its rows there.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
+from turns import run_in_turns, wait_for_turn
 
 
 CONFIG = {
@@ -46,7 +47,7 @@ CONFIG = {
     "engram_compressed_vocab_size": None,
 }
 TABLE = "model.layers.1.engram.table"
-BATCH, SEQ, STEPS, WARM = 16, 128, 14, 4
+BATCH, SEQ, STEPS, TURN = 16, 128, 16, 4
 SMALL, LARGE = 125_000, 2_500_000
 # What the demo has, and engram-peft cannot be put into.
 STREAMS_OF_DEMO = {"hc_mult": 2, "engram_n_heads": 4}
@@ -54,7 +55,7 @@ ROUNDS = 3
 
 
 class Watch(TrainerCallback):
-    """Milliseconds of each step, from the end of the one before."""
+    """Milliseconds of each step that is timed, from the end of the one before."""
 
     def __init__(self, is_cold: bool):
         self.is_cold, self.milliseconds, self.last = is_cold, [], 0.0
@@ -67,11 +68,14 @@ class Watch(TrainerCallback):
                 os.posix_fadvise(source.file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.last = self.last or time.perf_counter()
+        if state.global_step % TURN == 0:
+            wait_for_turn()
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        self.milliseconds.append(1000 * (now - self.last))
+        # The first step of a turn finds caches full of others' data, and its own rows read while others had their turn.
+        if state.global_step > TURN and state.global_step % TURN != 1:
+            self.milliseconds.append(1000 * (now - self.last))
         self.last = now
 
 
@@ -84,7 +88,7 @@ def made_arguments(folder: str | Path, steps: int, **changes) -> TrainingArgumen
 
 
 def trained(model, folder: Path, way: str, rule: str, steps: int):
-    """Milliseconds a step, losses, share of rows in time, and the model."""
+    """Milliseconds of the steps that are timed, losses, and shares of rows in time."""
     from engram_hf import EngramPrefetchCallback, engram_optimizers
 
     ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
@@ -102,11 +106,11 @@ def trained(model, folder: Path, way: str, rule: str, steps: int):
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     in_time = [line["engram/prefetch_in_time"] for line in lines if "engram/prefetch_in_time" in line]
-    return statistics.median(watch.milliseconds[min(WARM, steps - 1) :]), [line["loss"] for line in lines], in_time[1:]
+    return watch.milliseconds, [line["loss"] for line in lines], in_time[1:]
 
 
 def measure(folder: Path, way: str, rule: str, steps: str, threads: str) -> None:
-    """In a process of its own: print what `trained` gives, and sums over the blocks of the table."""
+    """In a process of its own: print what `trained` gives, and where nothing is timed sums over the table's blocks."""
     logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
     import engram_hf  # noqa: F401 (makes the Auto classes know the model)
@@ -119,23 +123,26 @@ def measure(folder: Path, way: str, rule: str, steps: str, threads: str) -> None
         for block in model.model.tables()[0].blocks:
             block.data = block.data.clone()
     milliseconds, losses, in_time = trained(model, folder, way, rule, int(steps))
-    sums = [float(block.detach().double().sum()) for block in model.model.tables()[0].blocks]
+    sums = [float(block.detach().double().sum()) for block in model.model.tables()[0].blocks if not milliseconds]
     print(json.dumps([milliseconds, losses, in_time, sums]))
 
 
-def run(folder: Path, way: str, rule: str, steps: int = STEPS, threads: int = 2):
-    command = [sys.executable, __file__, "--measure", str(folder), way, rule, str(steps), str(threads)]
+def run(
+    folder: Path, ways: tuple[str, ...], rule: str, steps: int = STEPS, threads: int = 2, others: dict | None = None
+):
+    """What `measure` prints, by way."""
+    own = {
+        way: [sys.executable, __file__, "--measure", str(folder), way, rule, str(steps), str(threads)] for way in ways
+    }
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if ran.returncode:
-        raise RuntimeError(f"{way} failed:\n{ran.stderr[-3000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
+    lines = run_in_turns(own | (others or {}), environment)
+    return {way: json.loads(line) for way, line in lines.items()}
 
 
 def check(folder: Path, ways: tuple[str, ...], rule: str) -> None:
     """Raise unless some steps end with the same bits; with one thread, since transformers' experts add up in any order
     with more."""
-    found = [run(folder, way, rule, steps=3, threads=1) for way in ways]
+    found = [*run(folder, ways, rule, steps=3, threads=1).values()]
     if any(own[1] != found[0][1] or own[3] != found[0][3] for own in found):
         raise RuntimeError(f"{ways} do not train to the same weights; nothing is timed.")
 
@@ -149,12 +156,24 @@ def build(folder: Path, rows_of_head: int, **changes) -> None:
     ).save_pretrained(folder)
 
 
-def show(title: str, found: dict, reference: str) -> None:
-    print(f"\n| {title} | ms a step | tokens a second | time to {reference} | rows in time |\n|---|---|---|---|---|")
-    for way, (milliseconds, _, in_time, *_) in found.items():
+def show(title: str, found: dict) -> None:
+    """`found`: of each way what `measure` prints, the resident one first."""
+    print(f"\n| {title} | ms a step | tokens a second | time to resident | rows in time |\n|---|---|---|---|---|")
+    medians = {way: statistics.median(milliseconds) for way, (milliseconds, *_) in found.items()}
+    for way, (_, _, in_time, *_) in found.items():
         share = f"{sum(in_time) / len(in_time):.2f}" if in_time else ""
-        ratio = milliseconds / found[reference][0]
-        print(f"| {way} | {milliseconds:.0f} | {BATCH * SEQ / milliseconds * 1000:,.0f} | {ratio:.2f} | {share} |")
+        ratio = medians[way] / medians["resident"]
+        print(f"| {way} | {medians[way]:.0f} | {BATCH * SEQ / medians[way] * 1000:,.0f} | {ratio:.2f} | {share} |")
+
+
+def show_cold(folder: Path, way: str) -> None:
+    """A table on a cold disk beside a resident one, ROUNDS times."""
+    rounds = [run(folder, ("resident", way), "adagrad") for _ in range(ROUNDS)]
+    # All steps of all rounds together.
+    found = {name: [sum((each[name][part] for each in rounds), []) for part in range(3)] for name in rounds[0]}
+    show(f"{8 * LARGE:,} rows of 64, row-wise Adagrad, as the demo", found)
+    ratios = (statistics.median(each[way][0]) / statistics.median(each["resident"][0]) for each in rounds)
+    print(f"round by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
 
 
 def main():
@@ -168,24 +187,17 @@ def main():
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         build(Path(name), SMALL)
         check(Path(name), ("resident", "host", "disk"), "adam")
-        found = {way: run(Path(name), way, "adam") for way in ("resident", "host", "disk", "dense")}
+        others = {}
+        if arguments.engram_peft:
+            others["engram-peft"] = [arguments.engram_peft, str(Path(__file__).with_name("time_engram_peft.py"))]
+        found = run(Path(name), ("resident", "host", "disk", "dense"), "adam", others=others)
         if abs(found["resident"][1][0] - found["dense"][1][0]) > 1e-4:
             raise RuntimeError("Dense gradients begin with another loss; nothing is shown.")
-        if arguments.engram_peft:
-            command = [arguments.engram_peft, str(Path(__file__).with_name("time_engram_peft.py"))]
-            ran = subprocess.run(command, capture_output=True, text=True, check=True)
-            found["engram-peft"] = json.loads(ran.stdout.splitlines()[-1])
-        show(f"{16 * SMALL:,} rows of 64, lazy Adam", found, "resident")
+        show(f"{16 * SMALL:,} rows of 64, lazy Adam", found)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         build(Path(name), LARGE, **STREAMS_OF_DEMO)
-        ways = ("resident", "disk, cold, with the callback", "disk, cold, without")
-        rounds = [{way: run(Path(name), way, "adagrad") for way in ways} for _ in range(ROUNDS)]
-        # Of each way the run in the middle.
-        found = {way: sorted(each[way] for each in rounds)[ROUNDS // 2] for way in ways}
-        show(f"{8 * LARGE:,} rows of 64, row-wise Adagrad, as the demo", found, "resident")
-        for way in ways[1:]:
-            ratios = sorted(each[way][0] / each["resident"][0] for each in rounds)
-            print(f"{way}: {', '.join(f'{ratio:.2f}' for ratio in ratios)} of resident, round by round")
+        for way in ("disk, cold, with the callback", "disk, cold, without"):
+            show_cold(Path(name), way)
 
 
 if __name__ == "__main__":

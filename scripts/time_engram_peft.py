@@ -1,13 +1,12 @@
 """A training step of engram-peft on the backbone and table of bench_training.py, which calls this elsewhere.
 
-    ENV/bin/python scripts/time_engram_peft.py            half a minute; ENV: Python 3.12, engram-peft==1.2.7
+    python scripts/bench_training.py --engram-peft ENV/bin/python       ENV: Python 3.12, engram-peft==1.2.7
 
 The backbone is EngramMoE without memory layers, the table has as many rows of the same width before the same layer, and
 its own trainer updates it by SparseAdam. Prints what bench_training.py reads: milliseconds, losses, nothing, nothing.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 
 def main() -> None:
-    from bench_training import BATCH, CONFIG, SEQ, SMALL, STEPS, WARM, Watch, made_arguments
+    from bench_training import BATCH, CONFIG, SEQ, SMALL, STEPS, Watch, made_arguments
 
     from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
@@ -58,7 +57,7 @@ def main() -> None:
         )
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    print(json.dumps([statistics.median(watch.milliseconds[WARM:]), losses, [], []]))
+    print(json.dumps([watch.milliseconds, losses, [], []]))
 
 
 if __name__ == "__main__":

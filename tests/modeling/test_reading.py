@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -126,11 +127,47 @@ def test_many_pages_are_mapped_when_they_have_been_read(tmp_path):
 
 
 @on_linux
-@pytest.mark.parametrize("kernel_can", [True, False])
-def test_pages_that_will_be_written_keep_what_they_hold(tmp_path, kernel_can, monkeypatch):
-    if not kernel_can:
-        # No advice that any kernel knows.
-        monkeypatch.setattr(engram_reader, "MADV_POPULATE_WRITE", 9999)
+@pytest.mark.parametrize("system", ["batches and maps", "batches", "neither"])
+@pytest.mark.parametrize("are_cached", [True, False])
+def test_what_is_read_aside_is_mapped(tmp_path, system, are_cached, monkeypatch):
+    table, blocks, file = table_on_disk(tmp_path, heads=1)
+    without(system, table.reader, monkeypatch)
+    pages = pages_of_rows(table.blocks[0].data_ptr() + np.arange(0, 200_003, 20) * 256, 256)
+    if are_cached:
+        file.path.read_bytes()
+    assert mapped_share(pages) < 0.01
+    table.reader.read_aside(pages, file).result()
+    assert mapped_share(pages) == 1.0
+    assert torch.equal(file.tensor("blocks.0"), blocks[0]) and not file.was_written("blocks.0")
+
+
+def without(system: str, reader: PageReader, monkeypatch) -> None:
+    """What older systems do not have."""
+    if system != "batches and maps":
+        for name in ("MADV_POPULATE_READ", "MADV_POPULATE_WRITE"):
+            # No advice that any kernel knows.
+            monkeypatch.setattr(engram_reader, name, 9999)
+    reader._batched = system != "neither"
+
+
+@on_linux
+def test_reading_aside_goes_behind_all_other_threads_and_leaves_their_priority(tmp_path):
+    table, _, file = table_on_disk(tmp_path, rows=1009)
+    other = PageReader()
+
+    def own_priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = [own_priority(), other.in_background(own_priority).result()]
+    pages = pages_of_rows(table.blocks[0].data_ptr() + np.arange(1009) * 256, 256)
+    table.reader.read_aside(pages, file).result()
+    assert table.reader.in_background(own_priority).result() == 19
+    assert [own_priority(), other.in_background(own_priority).result()] == before
+
+
+@on_linux
+@pytest.mark.parametrize("system", ["batches and maps", "batches", "neither"])
+def test_pages_that_will_be_written_keep_what_they_hold(tmp_path, system, monkeypatch):
     _, blocks, file = table_on_disk(tmp_path, heads=1)
     work = WorkFile(tmp_path / "work", {"rows": (tuple(blocks[0].shape), torch.float32)})
     work.fill("rows", BlockSource(file, "blocks.0"))
@@ -138,7 +175,9 @@ def test_pages_that_will_be_written_keep_what_they_hold(tmp_path, kernel_can, mo
     os.posix_fadvise(work.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     rows = work.tensor("rows")
     pages = pages_of_rows(rows.data_ptr() + np.arange(200_003) * 256, 256)
-    PageReader().read(pages, work, is_written=True)
+    reader = PageReader()
+    without(system, reader, monkeypatch)
+    reader.read_aside(pages, work).result()
     assert mapped_share(pages) == 1.0 and torch.equal(rows, blocks[0])
     rows[77] = 1.0
     assert os.pread(work.file.fileno(), 256, 77 * 256) == np.ones(64, np.float32).tobytes()

@@ -31,8 +31,12 @@ PAGES_AT_A_TIME = ASKING_THREADS * RANGES_OF_A_CALL
 READING_THREADS = 32
 # Lookups that may be prefetched and not yet made.
 PREFETCHES_KEPT = 8
+# What is read aside, for a step to come, gives way to the step before it. So few pages at a time leave room in the
+# device's queue; a full one is emptied by threads of the kernel, before whom everybody has to wait.
+PAGES_ASIDE = 64
+LOWEST_PRIORITY = 19
 PROCESS_MADVISE = 440
-MADV_POPULATE_WRITE = 23
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 
 
 def pages_of_rows(addresses: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -57,6 +61,13 @@ def touch(file: MappedFile, pages: np.ndarray) -> bool:
     content = torch.frombuffer(file.mapping, dtype=torch.uint8)
     content.index_select(0, torch.from_numpy(pages * PAGE - file.address))
     return True
+
+
+def are_here(pages: np.ndarray, file: MappedFile) -> bool:
+    """Whether a sample of many pages is in the page cache; False for few, which are as soon asked for."""
+    if len(pages) <= 4 * SAMPLED_PAGES:
+        return False
+    return file.cached_share(pages[:: len(pages) // SAMPLED_PAGES], least=1.0) == 1.0
 
 
 def ranges_of_calls(pages: np.ndarray) -> list[np.ndarray]:
@@ -91,19 +102,25 @@ class PageReader:
             self._started = [each for each in self._started if each[0] is not row_ids]
             return found
 
-    def read(self, pages: np.ndarray, file: MappedFile, is_written: bool = False) -> None:
+    def read(self, pages: np.ndarray, file: MappedFile) -> None:
         """Have pages read for one who waits for them; many are mapped while those behind them are read.
 
         Args:
             pages: (n,) page numbers (address // page size) of `file`'s mapping, ascending.
             file: what they belong to.
-            is_written: whether they will be written to: then many are mapped for that, where the kernel can (Linux
-                6.13); they count as changed from then on.
 
         Raises:
             OSError: the kernel refuses the pages themselves.
         """
-        self._bring(pages, file, partial(self._map_to_write if is_written else touch, file))
+        self._bring(pages, file, partial(touch, file))
+
+    def read_aside(self, pages: np.ndarray, file: MappedFile) -> Future:
+        """Have pages read and mapped while others work, and return at once; arguments as of `read`.
+
+        The reading thread goes behind all others from then on. Pages of a file that is written through its mapping are
+        mapped for that where the kernel can (Linux 6.13), and count as changed.
+        """
+        return self.in_background(partial(self._read_aside, pages, file))
 
     def start(self, pages: np.ndarray, file: MappedFile) -> Future | None:
         """Have pages read for one who comes later, and return when the device has been asked for them. Asking for many
@@ -121,28 +138,41 @@ class PageReader:
         return self._thread.submit(work)
 
     def _belong_to_this_process(self) -> None:
-        if self._process != os.getpid():
-            # A forked child has neither its parent's thread nor its parent's handle.
-            self._process, self._thread, self._process_handle = os.getpid(), None, -1
+        """A forked child has neither its parent's thread nor its parent's handle."""
+        if self._process == os.getpid():
+            return
+        self._process, self._thread = os.getpid(), None
+        try:
+            self._process_handle = os.pidfd_open(self._process) if self._batched else -1
+        except OSError:
+            self._batched = False
 
     def _bring(self, pages: np.ndarray, file: MappedFile, map_piece: Callable | None = None) -> None:
-        if len(pages) > 4 * SAMPLED_PAGES:
-            sample = pages[:: len(pages) // SAMPLED_PAGES]
-            if file.cached_share(sample, least=1.0) == 1.0:
-                # Asking for each of many costs more than reading it.
-                return
-        if not (self._batched and self._advise(pages, map_piece)):
+        # Asking for each of many costs more than reading it.
+        if not are_here(pages, file) and not self._advise(pages, map_piece):
             with ThreadPoolExecutor(READING_THREADS) as threads:
                 list(threads.map(partial(touch, file), np.array_split(pages, READING_THREADS)))
 
-    def _advise(self, pages: np.ndarray, map_piece: Callable | None) -> bool:
+    def _read_aside(self, pages: np.ndarray, file: MappedFile) -> None:
+        if sys.platform == "linux":
+            # There a thread has a priority of its own.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        must_ask, behind = not are_here(pages, file), pages[:0]
+        for piece in [*np.split(pages, range(PAGES_ASIDE, len(pages), PAGES_ASIDE)), pages[:0]]:
+            if must_ask and not self._advise(piece):
+                return self._bring(pages, file)
+            self._map(behind, file)
+            behind = piece
+
+    def _map(self, pages: np.ndarray, file: MappedFile) -> None:
+        populate = partial(self._call, MADV_POPULATE_WRITE if file.is_shared else MADV_POPULATE_READ)
+        if not (self._batched and all(map(populate, ranges_of_calls(pages)))):
+            touch(file, pages)
+
+    def _advise(self, pages: np.ndarray, map_piece: Callable | None = None) -> bool:
         """process_madvise(MADV_WILLNEED): False where the system does not have it, or forbids it."""
         self._belong_to_this_process()
-        try:
-            if self._process_handle < 0:
-                self._process_handle = os.pidfd_open(self._process)
-        except OSError:
-            self._batched = False
+        if not self._batched:
             return False
         ask = partial(self._call, mmap.MADV_WILLNEED)
         if len(pages) <= PAGES_AT_A_TIME:
@@ -158,10 +188,6 @@ class PageReader:
         with ThreadPoolExecutor(ASKING_THREADS) as threads:
             self._batched = all(threads.map(lambda call: call(), work + behind))
         return self._batched
-
-    def _map_to_write(self, file: MappedFile, pages: np.ndarray) -> bool:
-        populate = partial(self._call, MADV_POPULATE_WRITE)
-        return all(map(populate, ranges_of_calls(pages))) or touch(file, pages)
 
     def _call(self, advice: int, part: np.ndarray) -> bool:
         syscall = self._libc.syscall

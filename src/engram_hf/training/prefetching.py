@@ -93,12 +93,11 @@ class RowPrefetcher:
             for column in self.columns[layer_id]:
                 file = column.source.file
                 pages = pages_of_rows(column.addresses(keys), column.row_nbytes)
-                self.reader.in_background(partial(self._read, pages, file))
+                self.reader.in_background(partial(self._count, pages, file))
+                self.reader.read_aside(pages, file)
 
-    def _read(self, pages: np.ndarray, file: MappedFile) -> None:
-        """To the end, mapping included, so that a step finds nothing left to do."""
+    def _count(self, pages: np.ndarray, file: MappedFile) -> None:
         self.bytes_read += int((1 - file.share_in_memory(sample(pages))) * len(pages) * PAGE)
-        self.reader.read(pages, file, is_written=file.is_shared)
 
 
 def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
