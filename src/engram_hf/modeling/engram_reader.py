@@ -141,11 +141,11 @@ class PageReader:
         """A forked child has neither its parent's thread nor its parent's handle."""
         if self._process == os.getpid():
             return
-        self._process, self._thread = os.getpid(), None
         try:
-            self._process_handle = os.pidfd_open(self._process) if self._batched else -1
+            self._process_handle = os.pidfd_open(os.getpid()) if self._batched else -1
         except OSError:
             self._batched = False
+        self._process, self._thread = os.getpid(), None
 
     def _bring(self, pages: np.ndarray, file: MappedFile, map_piece: Callable | None = None) -> None:
         # Asking for each of many costs more than reading it.
