@@ -61,15 +61,20 @@ class WorkFile(MappedFile):
         return False
 
     def fill(self, name: str, source: BlockSource) -> None:
-        """Copy a tensor of another file into this one, piece by piece."""
+        """Copy a tensor of another file into this one.
+
+        A page at a time: of a longer piece the kernel makes one large page, all of which counts as changed, and is
+        written to the disk, when a step changes one row in it.
+        """
         start = self.places[name].start
         content = source.file.content(source.name)
         is_short = content.nbytes < PROGRESS_BYTES
         with logging.tqdm(
             total=content.nbytes, desc=f"Copying {name} to train it", unit="B", unit_scale=True, disable=is_short
         ) as progress:
-            for piece in content.pieces():
-                os.pwrite(self.file.fileno(), piece, start)
+            for piece in map(memoryview, content.pieces()):
+                for page in range(0, len(piece), PAGE):
+                    os.pwrite(self.file.fileno(), piece[page : page + PAGE], start + page)
                 start += len(piece)
                 progress.update(len(piece))
 
