@@ -1,6 +1,6 @@
 """Training steps with tables resident, in host memory and on disk, against dense gradients, side by side.
 
-    python scripts/bench_training.py                              eleven minutes on 2 cores, 12 GB of RAM, 15 of disk
+    python scripts/bench_training.py                              fifteen minutes on 2 cores, 12 GB of RAM, 15 of disk
     python scripts/bench_training.py --engram-peft ENV/bin/python also engram-peft, from an environment of its own
                                                                   (Python 3.12, pip install engram-peft==1.2.7)
 
@@ -8,8 +8,8 @@ A model as small as the demo's, with a memory layer at index 1; 2,048 tokens a s
 clipping. It is checked that all tiers train to the same bits, and that dense gradients begin with the same loss. Every
 way runs in a process of its own, four steps at a time in turn with the others; milliseconds are medians over steps, of
 which the first turn and the first step of each are left out. Cold: the demo's own two streams and eight heads, in pairs
-with a resident table; the files of the table are out of the page cache when training begins, and the table is so large,
-and the tokens so random, that a step finds few of its rows there.
+with a resident table; the files of the table are out of the page cache when training begins, and the table is so large
+that a step finds few of its rows there: with the demo's own text, and with random tokens, of which every n-gram is new.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from tiny_recipe import prepare_text
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 from turns import run_in_turns, wait_for_turn
@@ -47,6 +48,7 @@ CONFIG = {
     "engram_compressed_vocab_size": None,
 }
 TABLE = "model.layers.1.engram.table"
+IDS = "ids.pt"
 # Four turns, and a last step that is not timed: nothing is read ahead during it.
 BATCH, SEQ, STEPS, TURN = 16, 128, 17, 4
 SMALL, LARGE = 125_000, 2_500_000
@@ -92,7 +94,7 @@ def trained(model, folder: Path, way: str, rule: str, steps: int):
     """Milliseconds of the steps that are timed, losses, and shares of rows in time."""
     from engram_hf import EngramPrefetchCallback, engram_optimizers
 
-    ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    ids = torch.load(folder / IDS)
     args = made_arguments(folder / "run", steps)
     watch = Watch("cold" in way)
     callbacks = [EngramPrefetchCallback(enabled="without" not in way)] if "cold" in way else []
@@ -159,6 +161,14 @@ def build(folder: Path, rows_of_head: int, **changes) -> None:
     os.sync()
 
 
+def random_tokens() -> torch.Tensor:
+    return torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+
+
+def tokens_of_text() -> torch.Tensor:
+    return torch.tensor(prepare_text(None, "tiny")[1].shuffle(seed=0)[: STEPS * BATCH]["input_ids"])
+
+
 def show(title: str, rounds: list[dict]) -> None:
     """`rounds`: what `run` has found, the resident way first; medians are of the steps of all rounds together."""
     print(f"\n| {title} | ms a step | tokens a second | time to resident | round by round | rows in time |")
@@ -183,6 +193,7 @@ def main():
         return measure(Path(arguments.measure[0]), *arguments.measure[1:])
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         build(Path(name), SMALL)
+        torch.save(random_tokens(), Path(name) / IDS)
         check(Path(name), ("resident", "host", "disk"), "adam")
         others = {}
         if arguments.engram_peft:
@@ -194,9 +205,11 @@ def main():
         show(f"{16 * SMALL:,} rows of 64, lazy Adam", rounds)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         build(Path(name), LARGE, **STREAMS_OF_DEMO)
-        for way in ("disk, cold, with the callback", "disk, cold, without"):
-            rounds = [run(Path(name), ("resident", way), "adagrad") for _ in range(ROUNDS)]
-            show(f"{8 * LARGE:,} rows of 64, row-wise Adagrad, as the demo", rounds)
+        for kind, make in (("text", tokens_of_text), ("random tokens", random_tokens)):
+            torch.save(make(), Path(name) / IDS)
+            for way in ("disk, cold, with the callback", "disk, cold, without"):
+                rounds = [run(Path(name), ("resident", way), "adagrad") for _ in range(ROUNDS)]
+                show(f"{8 * LARGE:,} rows of 64, row-wise Adagrad, as the demo, {kind}", rounds)
 
 
 if __name__ == "__main__":

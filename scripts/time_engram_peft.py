@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 
 def main() -> None:
-    from bench_training import BATCH, CONFIG, SEQ, SMALL, STEPS, Watch, made_arguments
+    from bench_training import CONFIG, SMALL, STEPS, Watch, made_arguments, random_tokens
 
     from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
@@ -45,7 +45,7 @@ def main() -> None:
     model = get_engram_model(backbone, config, train_mode="full_finetune")
     rows = [p for n, p in model.named_parameters() if p.numel() > 10_000_000]
     print("table:", [tuple(p.shape) for p in rows], file=sys.stderr)
-    ids = torch.randint(0, CONFIG["vocab_size"], (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens()
     watch = Watch(is_cold=False)
     with tempfile.TemporaryDirectory() as folder:
         args = made_arguments(folder, STEPS)

@@ -183,6 +183,25 @@ def test_pages_that_will_be_written_keep_what_they_hold(tmp_path, system, monkey
     assert os.pread(work.file.fileno(), 256, 77 * 256) == np.ones(64, np.float32).tobytes()
 
 
+def bytes_changed() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("write_bytes")).split()[1])
+
+
+@on_linux
+def test_a_row_that_changes_in_a_training_copy_is_a_page_to_write_and_no_more(tmp_path):
+    _, blocks, file = table_on_disk(tmp_path, heads=1)
+    work = WorkFile(tmp_path / "work", {"rows": (tuple(blocks[0].shape), torch.float32)})
+    before = bytes_changed()
+    work.fill("rows", BlockSource(file, "blocks.0"))
+    if bytes_changed() == before:
+        pytest.skip("this file system keeps its files in memory")
+    os.fsync(work.file.fileno())
+    before = bytes_changed()
+    work.tensor("rows")[::20_000] += 1.0
+    assert bytes_changed() - before <= 11 * PAGE
+
+
 def test_more_reads_than_a_device_takes_go_to_the_reading_thread(tmp_path):
     table, blocks, file = table_on_disk(tmp_path, heads=1)
     pages = pages_of_rows(table.blocks[0].data_ptr() + np.arange(0, 200_003, 200) * 256, 256)
