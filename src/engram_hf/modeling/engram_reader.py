@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain, starmap
 
 import numpy as np
 import torch
@@ -70,12 +71,12 @@ def are_here(pages: np.ndarray, file: MappedFile) -> bool:
     return file.cached_share(pages[:: len(pages) // SAMPLED_PAGES], least=1.0) == 1.0
 
 
-def ranges_of_calls(pages: np.ndarray) -> list[np.ndarray]:
-    """(n,) page numbers as what system calls take: start and length in bytes, each (at most RANGES_OF_A_CALL, 2)."""
+def ranges_of_calls(pages: np.ndarray, at_a_time: int = RANGES_OF_A_CALL) -> list[np.ndarray]:
+    """(n,) page numbers as what system calls take: start and length in bytes, each (at most `at_a_time`, 2)."""
     ranges = np.empty((len(pages), 2), dtype=np.uint64)
     ranges[:, 0] = pages * PAGE
     ranges[:, 1] = PAGE
-    return [ranges[start : start + RANGES_OF_A_CALL] for start in range(0, len(pages), RANGES_OF_A_CALL)]
+    return [ranges[start : start + at_a_time] for start in range(0, len(pages), at_a_time)]
 
 
 class PageReader:
@@ -85,7 +86,11 @@ class PageReader:
         self._process = 0
         self._process_handle = -1
         self._batched = sys.platform == "linux" and hasattr(os, "pidfd_open")
-        self._libc = ctypes.CDLL(None, use_errno=True) if self._batched else None
+        if self._batched:
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            self._libc.syscall.restype = ctypes.c_long
+            long = ctypes.c_long
+            self._libc.syscall.argtypes = [long, long, ctypes.c_void_p, ctypes.c_size_t, long, long]
         self._thread: ThreadPoolExecutor | None = None
         self._started: list[tuple[torch.Tensor, list[Future]]] = []
         self._lock = threading.Lock()
@@ -157,16 +162,16 @@ class PageReader:
         if sys.platform == "linux":
             # There a thread has a priority of its own.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-        must_ask, behind = not are_here(pages, file), pages[:0]
-        for piece in [*np.split(pages, range(PAGES_ASIDE, len(pages), PAGES_ASIDE)), pages[:0]]:
-            if must_ask and not self._advise(piece):
-                return self._bring(pages, file)
-            self._map(behind, file)
-            behind = piece
-
-    def _map(self, pages: np.ndarray, file: MappedFile) -> None:
-        populate = partial(self._call, MADV_POPULATE_WRITE if file.is_shared else MADV_POPULATE_READ)
-        if not (self._batched and all(map(populate, ranges_of_calls(pages)))):
+        pieces = ranges_of_calls(pages, PAGES_ASIDE)
+        populate = MADV_POPULATE_WRITE if file.is_shared else MADV_POPULATE_READ
+        calls = [(populate, piece.ctypes.data, len(piece)) for piece in pieces]
+        if not are_here(pages, file):
+            asked = [(mmap.MADV_WILLNEED, *piece) for _, *piece in calls]
+            # Each piece is asked for while the one before it is on its way.
+            calls = [*asked[:1], *chain.from_iterable(zip(asked[1:], calls)), *calls[-1:]]
+        # Nothing is left to do between these calls, so that others hardly ever wait for the interpreter.
+        if not (self._batched and all(starmap(self._call, calls))):
+            self.read(pages, file)
             touch(file, pages)
 
     def _advise(self, pages: np.ndarray, map_piece: Callable | None = None) -> bool:
@@ -174,7 +179,10 @@ class PageReader:
         self._belong_to_this_process()
         if not self._batched:
             return False
-        ask = partial(self._call, mmap.MADV_WILLNEED)
+
+        def ask(part: np.ndarray) -> bool:
+            return self._call(mmap.MADV_WILLNEED, part.ctypes.data, len(part))
+
         if len(pages) <= PAGES_AT_A_TIME:
             self._batched = all(map(ask, ranges_of_calls(pages)))
             return self._batched
@@ -189,18 +197,9 @@ class PageReader:
             self._batched = all(threads.map(lambda call: call(), work + behind))
         return self._batched
 
-    def _call(self, advice: int, part: np.ndarray) -> bool:
-        syscall = self._libc.syscall
-        syscall.restype = ctypes.c_long
-        done = syscall(
-            ctypes.c_long(PROCESS_MADVISE),
-            ctypes.c_long(self._process_handle),
-            ctypes.c_void_p(part.ctypes.data),
-            ctypes.c_size_t(len(part)),
-            ctypes.c_long(advice),
-            ctypes.c_long(0),
-        )
-        return done == len(part) * PAGE
+    def _call(self, advice: int, address: int, count: int) -> bool:
+        """process_madvise for as many ranges as lie at an address."""
+        return self._libc.syscall(PROCESS_MADVISE, self._process_handle, address, count, advice, 0) == count * PAGE
 
     def __deepcopy__(self, memo):
         return PageReader()
