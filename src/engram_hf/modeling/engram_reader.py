@@ -166,7 +166,7 @@ class PageReader:
         populate = MADV_POPULATE_WRITE if file.is_shared else MADV_POPULATE_READ
         calls = [(populate, piece.ctypes.data, len(piece)) for piece in pieces]
         if not are_here(pages, file):
-            asked = [(mmap.MADV_WILLNEED, *piece) for _, *piece in calls]
+            asked = [(mmap.MADV_WILLNEED, address, count) for _, address, count in calls]
             # Each piece is asked for while the one before it is on its way.
             calls = [*asked[:1], *chain.from_iterable(zip(asked[1:], calls)), *calls[-1:]]
         # Nothing is left to do between these calls, so that others hardly ever wait for the interpreter.

@@ -72,9 +72,10 @@ class WorkFile(MappedFile):
         with logging.tqdm(
             total=content.nbytes, desc=f"Copying {name} to train it", unit="B", unit_scale=True, disable=is_short
         ) as progress:
-            for piece in map(memoryview, content.pieces()):
+            for piece in content.pieces():
+                view = memoryview(piece)
                 for page in range(0, len(piece), PAGE):
-                    os.pwrite(self.file.fileno(), piece[page : page + PAGE], start + page)
+                    os.pwrite(self.file.fileno(), view[page : page + PAGE], start + page)
                 start += len(piece)
                 progress.update(len(piece))
 
