@@ -1,6 +1,6 @@
 """Training steps with tables resident, in host memory and on disk, against dense gradients, side by side.
 
-    python scripts/bench_training.py                              fifteen minutes on 2 cores, 12 GB of RAM, 15 of disk
+    python scripts/bench_training.py                              twenty minutes on 2 cores, 12 GB of RAM, 15 of disk
     python scripts/bench_training.py --engram-peft ENV/bin/python also engram-peft, from an environment of its own
                                                                   (Python 3.12, pip install engram-peft==1.2.7)
 
