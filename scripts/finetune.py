@@ -98,7 +98,8 @@ def make_trainer(arguments: argparse.Namespace, model, base, tokenizer) -> Train
         "seed": arguments.seed,
     }
     callbacks = [EngramPrefetchCallback(), EngramGateStatisticsCallback(), EngramRowStatisticsCallback()]
-    if any(hasattr(module, "e_score_correction_bias") for module in base.modules()):
+    # Of an adapter the routers are no part.
+    if not arguments.lora and any(hasattr(module, "e_score_correction_bias") for module in base.modules()):
         callbacks.append(LossFreeBalancingCallback())
     if arguments.sft:
         try:
@@ -135,11 +136,15 @@ def make_trainer(arguments: argparse.Namespace, model, base, tokenizer) -> Train
 
 def main():
     arguments = parse_arguments()
+    last = last_complete_checkpoint(arguments.output) if arguments.resume else None
+    # Trainer would train one step more.
+    if last is not None and int(str(last).rsplit("-", 1)[1]) >= arguments.steps:
+        raise SystemExit(f"{last} has all of --steps {arguments.steps}; --resume goes on with more.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model, base = load_model(arguments)
     trainer = make_trainer(arguments, model, base, tokenizer)
     before = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output) if arguments.resume else None)
+    trainer.train(resume_from_checkpoint=last)
     if before is not None:
         print(f"held-out loss {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after")
     final = arguments.output / "model"

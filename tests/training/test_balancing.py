@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import tiny_config, tiny_ids
 from transformers import Trainer, TrainingArguments
 
-from engram_hf import EngramMoEForCausalLM, LossFreeBalancingCallback
+from engram_hf import EngramMoEForCausalLM, LossFreeBalancingCallback, lora_config
 
 
 def train(model, tmp_path, callback, **arguments):
@@ -77,5 +78,8 @@ def test_hooks_are_gone_after_training(tmp_path):
 def test_a_model_without_experts_and_a_rate_of_zero_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no router"):
         train(EngramMoEForCausalLM(tiny_config(first_k_dense_replace=3)), tmp_path, LossFreeBalancingCallback())
+    adapted = get_peft_model(EngramMoEForCausalLM(tiny_config()), lora_config(r=2))
+    with pytest.raises(ValueError, match="an adapter does not save"):
+        train(adapted, tmp_path, LossFreeBalancingCallback())
     with pytest.raises(ValueError, match="above 0, got 0"):
         LossFreeBalancingCallback(0)

@@ -12,7 +12,7 @@ class LossFreeBalancingCallback(TrainerCallback):
     """Moves `e_score_correction_bias` of every router by a fixed step: up for experts that saw less than the mean.
 
     The bias decides which experts are chosen, never how their outputs are weighted. It is a buffer of the checkpoint,
-    so a resumed run goes on where it stopped.
+    so a resumed run goes on where it stopped. An adapter's checkpoint holds none, so models with adapters are refused.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[LossFreeBalancingCallback()])
@@ -32,6 +32,11 @@ class LossFreeBalancingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._remove_hooks()
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                "LossFreeBalancingCallback moves the bias of routers, which an adapter does not save: what is loaded "
+                "or resumed would be another model. Leave the callback out; an adapter leaves routers as they are."
+            )
         routers = [
             module
             for module in model.modules()
