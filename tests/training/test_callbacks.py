@@ -149,6 +149,21 @@ def test_rows_are_counted_as_the_model_reads_them(tmp_path):
         assert hottest[0]["count"] == int(own.max()) and own[hottest[0]["row"]] == own.max()
 
 
+def test_rows_of_padding_are_not_counted(tmp_path):
+    mask = torch.ones(64, 12, dtype=torch.int64)
+    mask[:, 8:] = 0
+    padded = [{**row, "attention_mask": own} for row, own in zip(DATA, mask)]
+    short = [{name: ids[:8] for name, ids in row.items()} for row in DATA]
+    callbacks = {}
+    for name, data in (("padded", padded), ("short", short)):
+        callbacks[name] = EngramRowStatisticsCallback(every=1)
+        train(tiny_model(), tmp_path / name, [callbacks[name]], data=data, max_steps=2, learning_rate=0.0)
+    for layer_id, own in callbacks["short"].layers.items():
+        other = callbacks["padded"].layers[layer_id]
+        assert int(own.counts.sum()) == 2 * 4 * 8 * 4 and torch.equal(other.counts, own.counts)
+        assert torch.equal(other.last_ngrams, own.last_ngrams) and other.collisions() == own.collisions()
+
+
 def test_ngrams_per_row_are_those_of_a_plain_count(tmp_path):
     model = tiny_model()
     seen = []
@@ -444,6 +459,9 @@ def test_statistics_survive_a_resume_into_another_folder(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     train(tiny_model(), tmp_path / "run", [EngramRowStatisticsCallback()], **fields)
+    # Which has a checkpoint of that step, of a run of its own.
+    half = {**fields, "per_device_train_batch_size": 2}
+    train(tiny_model(), tmp_path / "other", [EngramRowStatisticsCallback()], **half)
     callback = EngramRowStatisticsCallback()
     train(tiny_model(), tmp_path / "other", [callback], str(tmp_path / "run" / "checkpoint-2"), **fields)
     assert int(callback.layers[0].counts.sum()) == 4 * 4 * 12 * 4

@@ -16,7 +16,7 @@ class EngramGateStatisticsCallback(EngramCallback):
 
     * `engram/gate_mean/layer_1`, `gate_std`, `gate_shut` and `gate_open` (shares of gates below 0.05 and above 0.95),
       over all residual streams, and for each one where there are several: `.../layer_1/stream_0`;
-    * `engram/memory_share/layer_1`: the norm of what the memory adds, over that of the streams it is added to;
+    * `engram/memory_share/layer_1`: the norm of what the memory adds, over that of the streams with it;
     * in the history of the run alone, `engram/gate_histogram/layer_1`: 20 counts over [0, 1].
 
     Tokens without memory (padding) are left out.

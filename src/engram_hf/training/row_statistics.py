@@ -44,16 +44,16 @@ class LayerStatistics:
         self.first_values = self.values_before = torch.zeros(0, 0)
         self.update_norms = torch.zeros(0)
 
-    def count(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, heads) to the numbers in the table, (tokens, heads)."""
-        keys = row_ids.detach().cpu().flatten(0, 1) + self.first_rows
+    def count(self, row_ids: torch.Tensor, has_memory: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, heads) to the numbers in the table, (tokens, heads); of the tokens that have a memory."""
+        keys = row_ids.detach().cpu()[has_memory] + self.first_rows
         flat = keys.flatten()
         self.counts.index_add_(0, flat, torch.ones(len(flat), dtype=torch.int32))
         return keys
 
     def look(self, keys: torch.Tensor, ngrams: torch.Tensor) -> None:
-        """Remember the n-grams of a batch, and what its rows are before the step."""
-        self.keys, self.last_ngrams = keys, ngrams.cpu().transpose(1, 2).flatten(0, 1)
+        """Remember the n-grams of a batch, (tokens, N), and what its rows are before the step."""
+        self.keys, self.last_ngrams = keys, ngrams
         for order in range(2, self.last_ngrams.shape[1] + 1):
             mixers = torch.tensor([MIXERS[i % len(MIXERS)] for i in range(order)])
             mixed = (self.last_ngrams[:, -order:] * mixers).sum(-1)
@@ -152,13 +152,13 @@ class LayerStatistics:
 
 
 class EngramRowStatisticsCallback(EngramCallback):
-    """Counts the rows that a run looks up, and adds to the log, for each memory layer:
+    """Counts the rows that a run looks up for tokens, not for padding, and adds to the log, for each memory layer:
 
     * `engram/rows_touched/layer_1` and `engram/rows_never_touched/layer_1`: shares of the table's rows, of all
       processes (what follows is of the first one);
     * `engram/ngrams_per_row/layer_1`: distinct n-grams per row that they read, among those looked at, and
       `engram/ngrams_per_row_perfect_hash/layer_1`, what it would be if rows were drawn at random;
-    * `engram/row_norm/layer_1` and `engram/row_update_norm/layer_1`: means over a sample of rows;
+    * `engram/row_norm/layer_1` and `engram/row_update_norm/layer_1`: means over a sample of rows, at the last look;
     * in the history of the run alone, the same norms per head (`.../per_head`), and `engram/hottest_rows/layer_1`.
 
     At the end of a run it warns of tables that can be trained and did not move, or moved only by weight decay.
@@ -195,8 +195,8 @@ class EngramRowStatisticsCallback(EngramCallback):
         names = {id(module): name for name, module in model.named_modules()}
         self.layers = {i: LayerStatistics(layer, names[id(layer.table)]) for i, layer in layers.items()}
         if state.global_step:
-            # Where a run is resumed from another one's folder, its own has none.
-            folders = [self._checkpoint_folder(), Path(self.saved_in)]
+            # Of the run that is resumed; its own folder where that was moved.
+            folders = [Path(self.saved_in), self._checkpoint_folder()]
             self._load(next((f for f in folders if (f / STATISTICS_FILE).exists()), folders[-1]) / STATISTICS_FILE)
         self._hooks = [layer.register_forward_pre_hook(self._look, with_kwargs=True) for layer in layers.values()]
 
@@ -208,9 +208,11 @@ class EngramRowStatisticsCallback(EngramCallback):
         if not layer.training or is_made_again():
             return
         statistics = self.layers[layer.layer_idx]
-        keys = statistics.count(inputs[1])
+        context = inputs[2]
+        has_memory = (context.reach >= 0).cpu()  # not so padding
+        keys = statistics.count(inputs[1], has_memory)
         if self.is_looking:
-            statistics.look(keys, inputs[2].ngrams)
+            statistics.look(keys, context.ngrams.cpu().transpose(1, 2)[has_memory])
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_looking:
