@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from engram_hf import RowSGD, engram_optimizers
 from engram_hf.training.optimizers import matrices_of_backbone
+from engram_hf.training.work_files import WorkFile
 
 
 def made(model, folder, arguments=None, **options):
@@ -111,16 +112,29 @@ def test_muon_under_trainer_follows_the_schedule(tmp_path):
     assert rates == {0.0} and optimizer.parts[0].optimizer.param_groups[0]["lr"] == 0.0
 
 
+class StatelessRule(RowSGD):
+    wide = ()
+
+
 def test_what_makes_no_sense_is_refused(tmp_path):
     model = tiny_model()
     for options in (
         {"row_optimizer": "lion"},
         {"backbone": "sgd"},
         {"table_lr_scale": 0.0},
+        {"table_lr_scale": float("nan")},
         {"state_dtype": torch.float16},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(options))}.*{next(iter(options.values()))}"):
             made(model, tmp_path, **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="work_folder .*file/work cannot be made"):
+        WorkFile(tmp_path / "file" / "work", {})
+    with pytest.raises(ValueError, match="StatelessRule keeps no state"):
+        made(model, tmp_path, row_optimizer=StatelessRule())
+    muon = made(model, tmp_path, backbone="muon").state_dict()
+    with pytest.raises(ValueError, match="optimizer of the backbone is another one"):
+        made(model, tmp_path).load_state_dict(muon)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         made(model, tmp_path)

@@ -68,8 +68,9 @@ def _with_rows(file: TableFile, name: str, wanted: torch.Tensor, rows: torch.Ten
             yield memoryview(part.view(-1).view(torch.uint8).numpy().data)
         if digest.digest() != expected:
             raise ValueError(
-                f"{name} in {file.path} is not the block that the changed rows of this checkpoint belong to: the file, "
-                "which other checkpoints share by hard links, was written to. Take it from a copy of the checkpoint."
+                f"{name} in {file.path} is not the block that the changed rows of this checkpoint belong to: that "
+                "file, which other checkpoints share by hard links, or the file of rows was written to. Take both from "
+                "a copy of the checkpoint."
             )
 
     return TensorContent(file.dtype_of(name), place.shape, place.nbytes, pieces)

@@ -69,7 +69,7 @@ def engram_optimizers(
         raise ValueError(f'backbone must be "adamw" or "muon", got {backbone!r}.')
     if state_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype}.")
-    if table_lr_scale <= 0:
+    if not table_lr_scale > 0:
         raise ValueError(
             f"table_lr_scale must be above 0, got {table_lr_scale}; freeze tables to leave them as they are."
         )
@@ -299,8 +299,14 @@ class EngramOptimizer(torch.optim.Optimizer):
                 f"The checkpoint's optimizer is another one: it trains the tables {found}, this run "
                 f"{sorted(self.rows)}. Resume with the same engram_optimizers and the same tables frozen."
             )
-        for part, saved in zip(self.parts, state_dict["dense"], strict=True):
-            part.load_state_dict(saved)
+        try:
+            for part, saved in zip(self.parts, state_dict["dense"], strict=True):
+                part.load_state_dict(saved)
+        except ValueError as error:
+            raise ValueError(
+                f"The checkpoint's optimizer of the backbone is another one ({error}). Resume with the same backbone= "
+                "of engram_optimizers, and with the same parameters frozen."
+            ) from error
         for name, updates in self.rows.items():
             updates.load_state_dict(state_dict["rows"][name])
         for group, saved in zip(self.row_groups, state_dict["row_groups"], strict=True):

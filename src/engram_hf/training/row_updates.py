@@ -46,11 +46,16 @@ class RowUpdates:
             saves_rows: whether `state_dict` holds the rows too, where nobody else saves them.
 
         Raises:
-            ValueError: the table is quantized, or on disk without a work folder.
+            ValueError: the table is quantized, or on disk without a work folder, or the rule keeps no state.
             OSError: no space in the work folder.
         """
         if table.row_format is not None:
             raise ValueError(f"Rows of {name} are quantized ({table.row_format}), and cannot be trained; freeze it.")
+        if not (rule.wide or rule.narrow):
+            raise ValueError(
+                f"{type(rule).__name__} keeps no state of a row, by which checkpoints know which rows were touched. "
+                "Name one in its `wide` or `narrow`, a count of steps for one."
+            )
         self.name, self.table, self.rule, self.seed, self.saves_rows = name, table, rule, seed, saves_rows
         self.steps = 0
         # Before the training copy: a checkpoint is saved by the files that the table comes from now.

@@ -35,10 +35,13 @@ class WorkFile(MappedFile):
             tensors: name to shape and type.
 
         Raises:
-            OSError: the disk has no room for them.
+            OSError: the folder cannot be made, or the disk has no room for them.
         """
         self.path = Path(folder).absolute()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"work_folder {self.path} cannot be made ({error.strerror})") from error
         self.places, end = {}, 0
         for name, (shape, dtype) in tensors.items():
             nbytes = math.prod(shape) * dtype.itemsize
