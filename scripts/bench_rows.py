@@ -4,7 +4,7 @@
     python scripts/bench_rows.py --fbgemm ENV/bin/python      also FBGEMM's CPU kernel, from an environment of its own
                                                               (pip install fbgemm-gpu-cpu torch numpy)
 
-Before anything is timed, each rule is compared with torch's own optimizer or with its formula. Every way runs in a
+Before a rule of ours or FBGEMM's is timed, it is compared with its formula, written out dense. Every way runs in a
 process of its own, in three turns, so that a slow minute meets all ways; milliseconds are medians of medians of turns,
 at 10 million rows with the lowest and the highest, and memory is the peak of a process over its weights.
 """
@@ -39,20 +39,27 @@ def peak_bytes() -> int:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
+def made_rows(rows: int, way: str):
+    """A table of ours, and what updates its rows."""
+    import torch
+
+    from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
+    from engram_hf.modeling.engram_table import EngramTable
+    from engram_hf.training.row_updates import RowUpdates
+
+    rules = {"adam": RowAdam(), "rowwise_adam": RowwiseAdam(), "adagrad": RowwiseAdagrad(), "sgd": RowSGD()}
+    table = EngramTable([rows], WIDTH, rows * WIDTH, torch.float32)
+    torch.nn.init.normal_(table.blocks[0])
+    return table, RowUpdates("table", table, rules[way])
+
+
 def made_step(way: str, rows: int):
     """A function that makes one step on (LOOKUPS,) row numbers."""
     import torch
 
     pull = torch.randn(LOOKUPS, WIDTH, generator=torch.Generator().manual_seed(0))
     if way in RULES:
-        from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
-        from engram_hf.modeling.engram_table import EngramTable
-        from engram_hf.training.row_updates import RowUpdates
-
-        rules = {"adam": RowAdam(), "rowwise_adam": RowwiseAdam(), "adagrad": RowwiseAdagrad(), "sgd": RowSGD()}
-        table = EngramTable([rows], WIDTH, rows * WIDTH, torch.float32)
-        torch.nn.init.normal_(table.blocks[0])
-        updates = RowUpdates("table", table, rules[way])
+        table, updates = made_rows(rows, way)
 
         def step(ids):
             table(ids.view(1, -1, 1)).view(-1, WIDTH).backward(pull)
@@ -74,8 +81,7 @@ def made_step(way: str, rows: int):
     return step
 
 
-def made_fbgemm_step(rows: int):
-    import torch
+def made_fbgemm_table(rows: int, lr: float):
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -83,13 +89,19 @@ def made_fbgemm_step(rows: int):
         SplitTableBatchedEmbeddingBagsCodegen,
     )
 
-    pull = torch.randn(LOOKUPS, WIDTH)
-    table = SplitTableBatchedEmbeddingBagsCodegen(
+    return SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, WIDTH, EmbeddingLocation.HOST, ComputeDevice.CPU)],
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=1e-3,
+        learning_rate=lr,
         pooling_mode=PoolingMode.SUM,
     )
+
+
+def made_fbgemm_step(rows: int):
+    import torch
+
+    pull = torch.randn(LOOKUPS, WIDTH)
+    table = made_fbgemm_table(rows, 1e-3)
     # One row per bag, which is a lookup.
     offsets = torch.arange(LOOKUPS + 1)
     return lambda ids: table(ids, offsets).backward(pull)
@@ -99,6 +111,8 @@ def measure(way: str, rows: int) -> None:
     """In a process of its own: print median milliseconds and peak bytes."""
     import torch
 
+    if way not in DENSE:
+        check(way)
     ids = [torch.from_numpy(each) for each in batches(rows, WARM + STEPS)]
     before = peak_bytes()
     step = made_fbgemm_step(rows) if way == "fbgemm" else made_step(way, rows)
@@ -110,30 +124,51 @@ def measure(way: str, rows: int) -> None:
     print(json.dumps([1000 * statistics.median(seconds[WARM:]), peak_bytes() - before]))
 
 
-def check() -> None:
-    """Raise unless rules move rows as torch's optimizers do, where every step touches every row."""
+def moved_by_formula(way: str, rows, pulls, lr: float):
+    """Where (n, width) rows go that every step pulls at, all of it dense and in float64."""
     import torch
 
-    from engram_hf import RowAdam, RowSGD
-    from engram_hf.modeling.engram_table import EngramTable
-    from engram_hf.training.row_updates import RowUpdates
+    rows, first, second = rows.double(), 0.0, 0.0
+    for step, pull in enumerate((each.double() for each in pulls), 1):
+        square = pull.square()
+        if way == "sgd":
+            first = 0.9 * first + pull
+            rows = rows - lr * first
+        elif way == "adagrad":
+            second = second + square.mean(-1, keepdim=True)
+            rows = rows - lr * pull / second.sqrt()
+        else:
+            first = 0.9 * first + 0.1 * pull
+            second = 0.999 * second + 0.001 * (square if way == "adam" else square.mean(-1, keepdim=True))
+            size = torch.sqrt(second / (1 - 0.999**step)) + 1e-8
+            rows = rows - lr * first / (1 - 0.9**step) / size
+    return rows
 
-    for rule, kind, options in (
-        (RowAdam(), torch.optim.Adam, {}),
-        (RowSGD(), torch.optim.SGD, {"momentum": 0.9}),
-    ):
-        table = EngramTable([999], WIDTH, 999 * WIDTH, torch.float32)
-        torch.nn.init.normal_(table.blocks[0])
-        dense = torch.nn.Parameter(table.blocks[0].detach().clone())
-        updates, optimizer = RowUpdates("table", table, rule), kind([dense], lr=1e-2, **options)
-        for _ in range(20):
-            pull = torch.randn(999, WIDTH)
-            table(torch.arange(999).view(1, -1, 1)).view(-1, WIDTH).backward(pull)
-            updates.step(1e-2)
-            dense.grad = pull
-            optimizer.step()
-        if not torch.allclose(table.blocks[0], dense, rtol=1e-5, atol=1e-6):
-            raise RuntimeError(f"{rule} moves rows otherwise than {kind.__name__}; nothing is timed.")
+
+def check(way: str) -> None:
+    """Raise unless a way moves rows by its formula."""
+    import torch
+
+    ids, lr = torch.randperm(999), 1e-2
+    pulls = [torch.randn(999, WIDTH) for _ in range(20)]
+    if way == "fbgemm":
+        table = made_fbgemm_table(999, lr)
+        weights = table.split_embedding_weights()[0]
+        torch.nn.init.normal_(weights)
+        start = weights.detach().clone()
+        for pull in pulls:
+            table(ids, torch.arange(1000)).backward(pull[ids])
+        weights = table.split_embedding_weights()[0]
+    else:
+        table, updates = made_rows(999, way)
+        weights = table.blocks[0].detach()
+        start = weights.clone()
+        for pull in pulls:
+            table(ids.view(1, -1, 1)).view(-1, WIDTH).backward(pull[ids])
+            updates.step(lr)
+    expected = moved_by_formula("adagrad" if way == "fbgemm" else way, start, pulls, lr)
+    if not torch.allclose(weights.double(), expected, rtol=1e-5, atol=1e-5):
+        raise RuntimeError(f"{way} does not move rows by its formula; nothing is timed.")
 
 
 def run(way: str, rows: int, python: str = sys.executable) -> tuple[float, float]:
@@ -152,7 +187,6 @@ def main():
     arguments = parser.parse_args()
     if arguments.measure:
         return measure(arguments.measure[0], int(arguments.measure[1]))
-    check()
     ways = [*RULES, *DENSE] + ["fbgemm"] * bool(arguments.fbgemm)
     print("| way | 1M rows, ms | 3M | 10M | 10M to 1M | peak memory / weights at 10M | dense AdamW takes ... times |")
     print("|---|---|---|---|---|---|---|")
