@@ -61,14 +61,14 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_model(arguments: argparse.Namespace):
+def load_model(arguments: argparse.Namespace, last: str | None):
     device = 0 if torch.accelerator.is_available() else "cpu"
     tier = {"resident": device, "host": "cpu", "disk": "disk"}[arguments.table_tier]
     config = AutoConfig.from_pretrained(arguments.model)
     tables = {f"model.layers.{layer}.engram.table": tier for layer in config.engram_layer_ids}
     # From the checkpoint itself: its tables then stay where they are, in its own files.
-    last = last_complete_checkpoint(arguments.output) if arguments.resume and not arguments.lora else None
-    model = AutoModelForCausalLM.from_pretrained(last or arguments.model, device_map={"": device, **tables})
+    source = last if last is not None and not arguments.lora else arguments.model
+    model = AutoModelForCausalLM.from_pretrained(source, device_map={"": device, **tables})
     if arguments.lora:
         from peft import get_peft_model
 
@@ -138,10 +138,10 @@ def main():
     arguments = parse_arguments()
     last = last_complete_checkpoint(arguments.output) if arguments.resume else None
     # Trainer would train one step more.
-    if last is not None and int(str(last).rsplit("-", 1)[1]) >= arguments.steps:
+    if last is not None and int(last.rsplit("-", 1)[1]) >= arguments.steps:
         raise SystemExit(f"{last} has all of --steps {arguments.steps}; --resume goes on with more.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model, base = load_model(arguments)
+    model, base = load_model(arguments, last)
     trainer = make_trainer(arguments, model, base, tokenizer)
     before = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
     trainer.train(resume_from_checkpoint=last)

@@ -27,6 +27,16 @@ def test_a_short_file_is_cut_so_that_some_can_be_held_out(script, tmp_path):
     assert len(held_out) == 1 and len(train) + 1 == len(documents)
 
 
+def test_a_run_that_has_all_its_steps_is_not_trained_on(script, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    arguments = ["model", "--dataset", "notes.txt", "--output", str(tmp_path), "--resume", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
+    with pytest.raises(SystemExit, match="checkpoint-3 has all of --steps 3"):
+        script("finetune").main()
+
+
 def test_finetuning_on_too_little_text_ends_with_a_sentence(script, tmp_path, tokenizer, monkeypatch):
     tiny_model(tiny_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

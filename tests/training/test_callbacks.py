@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import sqlite3
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from engram_hf import (
     EngramGateStatisticsCallback,
@@ -349,6 +350,13 @@ def test_a_prefetcher_reads_the_pages_that_a_forward_reads_and_no_other(tmp_path
     for own, (source, read) in zip(pages, wanted, strict=True):
         others = [page for page in own.tolist() if page not in read | borders]
         assert len(others) > 50 and source.file.share_in_memory(np.array(others)) == 0
+
+
+def test_a_worker_that_is_no_fork_collates_and_says_that_it_reads_nothing_ahead(caplog):
+    collator = PrefetchingCollator(default_data_collator, RowPrefetcher(tiny_model()))
+    there = pickle.loads(pickle.dumps(collator))
+    assert "workers that are not forks read no rows ahead" in caplog.text
+    assert torch.equal(there(DATA[:3])["input_ids"], collator(DATA[:3])["input_ids"])
 
 
 def test_a_collator_is_wrapped_for_the_run_and_put_back(tmp_path):

@@ -32,7 +32,7 @@ class LossFreeBalancingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._remove_hooks()
-        if getattr(model, "peft_config", None):
+        if hasattr(model, "peft_config"):
             raise ValueError(
                 "LossFreeBalancingCallback moves the bias of routers, which an adapter does not save: what is loaded "
                 "or resumed would be another model. Leave the callback out; an adapter leaves routers as they are."

@@ -131,10 +131,11 @@ class PrefetchingCollator:
 
     def __reduce__(self):
         # Files without a name cannot be opened by a worker that is not a fork.
-        logger.warning_once(
-            "DataLoader workers that are not forks read no rows ahead: use dataloader_num_workers=0, or "
-            "torch.multiprocessing.set_start_method('fork')."
-        )
+        if self.prefetcher is not None:
+            logger.warning_once(
+                "DataLoader workers that are not forks read no rows ahead: use dataloader_num_workers=0, or "
+                "torch.multiprocessing.set_start_method('fork')."
+            )
         return PrefetchingCollator, (self.collate, None)
 
 
