@@ -19,8 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
-from engram_hf.modeling.engram_quantization import dequantize_rows, quantize_rows
-from engram_hf.modeling.engram_table import HOST, EngramTable, tables_without_blocks
+from engram_hf.modeling.table import HOST, EngramTable, tables_without_blocks
+from engram_hf.modeling.table_formats import dequantize_rows, quantize_rows
 
 
 FORMAT, HEAD_DIM, HEADS = "float8_e4m3fn", 160, 8

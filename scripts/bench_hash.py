@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from engram_hf import EngramMoEConfig, NgramHash
-from engram_hf.modeling.ngram_hashing import find_ngrams, hash_layers, layer_constants
-from engram_hf.modeling.token_history import token_reach
+from engram_hf.modeling.ids_hashing import find_ngrams, hash_layers, layer_constants
+from engram_hf.modeling.ids_reach import token_reach
 
 
 SHAPES = {"prefill, 8 x 4,096": (8, 4096), **{f"decode, {n} sequences": (n, 1) for n in (1, 8, 64)}}

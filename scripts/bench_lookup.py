@@ -18,7 +18,7 @@ import torch
 from made_tables import check, forget, open_table, write_table
 from tqdm import tqdm
 
-from engram_hf.modeling.engram_table import DISK, HOST, RESIDENT, EngramTable
+from engram_hf.modeling.table import DISK, HOST, RESIDENT, EngramTable
 
 
 WIDTH = 8

@@ -31,7 +31,7 @@ from made_tables import check, forget, open_table, write_table
 from safetensors import safe_open
 from tqdm import tqdm
 
-from engram_hf.modeling.engram_table import DISK
+from engram_hf.modeling.table import DISK
 
 
 WIDTH = 64

@@ -44,7 +44,7 @@ def made_rows(rows: int, way: str):
     import torch
 
     from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
-    from engram_hf.modeling.engram_table import EngramTable
+    from engram_hf.modeling.table import EngramTable
     from engram_hf.training.row_updates import RowUpdates
 
     rules = {"adam": RowAdam(), "rowwise_adam": RowwiseAdam(), "adagrad": RowwiseAdagrad(), "sgd": RowSGD()}

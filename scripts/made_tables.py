@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engram_hf.modeling.engram_table import EngramTable, tables_without_blocks
-from engram_hf.modeling.safetensors_files import PIECE_BYTES, TensorContent, write_file
-from engram_hf.modeling.table_files import PAGE, BlockSource, TableFile
+from engram_hf.modeling.disk_files import PAGE, BlockSource, TableFile
+from engram_hf.modeling.disk_safetensors import PIECE_BYTES, TensorContent, write_file
+from engram_hf.modeling.table import EngramTable, tables_without_blocks
 
 
 def write_table(path: Path, rows: int, width: int, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from tiny_recipe import SEQ_LENGTH, held_out_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_hf import quantize_tables
-from engram_hf.modeling.engram_quantization import QUANTIZED_FORMATS
+from engram_hf.modeling.table_formats import QUANTIZED_FORMATS
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from engram_hf import EngramMoEConfig
+from engram_hf.modeling.checkpoint_saving import CODE_FILES
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
-from engram_hf.modeling.engram_publishing import CODE_FILES
 
 
 ROOT = Path(__file__).resolve().parent.parent

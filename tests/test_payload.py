@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 
 from engram_hf import EngramMoEForSequenceClassification, EngramMoEForTokenClassification
-from engram_hf.modeling.engram_publishing import CODE_FILES
+from engram_hf.modeling.checkpoint_saving import CODE_FILES
 
 
 ROOT = Path(__file__).parent.parent

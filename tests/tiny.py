@@ -3,7 +3,7 @@
 import torch
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
-from engram_hf.modeling.engram_quantization import quantize_rows
+from engram_hf.modeling.table_formats import quantize_rows
 
 
 VOCAB_SIZE = 99

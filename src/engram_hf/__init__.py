@@ -12,32 +12,32 @@ from transformers import (
 )
 
 from .adapters.lora import lora_config
+from .checkpoints.inspecting import inspect_checkpoint
+from .checkpoints.merging import merge_changed_rows
+from .checkpoints.quantizing import quantize_tables
+from .checkpoints.verifying import verify_tables
 from .hub.card import render_card, update_card
 from .hub.card_facts import CardFacts, read_facts
 from .hub.card_gathering import gather_facts
 from .hub.fetching import fetch_blocks
-from .hub.inspecting import inspect_checkpoint
-from .hub.merging import merge_changed_rows
 from .hub.pushing import push_engram
-from .hub.quantizing import quantize_tables
-from .hub.verifying import verify_tables
 from .insight.plotting import plot_training
 from .modeling.configuration_engram_moe import EngramMoEConfig
+from .modeling.ids_hashing import NgramHash, build_token_map
 from .modeling.modeling_engram_moe import (
     EngramMoEForCausalLM,
     EngramMoEForSequenceClassification,
     EngramMoEForTokenClassification,
     EngramMoEModel,
 )
-from .modeling.ngram_hashing import NgramHash, build_token_map
 from .planning import count_parameters, estimate_memory
-from .training.balancing import LossFreeBalancingCallback
+from .training.callbacks.balancing import LossFreeBalancingCallback
+from .training.callbacks.gate_statistics import EngramGateStatisticsCallback
+from .training.callbacks.prefetching import EngramPrefetchCallback
+from .training.callbacks.row_statistics import EngramRowStatisticsCallback
 from .training.checkpoints import last_complete_checkpoint
-from .training.gate_statistics import EngramGateStatisticsCallback
 from .training.optimizers import engram_optimizers
-from .training.prefetching import EngramPrefetchCallback
 from .training.row_rules import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
-from .training.row_statistics import EngramRowStatisticsCallback
 
 
 __version__ = "0.1.0.dev0"

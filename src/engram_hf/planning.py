@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from .modeling.checkpoint_loading import BLOCK_KEY
 from .modeling.configuration_engram_moe import EngramMoEConfig
-from .modeling.engram_loading import BLOCK_KEY
-from .modeling.engram_placement import (
+from .modeling.modeling_engram_moe import EngramMoEForCausalLM
+from .modeling.table import DISK, HOST
+from .modeling.table_placement import (
     AUTOMATIC,
     Place,
     as_device,
@@ -24,8 +26,6 @@ from .modeling.engram_placement import (
     plan_places,
     split_device_map,
 )
-from .modeling.engram_table import DISK, HOST
-from .modeling.modeling_engram_moe import EngramMoEForCausalLM
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_a_check_that_was_interrupted_is_made_up_for(hub, model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("engram_hf.modeling.engram_downloading.file_digest", interrupted)
+        patched.setattr("engram_hf.modeling.checkpoint_loading.file_digest", interrupted)
         AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
     hub.served.clear()
     with pytest.raises(ValueError, match="not what its index promises"):
@@ -134,7 +134,7 @@ def test_what_somebody_else_has_downloaded_is_compared_once(hub, model, monkeypa
     with pytest.raises(ValueError, match="not what its index promises"):
         EngramMoEForCausalLM.from_pretrained("user/tiny")
     EngramMoEForCausalLM.from_pretrained("user/tiny")
-    monkeypatch.setattr("engram_hf.modeling.engram_downloading.file_digest", None)
+    monkeypatch.setattr("engram_hf.modeling.checkpoint_loading.file_digest", None)
     assert_same_logits(logits(EngramMoEForCausalLM.from_pretrained("user/tiny")), logits(model))
 
 

@@ -23,8 +23,8 @@ from engram_hf import (
     push_engram,
     verify_tables,
 )
+from engram_hf.modeling.checkpoint_saving import CODE_FILES
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
-from engram_hf.modeling.engram_publishing import CODE_FILES
 
 
 SOURCE = Path(__file__).parent.parent.parent / "src" / "engram_hf" / "modeling"
@@ -354,7 +354,7 @@ def test_a_branch_of_its_own(hub, folder, model, tokenizer):
 
 
 def test_a_file_that_the_hub_should_not_have_is_refused(hub, folder, monkeypatch):
-    monkeypatch.setattr("engram_hf.modeling.engram_uploading.LARGEST_UPLOAD", 5000)
+    monkeypatch.setattr("engram_hf.hub.uploading.LARGEST_UPLOAD", 5000)
     with pytest.raises(ValueError, match="smaller max_shard_size"):
         push_engram(folder, "user/tiny")
     assert "user/tiny" not in hub.repositories

@@ -5,7 +5,7 @@ import torch
 from tiny import SHAPES, assert_same_logits, shaped_config, tiny_config, tiny_ids, tiny_model
 from transformers import DynamicCache
 
-from engram_hf.modeling.packed_documents import document_positions
+from engram_hf.modeling.ids_reach import document_positions
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: "streams{}-order{}-taps{}".format(*shape))

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
-from engram_hf.modeling import engram_reader
-from engram_hf.modeling.engram_reader import PAGES_AT_A_TIME, PageReader, pages_of_rows
-from engram_hf.modeling.engram_table import DISK, EngramTable, tables_without_blocks
-from engram_hf.modeling.safetensors_files import TensorContent, read_header, write_file
-from engram_hf.modeling.table_files import PAGE, BlockSource, TableFile
+from engram_hf.modeling import disk_reading
+from engram_hf.modeling.disk_files import PAGE, BlockSource, TableFile
+from engram_hf.modeling.disk_reading import PAGES_AT_A_TIME, PageReader, pages_of_rows
+from engram_hf.modeling.disk_safetensors import TensorContent, read_header, write_file
+from engram_hf.modeling.table import DISK, EngramTable, tables_without_blocks
 from engram_hf.training.work_files import WorkFile
 
 
@@ -146,7 +146,7 @@ def without(system: str, reader: PageReader, monkeypatch) -> None:
     if system != "batches and maps":
         for name in ("MADV_POPULATE_READ", "MADV_POPULATE_WRITE"):
             # No advice that any kernel knows.
-            monkeypatch.setattr(engram_reader, name, 9999)
+            monkeypatch.setattr(disk_reading, name, 9999)
     reader._batched = system != "neither"
 
 

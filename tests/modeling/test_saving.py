@@ -16,9 +16,9 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engram_hf import verify_tables
-from engram_hf.modeling import engram_publishing
-from engram_hf.modeling.engram_publishing import CODE_FILES
-from engram_hf.modeling.safetensors_files import PIECE_BYTES, read_header
+from engram_hf.modeling import checkpoint_saving
+from engram_hf.modeling.checkpoint_saving import CODE_FILES
+from engram_hf.modeling.disk_safetensors import PIECE_BYTES, read_header
 
 
 ON_DISK = {"": "cpu", "model.layers.0.engram.table": "disk", "model.layers.2.engram.table": "disk"}
@@ -191,7 +191,7 @@ def test_a_save_without_code_leaves_none_also_over_one_with_it(tmp_path):
     model.save_pretrained(tmp_path, with_code=False)
     assert not list(tmp_path.glob("*.py"))
     assert not hasattr(AutoConfig.from_pretrained(tmp_path), "auto_map")
-    assert set(CODE_FILES) == {path.name for path in Path(engram_publishing.__file__).parent.glob("[!_]*.py")}
+    assert set(CODE_FILES) == {path.name for path in Path(checkpoint_saving.__file__).parent.glob("[!_]*.py")}
 
 
 def test_other_files_of_a_folder_are_left_alone(tmp_path):

@@ -9,8 +9,8 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from engram_hf.modeling.engram_placement import Place, plan_places
-from engram_hf.modeling.engram_table import DISK, HOST, RESIDENT
+from engram_hf.modeling.table import DISK, HOST, RESIDENT
+from engram_hf.modeling.table_placement import Place, plan_places
 
 
 FIRST, SECOND = "model.layers.0.engram.table", "model.layers.2.engram.table"

@@ -27,8 +27,8 @@ from engram_hf import (
     plot_training,
 )
 from engram_hf.insight.plotting import read_history
-from engram_hf.modeling.table_files import PAGE
-from engram_hf.training.prefetching import PrefetchingCollator, RowPrefetcher
+from engram_hf.modeling.disk_files import PAGE
+from engram_hf.training.callbacks.prefetching import PrefetchingCollator, RowPrefetcher
 
 
 TABLES = ("model.layers.0.engram.table", "model.layers.2.engram.table")

@@ -5,7 +5,7 @@ import torch
 from dense_rows import DenseRows
 
 from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
-from engram_hf.modeling.engram_table import EngramTable
+from engram_hf.modeling.table import EngramTable
 from engram_hf.training.row_rules import round_stochastically
 from engram_hf.training.row_updates import RowUpdates
 

@@ -14,13 +14,13 @@ from huggingface_hub.errors import HTTPError
 from rich.console import Console
 from rich.table import Table
 
-from ..hub.inspecting import inspect_checkpoint
-from ..hub.merging import merge_changed_rows
+from ..checkpoints.inspecting import inspect_checkpoint
+from ..checkpoints.merging import merge_changed_rows
+from ..checkpoints.quantizing import quantize_tables
+from ..checkpoints.verifying import verify_tables
 from ..hub.pushing import push_engram
-from ..hub.quantizing import quantize_tables
-from ..hub.verifying import verify_tables
 from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
-from ..modeling.engram_quantization import QUANTIZED_FORMATS
+from ..modeling.table_formats import QUANTIZED_FORMATS
 from ..planning import count_parameters, estimate_memory
 
 

@@ -18,9 +18,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from ..modeling.configuration_engram_moe import AUTO_MAP
-from ..modeling.engram_quantization import QUANTIZED_FORMATS
+from ..modeling.disk_safetensors import write_pieces
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
-from ..modeling.safetensors_files import write_pieces
+from ..modeling.table_formats import QUANTIZED_FORMATS
 from .card_facts import BEGIN, END, SECTION, CardFacts, Evaluation, facts_in, read_facts
 from .card_gathering import gather_facts
 from .card_metadata import MODEL_INDEX, edit_block, merge_metadata, read_metadata

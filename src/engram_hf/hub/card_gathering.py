@@ -14,11 +14,12 @@ import torch
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
+from ..checkpoints.inspecting import inspect_checkpoint
 from ..insight.plotting import read_state
+from ..modeling.checkpoint_loading import find_checkpoint, read_digests
 from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
-from ..modeling.engram_loading import find_checkpoint, read_digests
-from ..modeling.engram_quantization import QUANTIZED_FORMATS, row_bytes
-from ..modeling.ngram_hashing import find_primes
+from ..modeling.ids_hashing import find_primes
+from ..modeling.table_formats import QUANTIZED_FORMATS, row_bytes
 from ..planning import count_parameters, estimate_memory
 from .card_facts import (
     LAYER_FIGURES,
@@ -31,7 +32,6 @@ from .card_facts import (
     as_training_data,
     read_facts,
 )
-from .inspecting import inspect_checkpoint
 
 
 CAUSAL_LM = "EngramMoEForCausalLM"

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
+from ..modeling.checkpoint_loading import BLOCK_KEY, HUB_ARGUMENTS, find_checkpoint
 from ..modeling.configuration_engram_moe import EngramMoEConfig
-from ..modeling.engram_downloading import HUB_ARGUMENTS
-from ..modeling.engram_loading import BLOCK_KEY, find_checkpoint
-from ..modeling.table_files import TableFile
+from ..modeling.disk_files import TableFile
 
 
 def fetch_blocks(

@@ -9,11 +9,17 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ..checkpoints.verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 from ..insight.plotting import plot_training
-from ..modeling.engram_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE
-from ..modeling.engram_uploading import (
+from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE
+from ..modeling.disk_safetensors import read_header, read_index
+from .card import update_card
+from .card_facts import CardFacts, facts_in
+from .card_gathering import gather_facts
+from .uploading import (
     CARD_FILE,
     INDEX_FILES,
     Repository,
@@ -25,11 +31,6 @@ from ..modeling.engram_uploading import (
     refuse_model_in_repository,
     upload,
 )
-from ..modeling.safetensors_files import read_header, read_index
-from .card import update_card
-from .card_facts import CardFacts, facts_in
-from .card_gathering import gather_facts
-from .verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -241,7 +242,7 @@ def _files(model, tokenizer, max_shard_size, scratch: Path) -> tuple[Path, list[
         )
     if not isinstance(model, str | Path):
         folder = scratch / "model"
-        tokenizer = model.tokenizer_to_push(tokenizer)
+        tokenizer = _tokenizer_of(model, tokenizer)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -256,6 +257,23 @@ def _files(model, tokenizer, max_shard_size, scratch: Path) -> tuple[Path, list[
         tokenizer.save_pretrained(scratch / "tokenizer")
         files |= {file.name: file for file in files_beside(scratch / "tokenizer")}
     return folder, list(files.values())
+
+
+def _tokenizer_of(model, tokenizer):
+    """The given tokenizer, or the one beside the weights that the model was loaded from; None, with a warning, if there
+    is neither."""
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+        except (OSError, ValueError):
+            logger.warning(
+                "There is no tokenizer where this model was loaded from, so none is pushed. Give it as "
+                "push_engram(..., tokenizer=tokenizer)."
+            )
+            return None
+    if model.base_model.token_map is not None:
+        model.bind_tokenizer(tokenizer)
+    return tokenizer
 
 
 def _split(files: list[UploadFile], folder: Path) -> tuple[list[UploadFile], list[UploadFile]]:

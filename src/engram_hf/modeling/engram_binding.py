@@ -8,8 +8,8 @@ import copy
 
 import torch
 
-from .ngram_hashing import NgramHash, build_token_map, check_fingerprint, layer_constants
-from .token_history import NO_MEMORY
+from .ids_hashing import NgramHash, build_token_map, check_fingerprint, layer_constants
+from .ids_reach import NO_MEMORY
 
 
 class TokenizerBinding:

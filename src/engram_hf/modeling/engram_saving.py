@@ -5,25 +5,21 @@ where a file of unchanged blocks exists.
 """
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData
-from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from transformers.utils.hub import convert_file_size_to_int
+from transformers.utils.hub import convert_file_size_to_int, hf_api
 
+from .checkpoint_loading import BLOCK_KEY
+from .checkpoint_saving import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
 from .configuration_engram_moe import TABLE_DTYPES
-from .engram_loading import BLOCK_KEY
-from .engram_publishing import link_file, publish, refuse_model_in, remove_code, save_code, set_auto_map, staging
-from .engram_quantization import QUANTIZED_FORMATS
-from .engram_table import DISK, EngramTable
-from .engram_uploading import CARD_FILE, UploadFile, files_to_upload, open_repository, prepare, upload
-from .safetensors_files import TensorContent, write_file
-from .table_files import BlockSource, MappedFile
+from .disk_files import BlockSource, MappedFile
+from .disk_safetensors import TensorContent, write_file
+from .table import DISK, EngramTable
+from .table_formats import QUANTIZED_FORMATS
 
 
 logger = logging.get_logger(__name__)
@@ -203,7 +199,7 @@ class SavesTables:
         set_auto_map(self.config, with_code)
         # They are saved beside the backbone, or where `tables_from` will be told.
         self.config.engram_tables_repo = self.config.engram_tables_revision = None
-        arguments = _take_upload_arguments(folder, token, kwargs) if push_to_hub else None
+        repository = self._open_repository_to_push(folder, token, kwargs) if push_to_hub else None
         saved = {}
         if apart:
             with staging(tables_to) as stage:
@@ -223,94 +219,21 @@ class SavesTables:
             for name, table in tables.items():
                 full_names = [f"{self._tables_prefix()}{name}.blocks.{i}" for i in range(len(table.block_shapes))]
                 table.follow_save({i: (saved[full], full) for i, full in enumerate(full_names)})
-        if arguments is not None:
-            self._upload(folder, **arguments)
+        if repository is not None:
+            self._upload_modified_files(folder, token=token, **repository)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        tokenizer=None,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "5GB",
-        tags: list[str] | None = None,
-    ) -> CommitInfo:
-        """As `PreTrainedModel.push_to_hub`: weights, tables, code, config, card and tokenizer, in one commit.
-
-        Files that are there are not sent again, so an upload that broke goes on when this is called again.
-
-        Args:
-            tokenizer: to go with the model; by default the one that lies where the model was loaded from.
-            repo_id, commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as
-                in transformers.
-
-        Raises:
-            ValueError: the tokenizer is another one than the one that is bound.
-            OSError, huggingface_hub.errors.HTTPError: of the connection, or of rights; nothing is committed then.
-
-        Example:
-            >>> model.push_to_hub("user/engram-tiny", tokenizer=tokenizer)
-        """
-        tokenizer = self.tokenizer_to_push(tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            return self._upload(
-                Path(folder),
-                repo_id=repo_id,
-                tags=tags,
-                token=token,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                commit_description=commit_description,
-            )
-
-    def tokenizer_to_push(self, tokenizer):
-        """The tokenizer, or the one that lies beside the weights; none, with a warning, where none does."""
-        if tokenizer is None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, local_files_only=True)
-            except (OSError, ValueError):
-                logger.warning(
-                    "No tokenizer lies where this model was loaded from, so none is pushed with it. Give it as "
-                    "push_to_hub(..., tokenizer=tokenizer)."
-                )
-                return None
-        if self.base_model.token_map is not None:
-            self.base_model.bind_tokenizer(tokenizer)
-        return tokenizer
-
-    def _upload(self, folder: Path, repo_id: str, tags: list[str] | None = None, **target) -> CommitInfo:
-        message = target.pop("commit_message", None) or "Upload model"
-        description = target.pop("commit_description", None)
-        additions = prepare(file for file in files_to_upload(folder) if file.name != CARD_FILE)
-        repository = open_repository(repo_id, **target)
-        text = repository.read(CARD_FILE)
-        if text is None and (folder / CARD_FILE).is_file():
-            text = (folder / CARD_FILE).read_bytes()
-        try:
-            if text is None:
-                card = ModelCard.from_template(ModelCardData(library_name="transformers"), model_id=repository.repo_id)
-            else:
-                card = ModelCard(text.decode())
-        except ValueError as error:
-            raise ValueError(
-                f"{CARD_FILE} of {repository.repo_id} cannot be read, so its tags cannot be added to, and nothing was "
-                f"sent: {error}. Mend it there first; it must be UTF-8 with valid YAML between its lines of ---."
-            ) from error
-        known = card.data.tags or []
-        card.data.tags = [*known, *(tag for tag in [*(self.model_tags or []), *(tags or [])] if tag not in known)]
-        card.save(folder / CARD_FILE)
-        additions += prepare([UploadFile(CARD_FILE, folder / CARD_FILE)])
-        return upload(repository, additions, message, description)
+    def _open_repository_to_push(self, folder: Path, token, kwargs: dict) -> dict:
+        """What transformers' upload takes: the repository, made where there is none, and the files as they are now."""
+        found = {
+            "commit_message": kwargs.pop("commit_message", None),
+            "create_pr": kwargs.pop("create_pr", False),
+            "revision": kwargs.pop("revision", None),
+            "files_timestamps": self._get_files_timestamps(folder) if folder.is_dir() else {},
+        }
+        repo_id = kwargs.pop("repo_id", folder.name)
+        private = kwargs.pop("private", None)
+        found["repo_id"] = hf_api().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        return found
 
     def _check_blocks(self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor]) -> None:
         """Whether all blocks are there, of one type, which the config then names."""
@@ -336,13 +259,3 @@ class SavesTables:
                     "engram_hf.quantize_tables(source, target)."
                 )
             self.config.engram_table_dtype = table.row_format or next(iter(dtypes))
-
-
-def _take_upload_arguments(folder: Path, token, kwargs: dict) -> dict:
-    """What of the arguments of `save_pretrained` is about the upload."""
-    names = ("commit_message", "private", "create_pr", "revision", "tags")
-    return {
-        "repo_id": kwargs.pop("repo_id", folder.name),
-        "token": token,
-        **{name: kwargs.pop(name) for name in names if name in kwargs},
-    }

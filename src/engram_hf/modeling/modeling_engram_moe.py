@@ -47,17 +47,24 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_engram_moe import EngramMoEConfig
-from .embedding_inversion import recover_token_ids
 from .engram_binding import TokenizerBinding
-from .engram_layer import IDS_STATE, EngramLayer, NgramContext, ShortConvolution
 from .engram_outputs import CACHE_NAME, EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast, find_cache
 from .engram_refusals import WithoutContinuousBatching
 from .engram_saving import SavesTables
-from .engram_table import EngramTable
-from .engram_tiers import TablesOnTiers
-from .ngram_hashing import find_ngrams, hash_layers, layer_constants
-from .packed_documents import document_positions, find_documents, positions_in_documents, positions_under_mask
-from .token_history import NO_MEMORY, token_reach, unpack_history
+from .ids_hashing import find_ngrams, hash_layers, layer_constants
+from .ids_reach import (
+    NO_MEMORY,
+    document_positions,
+    find_documents,
+    positions_in_documents,
+    positions_under_mask,
+    token_reach,
+    unpack_history,
+)
+from .ids_recovery import recover_token_ids
+from .memory_layer import IDS_STATE, EngramLayer, NgramContext, ShortConvolution
+from .memory_model import TablesOnTiers
+from .table import EngramTable
 
 
 class HiddenStateTap(nn.Module):

@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from .engram_reader import pages_of_rows
-from .row_gradients import RowGradients, RowsOfLookups, group
+from .disk_reading import pages_of_rows
+from .table_gradients import RowGradients, RowsOfLookups, group
 
 
 RESIDENT, HOST, DISK = "resident", "host", "disk"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..modeling.engram_loading import find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import find_checkpoint, read_headers
+from ..modeling.disk_safetensors import read_header
 from ..modeling.engram_saving import TRAINER_STATE
-from ..modeling.safetensors_files import read_header
 
 
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

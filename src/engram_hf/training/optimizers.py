@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.engram_table import EngramTable
+from ..modeling.table import EngramTable
 from .row_exchange import exchange_rows
 from .row_rules import RowAdam, RowRule, RowSGD, RowwiseAdagrad, RowwiseAdam
 from .row_updates import RowUpdates

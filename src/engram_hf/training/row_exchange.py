@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import GradientState
 
-from ..modeling.row_gradients import sum_rows
+from ..modeling.table_gradients import sum_rows
 
 
 def exchange_rows(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..modeling.engram_reader import pages_of_rows
-from ..modeling.engram_table import DISK, EngramTable
+from ..modeling.disk_reading import pages_of_rows
+from ..modeling.table import DISK, EngramTable
 from ..modeling.table_rows import put_rows
 from .row_rules import RowRule, round_stochastically
 from .work_files import WorkFile, open_training_copy

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..modeling.engram_table import DISK, EngramTable
-from ..modeling.safetensors_files import TensorPlace
-from ..modeling.table_files import PAGE, BlockSource, MappedFile
+from ..modeling.disk_files import PAGE, BlockSource, MappedFile
+from ..modeling.disk_safetensors import TensorPlace
+from ..modeling.table import DISK, EngramTable
 
 
 PROGRESS_BYTES = 2**28

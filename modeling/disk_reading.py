@@ -1,0 +1,1 @@
+../src/engram_hf/modeling/disk_reading.py

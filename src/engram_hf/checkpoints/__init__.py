@@ -1,0 +1,1 @@
+"""Local checkpoints: inspect, verify, merge and quantize a folder."""

@@ -1,0 +1,230 @@
+"""Is a checkpoint what it was when it was saved, and do its parts belong together?
+
+Reads every byte; a forward cannot see a flipped one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from ..modeling.checkpoint_loading import BLOCK_KEY, Checkpoint, find_checkpoint, match_blocks, read_headers
+from ..modeling.configuration_engram_moe import EngramMoEConfig
+from ..modeling.disk_files import TableFile
+from ..modeling.disk_safetensors import TensorPlace, file_digest
+from ..modeling.engram_binding import expand_token_map
+from ..modeling.ids_hashing import NgramHash, check_fingerprint, digest
+from ..modeling.modeling_engram_moe import EngramMoEModel
+from ..modeling.table import tables_without_blocks
+from ..modeling.table_formats import QUANTIZED_FORMATS, dequantize_rows
+
+
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+# Rows are looked at in parts of this size.
+PART_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class VerifiedFile:
+    """A weight file: its name, bytes, SHA-256 as promised (None: nothing is promised) and as found, and its tensors."""
+
+    name: str
+    nbytes: int
+    promised: str | None
+    found: str
+    tensors: tuple[str, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        return self.promised == self.found
+
+
+def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = None) -> list[VerifiedFile]:
+    """Compare a checkpoint with what saving wrote: every weight file with the SHA-256 of the index, shapes and types of
+    blocks with the config, token map, tokenizer and index with the fingerprint; and see that all rows are numbers.
+
+    Args:
+        path_or_repo: folder of a checkpoint, or of tables alone; or a repository whose files were downloaded. Tables in
+            a repository of their own are found by the config.
+        tables_from: folder or repository of the tables, where they are not beside the backbone and the config does not
+            name it, as in `from_pretrained`.
+
+    Returns:
+        the files, all of them sound.
+
+    Raises:
+        FileNotFoundError: no safetensors files are there, or one is missing.
+        ValueError: a file is truncated or changed, or no digest was saved for it; a block is missing, misshapen or of
+            another type; a row or scale is no number; a fingerprint is another one. Names files and tensors.
+
+    Example:
+        >>> verify_tables("output/tiny")
+        [VerifiedFile(name='model-00001-of-00001.safetensors', ...), ...]
+    """
+    is_there = Path(path_or_repo).is_dir() or not Path(path_or_repo).is_absolute()
+    checkpoint = _find(str(path_or_repo)) if is_there else None
+    if checkpoint is None or not checkpoint.file_of:
+        raise FileNotFoundError(
+            f"{path_or_repo} is no folder with safetensors files and their index, and no repository whose files are on "
+            "this machine; nothing can be verified."
+        )
+    folder = next(iter(checkpoint.file_of.values())).parent
+    config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    if config is None and len(checkpoint.blocks()) < len(checkpoint.file_of):
+        raise FileNotFoundError(f"{path_or_repo} has weights and no config.json. Copy or download it again.")
+    parts = [checkpoint]
+    if config is not None and config.engram_layer_ids and not checkpoint.blocks():
+        parts.append(_find_tables(path_or_repo, config, tables_from))
+    places = [read_headers(part) for part in parts]
+    files = [file for part in parts for file in _verify_files(part)]
+    unknown = [file.name for file in files if file.promised is None]
+    changed = [file for file in files if file.promised is not None and not file.is_sound]
+    if changed:
+        raise ValueError(
+            f"{len(changed)} of {len(files)} files of {path_or_repo} are not what was saved: "
+            + "; ".join(f"{file.name} (with {_some(file.tensors)})" for file in changed)
+            + ". Download or copy them again."
+        )
+    for part, part_places in zip(parts, places, strict=True):
+        if config is not None:
+            _verify_parts(part, part_places, config, folder)
+        _verify_rows(part, part_places, config)
+    if unknown:
+        raise ValueError(
+            f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and "
+            "save it once with save_pretrained, which writes them."
+        )
+    return files
+
+
+def _find(path_or_repo: str, revision: str | None = None) -> Checkpoint | None:
+    """A checkpoint on this machine.
+
+    Raises:
+        FileNotFoundError: it is a repository of which some files are not here.
+    """
+    try:
+        return find_checkpoint(path_or_repo, {"local_files_only": True, "revision": revision})
+    except OSError as error:
+        if Path(path_or_repo).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"Not all files of {path_or_repo} are on this machine, and verifying downloads none. Load the model once, "
+            f"or `hf download {path_or_repo}`."
+        ) from error
+
+
+def _find_tables(where: str | Path, config: EngramMoEConfig, tables_from: str | Path | None) -> Checkpoint:
+    """The tables of a model that has them elsewhere.
+
+    Raises:
+        FileNotFoundError: nobody says where, or they are not there.
+    """
+    revision = None if tables_from is not None else config.engram_tables_revision
+    place = tables_from or config.engram_tables_repo
+    tables = None if place is None else _find(str(place), revision)
+    if tables is None or not tables.blocks():
+        raise FileNotFoundError(
+            f"{where} has a memory in the layers {config.engram_layer_ids} and holds no tables"
+            + (
+                ". Say where they are: tables_from=folder."
+                if place is None
+                else f", and those of {place} are not on this machine. Load the model once, which downloads them."
+            )
+        )
+    return tables
+
+
+def check_tokenizer(folder: str | Path, tokenizer) -> None:
+    """See that a tokenizer is the one that the tables of a checkpoint were made with.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    config = EngramMoEConfig.from_pretrained(folder)
+    if config.engram_fingerprint is None or config.engram_fingerprint["map"] == "none":
+        return
+    token_map = expand_token_map(tokenizer, config)
+    actual = {**config.engram_fingerprint, "map": digest(token_map.numpy().tobytes())}
+    check_fingerprint(config.engram_fingerprint, actual, f"the tokenizer for {folder}")
+
+
+def read_tokenizer(folder: str | Path):
+    """The tokenizer in a folder.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # A damaged file is met deep inside tokenizers, by errors of any type.
+    except Exception as error:
+        raise ValueError(f"The tokenizer in {folder} cannot be read ({error!r}). Copy or download it again.") from error
+
+
+def _verify_files(checkpoint: Checkpoint) -> list[VerifiedFile]:
+    digests = checkpoint.metadata.get("sha256") or {}
+    tensors: dict[Path, list[str]] = {}
+    for name, file in checkpoint.file_of.items():
+        tensors.setdefault(file, []).append(name)
+    total = sum(file.stat().st_size for file in tensors)
+    files = []
+    with logging.tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=total < 2**26) as progress:
+        for file, names in sorted(tensors.items()):
+            found = file_digest(file, progress.update)
+            files.append(VerifiedFile(file.name, file.stat().st_size, digests.get(file.name), found, tuple(names)))
+    return files
+
+
+def _verify_parts(
+    checkpoint: Checkpoint, places: dict[str, TensorPlace], config: EngramMoEConfig, folder: Path
+) -> None:
+    """Blocks, fingerprint and tokenizer belong to the config."""
+    where = checkpoint.where
+    if checkpoint.blocks():
+        with torch.device("meta"), tables_without_blocks():
+            tables = EngramMoEModel(config).named_tables()
+        match_blocks(tables, checkpoint, places, config)
+    declared = config.engram_fingerprint
+    if (in_index := checkpoint.metadata.get("engram_fingerprint")) is not None and declared is not None:
+        check_fingerprint(declared, in_index, f"the index of {where}")
+    name = next((name for name in checkpoint.file_of if name.endswith("token_map")), None)
+    if name is not None and declared is not None:
+        token_map = TableFile(checkpoint.file_of[name]).tensor(name)
+        pad_id = int(token_map[config.engram_pad_token_id])
+        check_fingerprint(declared, NgramHash.from_config(config, pad_id).fingerprint(token_map), where)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        check_tokenizer(folder, read_tokenizer(folder))
+
+
+def _verify_rows(checkpoint: Checkpoint, places: dict[str, TensorPlace], config: EngramMoEConfig | None) -> None:
+    """All rows are finite numbers, and so are the scales of quantized ones."""
+    is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
+    files: dict[Path, TableFile] = {}
+    for name in filter(BLOCK_KEY.match, checkpoint.file_of):
+        path = checkpoint.file_of[name]
+        file = files.setdefault(path, TableFile(path))
+        rows = file.tensor(name)
+        if not is_quantized and not rows.is_floating_point():
+            # Tables alone, without the config that says what their bytes mean.
+            continue
+        count = max(1, PART_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+        for number, part in enumerate(rows.split(count)):
+            numbers = (
+                dequantize_rows(part, str(config.engram_table_dtype), config.engram_head_dim) if is_quantized else part
+            )
+            is_finite = torch.isfinite(numbers).all(-1)
+            if not is_finite.all():
+                row = number * count + int((~is_finite).nonzero()[0])
+                raise ValueError(
+                    f"{name} in {path.name} of {checkpoint.where} holds NaN or infinity, first in row {row}"
+                    f"{' (a number or its scale)' if is_quantized else ''}. It was saved this way: take an earlier "
+                    "checkpoint, or find what made the training diverge."
+                )
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")

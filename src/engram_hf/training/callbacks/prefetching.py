@@ -1,0 +1,225 @@
+"""Rows on their way before the step that reads them: their numbers are known when a batch is collated.
+
+The pages of the rows go into the page cache, which all processes share, so this works in the workers of a DataLoader.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ...modeling.disk_files import PAGE, BlockSource, MappedFile
+from ...modeling.disk_reading import PageReader, pages_of_rows
+from ...modeling.table import DISK, EngramTable, tables_without_blocks
+from .reporting import EngramCallback, find_memory_layers
+
+
+# Rows of a lookup that are looked for in the page cache.
+SAMPLED_ROWS = 128
+
+logger = logging.get_logger(__name__)
+
+
+class Column(NamedTuple):
+    """Something that lies on disk for each row of a run of rows: the rows themselves, or a part of their state.
+
+    first, rows: numbers in the table.
+    source: the tensor.
+    row_nbytes: of one row.
+    """
+
+    first: int
+    rows: int
+    source: BlockSource
+    row_nbytes: int
+
+    def addresses(self, keys: np.ndarray) -> np.ndarray:
+        """Where rows lie in this process, of numbers in the table, ascending."""
+        start, end = np.searchsorted(keys, [self.first, self.first + self.rows])
+        place = self.source.file.places[self.source.name]
+        return self.source.file.address + place.start + (keys[start:end] - self.first) * self.row_nbytes
+
+
+class RowPrefetcher:
+    """Asks for the rows of token ids, in any process; holds no weights."""
+
+    def __init__(self, model: nn.Module, optimizer: Any = None):
+        """
+        Args:
+            model: with tables, of which those on disk matter.
+            optimizer: whose state of rows on disk is asked for too.
+        """
+        base = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
+        with torch.device("meta"), tables_without_blocks():
+            self.skeleton = type(base)(base.config)
+        self.skeleton.hash_is_confirmed = True
+        if base.token_map is not None:
+            self.skeleton.token_map = base.token_map.cpu()
+        updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
+        work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
+        self.columns: dict[int, list[Column]] = {}
+        self.first_rows: dict[int, torch.Tensor] = {}
+        self.skeleton.hash_multipliers, self.skeleton.hash_primes = base.hash_multipliers.cpu(), base.hash_primes.cpu()
+        for layer in base.memory_layers():
+            table, layer_id = layer.engram.table, layer.engram.layer_idx
+            self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
+            self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))
+        self.reader = PageReader()
+        # Bytes read by all processes that have a copy of this.
+        self.bytes_read = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @torch.no_grad()
+    def prefetch(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> None:
+        """Begin to read what a step over these tokens will read, and return; arguments as of a forward."""
+        if not any(self.columns.values()):
+            return
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0)
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        context = self.skeleton.ngram_context(input_ids, position_ids, mask)
+        for layer_id, row_ids in self.skeleton.all_row_ids(context).items():
+            keys = np.unique((row_ids + self.first_rows[layer_id]).numpy())
+            for column in self.columns[layer_id]:
+                file = column.source.file
+                pages = pages_of_rows(column.addresses(keys), column.row_nbytes)
+                self.reader.in_background(partial(self._count, pages, file))
+                self.reader.read_aside(pages, file)
+
+    def _count(self, pages: np.ndarray, file: MappedFile) -> None:
+        self.bytes_read += int((1 - file.share_in_memory(sample(pages))) * len(pages) * PAGE)
+
+
+def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
+    """What a step reads from disk for a table and, where its rows are trained there, their state."""
+    for number, (tier, source) in enumerate(zip(table.tiers, table.sources)):
+        if tier == DISK and source is not None:
+            yield Column(table.first_rows[number], table.block_shapes[number][0], source, table.row_nbytes)
+    for name, store in (updates.stores if updates is not None else {}).items():
+        yield Column(0, table.num_rows, BlockSource(updates.work_file, name), store[0].nbytes)
+
+
+def sample(pages: np.ndarray) -> np.ndarray:
+    return pages[:: max(1, len(pages) // SAMPLED_ROWS)]
+
+
+class PrefetchingCollator:
+    """A collator that begins to read the rows of each batch it has made."""
+
+    def __init__(self, collate: Callable, prefetcher: RowPrefetcher | None):
+        self.collate, self.prefetcher = collate, prefetcher
+
+    def __call__(self, features):
+        batch = self.collate(features)
+        ids = batch.get("input_ids") if hasattr(batch, "get") else None
+        if self.prefetcher is None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            return batch
+        # Ids that are none of the vocabulary are an error of the step, with the message of the model.
+        if int(ids.max()) < self.prefetcher.skeleton.config.vocab_size:
+            self.prefetcher.prefetch(ids, batch.get("attention_mask"), batch.get("position_ids"))
+        return batch
+
+    def __reduce__(self):
+        # Files without a name cannot be opened by a worker that is not a fork.
+        if self.prefetcher is not None:
+            logger.warning_once(
+                "DataLoader workers that are not forks read no rows ahead: use dataloader_num_workers=0, or "
+                "torch.multiprocessing.set_start_method('fork')."
+            )
+        return PrefetchingCollator, (self.collate, None)
+
+
+class EngramPrefetchCallback(EngramCallback):
+    """Reads the rows of coming batches from disk while the batches before them are trained on. Adds to the log:
+
+    * `engram/prefetch_in_time`: share of the rows that were in memory when they were looked up;
+    * `engram/prefetch_waited_ms`: milliseconds a step spent on fetching rows from tables on disk;
+    * `engram/prefetch_bytes`: bytes that were read a step.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramPrefetchCallback()])
+    """
+
+    def __init__(self, enabled: bool = True):
+        """
+        Args:
+            enabled: False only measures: the same figures without the callback's reading ahead.
+        """
+        self.enabled = enabled
+        self._reset()
+        self._wrapped: list[tuple[Any, Callable]] = []
+        self._watched: list[EngramTable] = []
+        self.prefetcher: RowPrefetcher | None = None
+
+    def _reset(self) -> None:
+        self._rows = self._rows_there = self._bytes = 0.0
+        self._seconds = 0.0
+        self._steps = 0
+
+    def arguments(self):
+        return {"enabled": self.enabled}
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        layers = find_memory_layers(model, type(self).__name__)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.on_train_end(args, state, control)
+        self._reset()
+        self.prefetcher = RowPrefetcher(model, optimizer)
+        for layer_id, layer in layers.items():
+            if columns := self.prefetcher.columns[layer_id]:
+                layer.table.watch = lambda keys, columns=columns: self._watch(keys, columns)
+                self._watched.append(layer.table)
+        if not self._watched:
+            logger.info("No table is on disk, so there is nothing to read ahead of a step.")
+        elif self.enabled:
+            loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+            self._wrapped = [(loader, loader.collate_fn)]
+            loader.collate_fn = PrefetchingCollator(loader.collate_fn, self.prefetcher)
+
+    @contextmanager
+    def _watch(self, keys: torch.Tensor, columns: list[Column]) -> Iterator[None]:
+        """Around the lookup of rows, (n,) numbers in the table, ascending."""
+        numbers = keys.cpu().numpy()
+        for column in columns:
+            addresses = column.addresses(numbers)
+            pages = pages_of_rows(sample(addresses), column.row_nbytes)
+            share = column.source.file.share_in_memory(pages)
+            self._rows += len(addresses)
+            self._rows_there += share * len(addresses)
+            self._bytes += (1 - share) * len(addresses) * PAGE
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._steps += 1
+
+    def figures(self):
+        if not self._rows or self.prefetcher is None:
+            return {}
+        steps, read = max(self._steps, 1), int(self.prefetcher.bytes_read)
+        self.prefetcher.bytes_read.zero_()
+        figures = {
+            "engram/prefetch_in_time": self._rows_there / self._rows,
+            "engram/prefetch_waited_ms": 1000 * self._seconds / steps,
+            "engram/prefetch_bytes": (read + self._bytes) / steps,
+        }
+        self._reset()
+        return figures
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for loader, collate in self._wrapped:
+            loader.collate_fn = collate
+        for table in self._watched:
+            table.watch = None
+        self._wrapped, self._watched = [], []
