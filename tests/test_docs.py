@@ -258,7 +258,7 @@ def test_the_card_of_the_demo_is_valid():
 
 def test_the_tokenizer_of_the_demo_has_a_chat_template(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from gather_text import train_tokenizer
+    from helpers.text import train_tokenizer
 
     train_tokenizer([("topics", TEXT[:20_000])], vocab_size=300).save_pretrained(tmp_path)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
