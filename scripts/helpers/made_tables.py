@@ -1,4 +1,4 @@
-"""Tables of any size for the benchmarks, on disk without ever being in memory, and the page cache without them."""
+"""Tables of any size for benchmarks: written to disk piece by piece, and taken out of the page cache again."""
 
 import ctypes
 import mmap
@@ -29,9 +29,10 @@ def write_table(path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
         write_file(path, {"blocks.0": TensorContent(dtype, (rows, width), total, pieces)}, progress.update)
 
 
-def open_table(path: Path, rows: int, width: int, dtype: torch.dtype, tier: str) -> EngramTable:
+def open_table(path: Path, rows_of_head: Sequence[int], width: int, dtype: torch.dtype, tier: str) -> EngramTable:
+    """The table of one block that `write_table` has written, on a tier."""
     with tables_without_blocks():
-        table = EngramTable([rows], width, rows * width, dtype)
+        table = EngramTable(rows_of_head, width, sum(rows_of_head) * width, dtype)
     table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [tier], ["cpu"])
     return table.eval()
 
