@@ -1,22 +1,29 @@
-"""What a memory layer in host memory costs a dense backbone on a GPU, in tokens a second of generation.
+"""How many tokens a second a dense backbone on a GPU loses to a memory layer whose table is in host memory.
 
-    python scripts/bench_gpu.py                   about ten minutes on one GPU of 80 GB; says so where there is none
-    python scripts/bench_gpu.py --sizes tiny      a minute anywhere, to see that it runs
+    python scripts/benchmarks/bench_gpu.py                   about ten minutes on one GPU of 80 GB
+    python scripts/benchmarks/bench_gpu.py --sizes tiny      a minute on any machine, to see that it runs
 
-Backbones of 4 and of 8 billion parameters with random weights, each with and without a memory layer at index 1, whose
-rows in FP8 take half of the free host memory. 512 sequences of 100 to 1,024 tokens are read, and 32 tokens written to
-each, in batches of neighbours in length. First the rows that a lookup brings to the GPU are compared with those in host
-memory. The paper's penalties, for tables of 100 billion parameters on an H800, are 1.9 % and 2.8 %.
+Backbones of 4 and of 8 billion parameters with random weights, each with and without a memory layer at index 1. Its
+rows in FP8 take half of the free host memory. The models read 512 sequences of 100 to 1,024 tokens, in batches of
+similar length, and generate 32 tokens for each. The rows that a lookup brings to the GPU are compared with those in
+host memory before anything is timed. The paper reports penalties of 1.9 % and 2.8 % for tables of 100 billion
+parameters on an H800.
 """
 
 import argparse
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
 from engram_hf.modeling.table import HOST, EngramTable, tables_without_blocks
@@ -106,12 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["4b", "8b"])
     parser.add_argument("--rounds", type=int, default=3)
+    add_results_argument(parser)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and arguments.sizes != ["tiny"]:
         print("There is no GPU here: nothing is measured. (--sizes tiny runs anywhere.)")
         return
-    print("| backbone | table | tokens/s without | tokens/s with memory | penalty |\n|---|---|---|---|---|")
+    results = Results("A table in host memory beside a GPU", about(__doc__))
+    rows = []
     for size in arguments.sizes:
         table_bytes = 2**20 if size == "tiny" else free_host_bytes() // 2
         configs = {name: make_config(size, ids, table_bytes) for name, ids in {"without": [], "with": [1]}.items()}
@@ -126,9 +135,17 @@ def main() -> None:
                 rates[name] += [rate] * (round_ > 0)
         plain, remembering = (statistics.median(rates[name]) for name in models)
         parameters, gib = count_parameters(configs["without"]).total, table.num_rows * table.row_nbytes / 2**30
-        penalty = 100 * (1 - remembering / plain)
-        print(f"| {parameters / 1e9:.1f}B | {gib:.1f} GiB | {plain:,.0f} | {remembering:,.0f} | {penalty:.1f} % |")
+        rows.append([parameters / 1e9, gib, plain, remembering, 1 - remembering / plain])
         del models, model, table
+    columns = {
+        "backbone, billion parameters": ".1f",
+        "table, GiB": ".1f",
+        "tokens a second without": ",.0f",
+        "tokens a second with memory": ",.0f",
+        "penalty": ".1%",
+    }
+    results.tables = [Table(columns, rows)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

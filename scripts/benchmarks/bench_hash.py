@@ -1,22 +1,29 @@
-"""One hash of all memory layers against the numpy way of DeepSeek's demo, and against a decode step.
+"""The hash of all memory layers against the numpy hash of DeepSeek's demo.
 
-    python scripts/bench_hash.py         half a minute on 2 cores
+    python scripts/benchmarks/bench_hash.py         half a minute on 2 cores
 
-Two layers, orders 2 and 3, eight heads each: 32 row ids a token. First both ways are compared, row id by row id. The
-demo's way, written anew from its description: products and XOR of shifted ids, then one remainder per head. What one
-way frees decides how fast the other gets memory, so each is timed in a process of its own, and then both in one.
+Two layers, orders 2 and 3, eight heads each: 32 row ids a token. Both ways must give the same row ids before they are
+timed. The demo's way is written anew from its description: products and XOR of shifted ids, then one remainder per
+head. How fast one way gets memory depends on what ran before it, so each is timed in a process of its own, and then
+both are timed in one process.
 """
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, NgramHash
 from engram_hf.modeling.ids_hashing import find_ngrams, hash_layers, layer_constants
@@ -56,7 +63,7 @@ def demo_layers(ids: np.ndarray, history: int, constants) -> list[np.ndarray]:
 
 @cache
 def ways(label: str) -> dict[str, Callable]:
-    """What gives the row ids of all layers, over the same ids in every process."""
+    """Two functions that give the row ids of all layers; they hash the same ids in every process."""
     torch.set_num_threads(2)
     config = EngramMoEConfig(
         vocab_size=129_280,
@@ -78,7 +85,7 @@ def ways(label: str) -> dict[str, Callable]:
 
 
 def milliseconds(label: str, name: str) -> list[float]:
-    """Some calls of one way, after some that are not timed."""
+    """Times of some calls of one way, after a few that are not timed."""
     way, repeats, times = ways(label)[name], 1 if SHAPES[label][1] > 1 else 200, []
     for _ in range(WARM_UP):
         way()
@@ -99,7 +106,7 @@ def milliseconds_elsewhere(processes: dict[str, ProcessPoolExecutor], label: str
 
 
 def measure(label: str, call: Callable) -> dict[str, float]:
-    """Medians over blocks of calls, the ways in turn."""
+    """Way to its median over blocks of calls; the ways take turns."""
     times: dict[str, list[float]] = {OURS: [], DEMO: []}
     for _ in range(BLOCKS):
         for name, found in times.items():
@@ -108,8 +115,11 @@ def measure(label: str, call: Callable) -> dict[str, float]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("| | engram-hf, ms | demo's numpy, ms | times as fast | in one process |\n|---|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_results_argument(parser)
+    arguments = parser.parse_args()
+    results = Results("Hashing", about(__doc__))
+    rows = []
     for label in SHAPES:
         ours, theirs = (way() for way in ways(label).values())
         if not all(np.array_equal(a.numpy(), b) for a, b in zip(ours, theirs, strict=True)):
@@ -118,7 +128,16 @@ def main() -> None:
             apart = measure(label, partial(milliseconds_elsewhere, {OURS: first, DEMO: second}))
         together = measure(label, milliseconds)
         ratio, ratio_together = apart[DEMO] / apart[OURS], together[DEMO] / together[OURS]
-        print(f"| {label} | {apart[OURS]:.3f} | {apart[DEMO]:.3f} | {ratio:.2f} | {ratio_together:.2f} |", flush=True)
+        rows.append([label, apart[OURS], apart[DEMO], ratio, ratio_together])
+    columns = {
+        "": "",
+        "engram-hf, ms": ".3f",
+        "demo's numpy, ms": ".3f",
+        "times as fast": ".2f",
+        "times as fast in one process": ".2f",
+    }
+    results.tables = [Table(columns, rows)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Does a cache of hot rows pay? N bytes of rows in RAM against the same N bytes of further page cache.
+"""Does a cache of hot rows pay? N bytes of rows in RAM against N bytes more of page cache.
 
-    python scripts/benchmarks/bench_hot_rows.py      about eight minutes on 2 cores, 16 GB of disk; needs root
+    python scripts/benchmarks/bench_hot_rows.py      about ten minutes on 2 cores, 16 GB of disk; needs root
 
-Every way runs in a process of its own, inside a memory cgroup, which counts the page cache too: what the cache of rows
-takes, the page cache loses. Text is the Python standard library, in the order of its files. All ways must read the same
-bytes. Two settings:
+Every way runs in a process of its own, inside a memory cgroup. The limit counts the page cache too, so the page cache
+loses what the cache of rows takes. The text is the Python standard library, in the order of its files. All ways must
+read the same bytes, and they take turns in another order each round. There are two settings:
 
-* a table of 16 GB on disk under a limit of 2 GB, rows of 256 bytes, 16 heads, a vocabulary of 32,000;
-* the demo's table and text, where the page cache holds the whole table.
+* A table of 16 GB on disk under a limit of 2 GB, with rows of 256 bytes, 16 heads and a vocabulary of 32,000.
+* The demo's table and text, where the page cache holds the whole table.
 
-A run that was stopped goes on where it was: table, ids and figures stay in --folder until all is done.
+A control has neither the cache of rows nor as much page cache. A run that was stopped goes on where it was: table, ids
+and figures stay in --folder until all is done.
 """
 
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.made_tables import open_table, write_table
 from helpers.memory_limit import limited_memory
-from helpers.results import Results, Table, add_results_argument
+from helpers.results import Results, Table, about, add_results_argument
 from helpers.text import gather_documents, train_tokenizer
 
 from engram_hf import EngramMoEConfig, NgramHash, build_token_map
@@ -39,18 +39,19 @@ from engram_hf.modeling.table import DISK
 
 LIMIT_BYTES = 2_000_000_000
 # Tokens before anything is timed, tokens in lookups of a prefill, tokens in lookups of a decode step.
-WARM_UP, PREFILL, DECODE = 300_000, 200_000, 50_000
+WARM_UP, PREFILL, DECODE = 300_000, 100_000, 30_000
 TOKENS_OF_PREFILL, SEQUENCES_OF_DECODE = 2048, 16
-ROUNDS = 2
-# Vocabulary, heads of an order, rows of a head, width of a row, and sizes of the cache in bytes; 0 is none.
+ROUNDS = 3
+# Vocabulary, heads of an order, rows of a head, width of a row, its type, bytes of the cache of rows.
 SETTINGS = {
-    "16 GB table, 2 GB limit": (32_000, 8, 3_906_250, 128, torch.bfloat16, (0, 2**28, 2**30)),
-    "demo's table": (4096, 4, 6700, 16, torch.float32, (0, 2**20, 2**22)),
+    "16 GB table, 2 GB limit": (32_000, 8, 3_906_250, 128, torch.bfloat16, 2**30),
+    "demo's table": (4096, 4, 6700, 16, torch.float32, 2**22),
 }
+PAGE_CACHE, HOT_ROWS, CONTROL = "page cache", "hot rows", "neither"
 
 
 def make_hash(setting: str) -> NgramHash:
-    vocab_size, heads, rows_of_head, width, _, _ = SETTINGS[setting]
+    vocab_size, heads, rows_of_head, width, *_ = SETTINGS[setting]
     return NgramHash.from_config(
         EngramMoEConfig(
             vocab_size=vocab_size,
@@ -102,12 +103,12 @@ def lookups(setting: str, ids: np.ndarray, sequences: int, tokens: int):
         yield hashing.row_ids(1, texts[:, start - seen : start + tokens])[:, seen:].contiguous()
 
 
-def measure(folder: Path, setting: str, cache_bytes: int, tokens: tuple[int, int, int]) -> None:
+def measure(folder: Path, setting: str, way: str, tokens: tuple[int, int, int]) -> None:
     """In a process of its own: print seconds, rows asked for, pages read, hits and a checksum of each part."""
     torch.set_num_threads(2)
-    _, _, _, width, dtype, _ = SETTINGS[setting]
+    _, _, _, width, dtype, cache_bytes = SETTINGS[setting]
     table = open_table(folder / "table.safetensors", rows_of_heads(setting), width, dtype, DISK)
-    if cache_bytes:
+    if way == HOT_ROWS:
         table.hot_rows = HotRows(cache_bytes // table.row_nbytes, width, dtype)
     ids = np.load(folder / "ids.npy")
     warm_up, prefill, decode = np.split(ids, np.cumsum(tokens[:2]))
@@ -117,73 +118,76 @@ def measure(folder: Path, setting: str, cache_bytes: int, tokens: tuple[int, int
         ("prefill", prefill, 1, TOKENS_OF_PREFILL),
         ("decode", decode[: tokens[2]], SEQUENCES_OF_DECODE, 1),
     ):
-        seconds, asked, checksum = 0.0, 0, 0
-        hits = table.hot_rows.hits if cache_bytes else 0
+        seconds, cpu_seconds, asked, checksum = 0.0, 0.0, 0, 0
+        hits = table.hot_rows.hits if way == HOT_ROWS else 0
         pages = bytes_read_from_disk()
         for row_ids in lookups(setting, text, sequences, tokens_at_once):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             rows = table(row_ids)
             seconds += time.perf_counter() - start
+            cpu_seconds += time.process_time() - cpu_start
             asked += row_ids.numel()
             checksum = (checksum + int(rows.view(torch.int32).sum(dtype=torch.int64))) % 2**61
         found[part] = {
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "rows": asked,
             "pages": (bytes_read_from_disk() - pages) // 4096,
-            "hits": (table.hot_rows.hits if cache_bytes else 0) - hits,
+            "hits": (table.hot_rows.hits if way == HOT_ROWS else 0) - hits,
             "checksum": checksum,
         }
     print(json.dumps(found))
 
 
-def run(folder: Path, setting: str, cache_bytes: int, tokens: tuple[int, int, int]) -> dict:
-    # Twice: what another process has mapped or written just now may need it.
-    for _ in range(2):
-        with (folder / "table.safetensors").open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    work = [str(folder), setting, str(cache_bytes), *map(str, tokens)]
-    with limited_memory(LIMIT_BYTES) as (_, before):
+def run(folder: Path, setting: str, way: str, tokens: tuple[int, int, int]) -> dict:
+    """What `measure` prints, with the table out of the page cache at the start."""
+    with (folder / "table.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    work = [str(folder), setting, way, *map(str, tokens)]
+    with limited_memory(LIMIT_BYTES - (SETTINGS[setting][-1] if way == CONTROL else 0)) as (_, before):
         command = [*before, sys.executable, str(Path(__file__).resolve()), "--measure", *work]
         ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        raise RuntimeError(f"{setting} with a cache of {cache_bytes:,} bytes failed:\n{ran.stderr[-2000:]}")
+        raise RuntimeError(f"{setting}, {way} failed:\n{ran.stderr[-2000:]}")
     return json.loads(ran.stdout.splitlines()[-1])
 
 
 def tables(found: dict[str, list]) -> list[Table]:
     made = []
-    for setting, (*_, sizes) in SETTINGS.items():
+    for setting, (*_, cache_bytes) in SETTINGS.items():
         rows = []
         for part in ("prefill", "decode"):
-            without = [each[part] for each in found[f"{setting}: 0"]]
-            for cache_bytes in sizes:
-                own = [each[part] for each in found[f"{setting}: {cache_bytes}"]]
-                if {each["checksum"] for each in own} != {each["checksum"] for each in without}:
-                    raise RuntimeError(f"{setting}: the cache gives other rows than the file; nothing is shown.")
-                ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(without, own, strict=True))
+            base = [each[part] for each in found[f"{setting}: {PAGE_CACHE}"]]
+            for way in (PAGE_CACHE, HOT_ROWS, CONTROL):
+                own = [each[part] for each in found[f"{setting}: {way}"]]
+                if {each["checksum"] for each in own} != {each["checksum"] for each in base}:
+                    raise RuntimeError(f"{setting}: {way} gives other rows than {PAGE_CACHE}; nothing is shown.")
+                ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(base, own, strict=True))
                 asked = own[0]["rows"]
                 rows.append(
                     [
                         part,
-                        cache_bytes / 1e6,
+                        way,
                         asked / statistics.median(each["seconds"] for each in own),
-                        statistics.median(each["hits"] / asked for each in own) if cache_bytes else None,
-                        statistics.median(1 - each["pages"] / asked for each in own),
+                        1e6 * statistics.median(each["cpu_seconds"] for each in own) / asked,
+                        statistics.median(each["hits"] / asked for each in own) if way == HOT_ROWS else None,
+                        statistics.median(each["pages"] for each in own),
                         statistics.median(ratios),
                         ", ".join(f"{ratio:.2f}" for ratio in ratios),
                     ]
                 )
         columns = {
             "lookups": "",
-            "cache of rows, MB": ",.0f",
+            "what N bytes are": "",
             "rows a second": ",.0f",
-            "hits of the cache": ".3f",
-            "rows that needed no read": ".3f",
-            "times as fast as none": ".2f",
+            "CPU us a row": ".2f",
+            "hits of hot rows": ".3f",
+            "pages read": ",.0f",
+            "times as fast as page cache": ".2f",
             "each round": "",
         }
-        made.append(Table(columns, rows, setting))
+        made.append(Table(columns, rows, f"{setting}, N = {cache_bytes / 2**20:,.0f} MiB"))
     return made
 
 
@@ -195,26 +199,31 @@ def main() -> None:
     add_results_argument(parser)
     arguments = parser.parse_args()
     if arguments.measure:
-        folder, setting, cache_bytes, *tokens = arguments.measure
-        return measure(Path(folder), setting, int(cache_bytes), tuple(map(int, tokens)))
-    results = Results("Hot rows against page cache", __doc__.split("\n\n")[2].replace("\n", " "))
+        folder, setting, way, *tokens = arguments.measure
+        return measure(Path(folder), setting, way, tuple(map(int, tokens)))
+    results = Results("Hot rows against page cache", about(__doc__))
     state = arguments.folder / "found.json"
     found = json.loads(state.read_text()) if state.exists() else {}
     tokens = (WARM_UP, PREFILL, DECODE)
-    for number, (setting, (*_, sizes)) in enumerate(SETTINGS.items()):
+    ways = [PAGE_CACHE, HOT_ROWS, CONTROL]
+    for number, setting in enumerate(SETTINGS):
         folder = arguments.folder / str(number)
         prepare(folder, setting, sum(tokens))
         for round_ in range(arguments.rounds):
-            for cache_bytes in sizes:
-                own = found.setdefault(f"{setting}: {cache_bytes}", [])
+            for way in ways[round_ % 3 :] + ways[: round_ % 3]:
+                own = found.setdefault(f"{setting}: {way}", [])
                 if len(own) <= round_:
-                    own.append(run(folder, setting, cache_bytes, tokens))
+                    own.append(run(folder, setting, way, tokens))
                     state.write_text(json.dumps(found))
-                    prefill = own[-1]["prefill"]
-                    print(f"{setting}, {cache_bytes / 1e6:,.0f} MB: {prefill['seconds']:.1f} s of prefill", flush=True)
+                    print(f"{setting}, {way}: {own[-1]['prefill']['seconds']:.1f} s of prefill", flush=True)
     results.tables = tables(found)
     results.write(arguments.results)
-    shutil.rmtree(arguments.folder)
+    # Only what this script has written.
+    for number in range(len(SETTINGS)):
+        for name in ("ids.npy", "table.safetensors"):
+            (arguments.folder / str(number) / name).unlink()
+        (arguments.folder / str(number)).rmdir()
+    state.unlink()
 
 
 if __name__ == "__main__":

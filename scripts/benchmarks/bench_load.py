@@ -1,9 +1,9 @@
 """Time and memory to load a model with tables of 8 GiB, by tier, against the same model without memory layers.
 
-    python scripts/bench_load.py         a minute and a half on 2 cores; writes 12 GB and removes them
+    python scripts/benchmarks/bench_load.py         a minute and a half on 2 cores; writes 12 GB and removes them
 
-Each load runs in a process of its own; the middle one of five is printed. Memory is what the process holds more than
-before, and the most it ever held.
+Each load runs in a process of its own. Shown is the middle one of five: how much more memory the process holds after
+the load than before it, and the most it held on the way.
 """
 
 import argparse
@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 from bench_tiers import CONFIG
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
@@ -49,11 +53,14 @@ def load(folder: str, device_map) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument("--rows-of-head", type=int, default=ROWS_OF_8_GIB, help=f"(default: {ROWS_OF_8_GIB})")
+    add_results_argument(parser)
     arguments = parser.parse_args()
+    results = Results("Loading by tier", about(__doc__))
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         large, none = f"{folder}/large", f"{folder}/none"
-        built = EngramMoEForCausalLM(EngramMoEConfig(**{**CONFIG, "engram_vocab_size": ROWS_OF_8_GIB}))
+        built = EngramMoEForCausalLM(EngramMoEConfig(**{**CONFIG, "engram_vocab_size": arguments.rows_of_head}))
         names = [table.name for table in built.engram_tables()]
         built.save_pretrained(large)
         del built
@@ -68,13 +75,22 @@ def main() -> None:
         for _ in range(5):
             for name, (path, device_map) in ways.items():
                 loads.setdefault(name, []).append(load(path, device_map))
-        print("\n| load | seconds | to no memory layers | memory after, MB | at most, MB |\n|---|---|---|---|---|")
-        for name, each in loads.items():
-            middle = sorted(each, key=lambda one: one["seconds"])[2]
-            base = sorted(one["seconds"] for one in loads["no memory layers"])[2]
-            memory = f"{middle['now'] / 1e6:,.0f} | {middle['peak'] / 1e6:,.0f}"
-            print(f"| {name} | {middle['seconds']:.3f} | {middle['seconds'] / base:.2f} | {memory} |")
-        print(f"tables: {middle['tables'] / 1e6:,.0f} MB")
+    base = sorted(one["seconds"] for one in loads["no memory layers"])[2]
+    rows = []
+    for name, each in loads.items():
+        middle = sorted(each, key=lambda one: one["seconds"])[2]
+        memory = [middle[figure] / 1e6 for figure in ("tables", "now", "peak")]
+        rows.append([name, middle["seconds"], middle["seconds"] / base, *memory])
+    columns = {
+        "load": "",
+        "seconds": ".3f",
+        "time to no memory layers": ".2f",
+        "tables, MB": ",.0f",
+        "memory after, MB": ",.0f",
+        "memory at most, MB": ",.0f",
+    }
+    results.tables = [Table(columns, rows)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

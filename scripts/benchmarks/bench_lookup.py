@@ -1,22 +1,27 @@
-"""Time of a lookup against the rows of the table, on each tier: it does not grow with the table.
+"""Does the time of a lookup grow with the table? Tables of 100,000 to a billion rows, on each tier.
 
-    python scripts/bench_lookup.py         three minutes on 2 cores; writes up to 16 GB and removes them
+    python scripts/benchmarks/bench_lookup.py         three minutes on 2 cores; writes up to 16 GB and removes them
 
-Rows of 16 bytes, 4,096 of them a lookup, medians of interleaved rounds. Before a tier is timed, its rows are compared
-with the bytes of the file. --plot also writes a picture of the curve.
+Rows have 16 bytes, and a lookup reads 4,096 of them. Times are medians of interleaved rounds. Before a tier is timed,
+its rows are compared with the bytes of the file.
 """
 
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from made_tables import check, forget, open_table, write_table
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.made_tables import check, forget, open_table, write_table
+from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf.modeling.table import DISK, HOST, RESIDENT, EngramTable
 
@@ -37,8 +42,9 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=1e9, help="rows of the largest table (default 1e9)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
-    parser.add_argument("--plot", type=Path, help="a PNG to write")
+    add_results_argument(parser)
     arguments = parser.parse_args()
+    results = Results("Lookups in tables of any size", about(__doc__))
     generator = np.random.default_rng(1)
     sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
     curves: dict[str, list[float]] = {}
@@ -47,7 +53,7 @@ def main() -> None:
             path = Path(name) / "table.safetensors"
             write_table(path, rows, WIDTH, torch.bfloat16)
             for tier in (RESIDENT, HOST, DISK):
-                table = open_table(path, rows, WIDTH, torch.bfloat16, tier)
+                table = open_table(path, [rows], WIDTH, torch.bfloat16, tier)
                 check(table, generator.integers(0, rows, LOOKUPS))
                 times: dict[str, list[float]] = {}
                 for _ in range(arguments.rounds):
@@ -64,18 +70,9 @@ def main() -> None:
                 del table
                 # Its mapping goes with it, and keeps no page of the file from leaving the cache.
                 gc.collect()
-    print("\n| rows | " + " | ".join(f"{rows:.0e}" for rows in sizes) + " |\n|---|" + "---|" * len(sizes))
-    for label, curve in curves.items():
-        print(f"| {label}, ms | " + " | ".join(f"{value:.2f}" for value in curve) + " |")
-    if arguments.plot:
-        import matplotlib.pyplot as plt
-
-        for label, curve in curves.items():
-            plt.loglog(sizes, curve, marker="o", label=label)
-        plt.xlabel("rows of the table")
-        plt.ylabel(f"ms for {LOOKUPS:,} rows")
-        plt.legend()
-        plt.savefig(arguments.plot, dpi=120)
+    columns = {"rows": "", **{f"{rows:,}": ".2f" for rows in sizes}}
+    results.tables = [Table(columns, [[f"{label}, ms", *curve] for label, curve in curves.items()])]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

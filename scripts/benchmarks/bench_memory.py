@@ -1,19 +1,24 @@
-"""What the memory costs at inference: the same model with and without it, and the hash alone, side by side in one run.
+"""What the memory costs at inference: one model with and without it, and the hash alone, side by side.
 
-    python scripts/bench_memory.py        about a minute on 2 cores
+    python scripts/benchmarks/bench_memory.py        about a minute on 2 cores
 
-First it is checked that what is timed is right: decoding with a cache gives the logits of the plain forward.
-Ratios are of medians over interleaved rounds; absolute times hold on this machine only.
+Decoding with a cache must give the logits of the plain forward before anything is timed. Ratios are of medians over
+interleaved rounds.
 """
 
 import argparse
-import datetime
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
@@ -80,9 +85,11 @@ def hash_seconds(model: EngramMoEForCausalLM, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a model with and without its memory layers, side by side.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+    add_results_argument(parser)
     arguments = parser.parse_args()
+    results = Results("A model with and without memory", about(__doc__))
     ids = torch.randint(SIZES["vocab_size"], (1, PREFILL_TOKENS))
     models = {
         "without memory": build(engram_layer_ids=[]),
@@ -104,19 +111,22 @@ def main() -> None:
 
     # The first round warms up.
     median = {key: statistics.median(values[1:]) for key, values in seconds.items()}
-    print(
-        f"\n| model | prefill of {PREFILL_TOKENS} tokens | of the one without | one decode step | of the one without |"
-    )
-    print("|---|---|---|---|---|")
+    rows = []
     for name in models:
         prefill, decode = median[name, "prefill"], median[name, "decode"]
-        print(
-            f"| {name} | {prefill * 1e3:.0f} ms | {prefill / median['without memory', 'prefill']:.2f} "
-            f"| {decode * 1e3:.1f} ms | {decode / median['without memory', 'decode']:.2f} |"
-        )
+        base = [median["without memory", what] for what in ("prefill", "decode")]
+        rows.append([name, 1e3 * prefill, prefill / base[0], 1e3 * decode, decode / base[1]])
+    columns = {
+        "model": "",
+        f"prefill of {PREFILL_TOKENS} tokens, ms": ".0f",
+        "prefill, time to no memory": ".2f",
+        "decode step, ms": ".1f",
+        "decode, time to no memory": ".2f",
+    }
     share = statistics.median(hashing[1:]) / median["2 memory layers", "prefill"]
-    print(f"\nThe row ids of both layers take {share:.1%} of the prefill.")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {datetime.date.today()}")
+    note = f"Hashing takes {share:.1%} of the prefill with 2 memory layers."
+    results.tables = [Table(columns, rows, note=note)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Cold random rows from a file larger than the page cache, against fio and the ways others read, in one run.
+"""Cold random rows from a file larger than the page cache, against fio and the ways other libraries read.
 
-    python scripts/bench_reads.py         two minutes on 2 cores; writes a file of 0.93 of RAM, and removes it
+    python scripts/benchmarks/bench_reads.py         two minutes on 2 cores; writes a file of 0.93 of RAM and removes it
 
-fio reads random 4K pages at depth 128 (apt install fio; a libaio loop where it is missing). Before anything is
-timed, the rows that a lookup gives are compared with the bytes of the file. The safetensors library cannot map a file
-larger than RAM, so the file is a little smaller than that, and larger than what the page cache can hold. Rows a second
-are medians over interleaved rounds, each with rows that no other round asks for; the page cache is emptied of the file
-between them.
+fio reads random 4K pages at depth 128 (apt install fio; without it, a libaio loop does the same). The rows that a
+lookup gives are compared with the bytes of the file before anything is timed. The file is larger than what the page
+cache can hold, and a little smaller than RAM, because the safetensors library cannot map a larger one. Rows a second
+are medians over interleaved rounds. Each round asks for rows of its own, and the file is taken out of the page cache
+before it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,10 +27,14 @@ import numpy as np
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader
-from libaio_reads import reads_a_second
-from made_tables import check, forget, open_table, write_table
 from safetensors import safe_open
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.libaio_reads import reads_a_second
+from helpers.made_tables import check, forget, open_table, write_table
+from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf.modeling.table import DISK
 
@@ -67,7 +72,7 @@ def busy_thread():
 
 
 def device_reads(path: Path) -> tuple[str, float | None]:
-    """Who read, and random 4K reads a second at depth 128: fio, or a loop of libaio's calls where it is missing."""
+    """Who read, and how many random 4K pages a second at depth 128."""
     if shutil.which("fio") is not None:
         for engine in ("io_uring", "libaio"):
             command = ["fio", "--name=r", f"--filename={path}", "--readonly", "--rw=randread", "--bs=4k"]
@@ -85,7 +90,7 @@ def plain_gather(path: Path, start: int, ids: np.ndarray) -> None:
 
 
 def accelerate_offload(path: Path, rows: int) -> torch.nn.Module:
-    """An embedding that accelerate has on disk, in the same file."""
+    """An embedding whose weights accelerate reads from the same file."""
     with torch.device("meta"):
         embedding = torch.nn.Embedding(rows, WIDTH)
     index = {"weight": {"safetensors_file": str(path), "weight_name": "blocks.0", "dtype": "float32"}}
@@ -106,19 +111,21 @@ def main() -> None:
     parser.add_argument("--gib", type=int, default=int(0.93 * ram / 2**30), help="of the file (default: 0.93 of RAM)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write it (default: the temporary folder)")
+    add_results_argument(parser)
     arguments = parser.parse_args()
+    results = Results("Cold reads", about(__doc__))
     torch.set_num_threads(2)
     generator = np.random.default_rng(1)
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         big = Path(name) / "table.safetensors"
-        rows = arguments.gib * 2**30 // ROW_BYTES
-        write_table(big, rows, WIDTH, torch.float32)
-        table, offloaded = open_table(big, rows, WIDTH, torch.float32, DISK), accelerate_offload(big, rows)
+        num_rows = arguments.gib * 2**30 // ROW_BYTES
+        write_table(big, num_rows, WIDTH, torch.float32)
+        table, offloaded = open_table(big, [num_rows], WIDTH, torch.float32, DISK), accelerate_offload(big, num_rows)
         start = table.sources[0].file.places["blocks.0"].start
 
         def draw(count: int) -> np.ndarray:
-            return generator.integers(0, rows, count)
+            return generator.integers(0, num_rows, count)
 
         def look_up(ids: np.ndarray) -> torch.Tensor:
             return table(torch.from_numpy(ids).view(1, -1, 1))
@@ -149,11 +156,14 @@ def main() -> None:
             rates.setdefault("accelerate's disk offload", []).append(rate)
 
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"\n{arguments.gib} GiB, rows of {ROW_BYTES} bytes, {ROWS_OF_A_CALL:,} rows a call, cold:\n")
-    print("| way | rows a second | spread | engram-hf reads ... times as many |\n|---|---|---|---|")
-    for name, median in medians.items():
-        spread = f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
-        print(f"| {name} | {median:,.0f} | {spread} | {medians['engram-hf'] / median:,.2f} |")
+    rows = [
+        [name, median, f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}", medians["engram-hf"] / median]
+        for name, median in medians.items()
+    ]
+    title = f"A file of {arguments.gib} GiB, rows of {ROW_BYTES} bytes, {ROWS_OF_A_CALL:,} rows a call"
+    columns = {"way": "", "rows a second": ",.0f", "spread": "", "engram-hf reads ... times as many": ",.2f"}
+    results.tables = [Table(columns, rows, title)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Updating rows: 65,536 Zipf lookups with forward, backward and step, on tables of 1, 3 and 10 million rows of 64.
+"""Updating rows: forward, backward and step of 65,536 Zipf lookups, on tables of 1, 3 and 10 million rows of 64.
 
-    python scripts/bench_rows.py                              thirteen minutes on 2 cores, 16 GB of RAM
-    python scripts/bench_rows.py --fbgemm ENV/bin/python      also FBGEMM's CPU kernel, from an environment of its own
-                                                              (pip install fbgemm-gpu-cpu torch numpy)
+    python scripts/benchmarks/bench_rows.py          thirteen minutes on 2 cores, 16 GB of RAM
+
+With `--fbgemm ENV/bin/python` it also times FBGEMM's CPU kernel, which needs an environment of its own (pip install
+fbgemm-gpu-cpu torch numpy).
 
 Before a rule of ours or FBGEMM's is timed, it is compared with its formula, written out dense. Every way runs in a
-process of its own, in three turns, so that a slow minute meets all ways; milliseconds are medians of medians of turns,
-at 10 million rows with the lowest and the highest, and memory is the peak of a process over its weights.
+process of its own and has three turns, so that a slow minute meets all ways. Milliseconds are medians of the medians of
+turns. Memory is the peak of a process over the size of its weights.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +28,7 @@ DENSE = ("dense AdamW", "dense AdamW, fused", "sparse=True, SparseAdam")
 
 
 def batches(rows: int, count: int):
-    """Numbers of rows, (LOOKUPS,), Zipf over a random order of the table."""
+    """Row ids of each batch, (LOOKUPS,), drawn by Zipf's law over a random order of the table."""
     random = np.random.default_rng(0)
     order = random.permutation(rows)
     weights = 1 / np.arange(1, rows + 1)
@@ -40,7 +42,7 @@ def peak_bytes() -> int:
 
 
 def made_rows(rows: int, way: str):
-    """A table of ours, and what updates its rows."""
+    """A table and what updates its rows."""
     import torch
 
     from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
@@ -54,7 +56,7 @@ def made_rows(rows: int, way: str):
 
 
 def made_step(way: str, rows: int):
-    """A function that makes one step on (LOOKUPS,) row numbers."""
+    """A function that makes one step on (LOOKUPS,) row ids."""
     import torch
 
     pull = torch.randn(LOOKUPS, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -125,7 +127,7 @@ def measure(way: str, rows: int) -> None:
 
 
 def moved_by_formula(way: str, rows, pulls, lr: float):
-    """Where (n, width) rows go that every step pulls at, all of it dense and in float64."""
+    """(n, width) rows after one step for each gradient in `pulls`, dense and in float64."""
     import torch
 
     rows, first, second = rows.double(), 0.0, 0.0
@@ -173,7 +175,9 @@ def check(way: str) -> None:
 
 def run(way: str, rows: int, python: str = sys.executable) -> tuple[float, float]:
     """Milliseconds, and peak memory over weights."""
-    ran = subprocess.run([python, __file__, "--measure", way, str(rows)], capture_output=True, text=True)
+    ran = subprocess.run(
+        [python, str(Path(__file__).resolve()), "--measure", way, str(rows)], capture_output=True, text=True
+    )
     if ran.returncode:
         raise RuntimeError(f"{way} with {rows:,} rows failed:\n{ran.stderr[-2000:]}")
     milliseconds, peak = json.loads(ran.stdout.splitlines()[-1])
@@ -183,25 +187,42 @@ def run(way: str, rows: int, python: str = sys.executable) -> tuple[float, float
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fbgemm", metavar="PYTHON", help="interpreter of an environment with fbgemm-gpu-cpu")
+    parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="of each table (default: 1, 3, 10 million)")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "ROWS"), help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, help="folder for the figures (default: results)")
     arguments = parser.parse_args()
     if arguments.measure:
         return measure(arguments.measure[0], int(arguments.measure[1]))
+    # Not above: an environment with FBGEMM only measures.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from helpers.results import FOLDER, Results, Table, about
+
+    results = Results("Updating rows", about(__doc__))
     ways = [*RULES, *DENSE] + ["fbgemm"] * bool(arguments.fbgemm)
-    print("| way | 1M rows, ms | 3M | 10M | 10M to 1M | peak memory / weights at 10M | dense AdamW takes ... times |")
-    print("|---|---|---|---|---|---|---|")
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {(way, rows): [] for way in ways for rows in SIZES}
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {(way, n): [] for way in ways for n in arguments.rows}
     for _ in range(TURNS):
-        for (way, rows), own in found.items():
-            own.append(run(way, rows, arguments.fbgemm if way == "fbgemm" else sys.executable))
+        for (way, num_rows), own in found.items():
+            own.append(run(way, num_rows, arguments.fbgemm if way == "fbgemm" else sys.executable))
     times = {key: statistics.median(milliseconds for milliseconds, _ in own) for key, own in found.items()}
-    small, *_, large = SIZES
+    small, large = arguments.rows[0], arguments.rows[-1]
+    rows = []
     for way in ways:
         own = sorted(milliseconds for milliseconds, _ in found[way, large])
+        cells = [times[way, num_rows] for num_rows in arguments.rows]
         peak = max(peak for _, peak in found[way, large])
-        cells = " | ".join(f"{times[way, rows]:.1f}" for rows in SIZES)
-        growth, dense = times[way, large] / times[way, small], times["dense AdamW", large] / times[way, large]
-        print(f"| {way} | {cells} ({own[0]:.1f} to {own[-1]:.1f}) | {growth:.2f} | {peak:.2f} | {dense:.0f} |")
+        dense = times["dense AdamW", large] / times[way, large]
+        spread = f"{own[0]:.1f} to {own[-1]:.1f}"
+        rows.append([way, *cells, spread, times[way, large] / times[way, small], peak, dense])
+    columns = {
+        "way": "",
+        **{f"{num_rows:,} rows, ms": ".1f" for num_rows in arguments.rows},
+        "spread at the largest, ms": "",
+        "time at the largest to the smallest": ".2f",
+        "peak memory to weights": ".2f",
+        "times as fast as dense AdamW": ".0f",
+    }
+    results.tables = [Table(columns, rows)]
+    results.write(arguments.results or FOLDER)
 
 
 if __name__ == "__main__":

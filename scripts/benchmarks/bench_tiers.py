@@ -1,25 +1,30 @@
-"""Decode and prefill of one model with its tables resident, in host memory and on disk, side by side in one run.
+"""Decode and prefill of one model with its tables resident, in host memory and on disk, side by side.
 
-    python scripts/bench_tiers.py         about four minutes on 2 cores; writes 5 GB and removes them
+    python scripts/benchmarks/bench_tiers.py         about four minutes on 2 cores; writes 5 GB and removes them
 
-A backbone of about 140M active parameters with memory layers 1 and 14 of 16: a sampled token's rows can hide only
-behind the layers before the memory layer. First it is checked that all placements give the same bits. Times are medians
-over interleaved rounds. Cold means that the tables' files are out of the page cache and that no round asks for another
-one's rows.
+The backbone has about 140M active parameters and 16 layers, of which 1 and 14 have a memory. While a token is decoded,
+its rows can be read during the layers before the memory layer only. All tiers must give the same bits before anything
+is timed. Times are medians over interleaved rounds. "Cold" means that the tables' files are out of the page cache and
+that no round asks for another one's rows.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from made_tables import forget
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.made_tables import forget
+from helpers.results import Results, Table, about, add_results_argument
+
+from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 
 
 CONFIG = {
@@ -55,7 +60,7 @@ RESIDENT, HOST, WARM, COLD, COLD_BARE, NONE = (
 
 
 def forget_tables(models: dict) -> None:
-    """Take the files of the tables out of the page cache, whoever of the models has them mapped."""
+    """Take the files of all tables out of the page cache, whichever model has them mapped."""
     forget([s.file for m in models.values() for table in m.model.tables() for s in table.sources if s is not None])
 
 
@@ -78,7 +83,7 @@ def prefill_seconds(model, ids: torch.Tensor) -> float:
 
 
 def reading_seconds(model, ids: torch.Tensor) -> float:
-    """Reading alone: all rows that a prefill asks for, cold."""
+    """Of reading all rows that a prefill asks for, and nothing else."""
     positions = torch.arange(ids.shape[1]).unsqueeze(0)
     context = model.model.ngram_context(ids, positions)
     row_ids = model.model.all_row_ids(context).values()
@@ -93,17 +98,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    rows_of_head = CONFIG["engram_vocab_size"]
+    parser.add_argument("--rows-of-head", type=int, default=rows_of_head, help=f"(default: {rows_of_head})")
+    add_results_argument(parser)
     arguments = parser.parse_args()
+    results = Results("Inference by tier", about(__doc__))
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        config = EngramMoEConfig(**CONFIG)
-        print(f"{count_parameters(config).active / 1e6:.0f}M active parameters; building and saving", flush=True)
+        config = EngramMoEConfig(**{**CONFIG, "engram_vocab_size": arguments.rows_of_head})
         built = EngramMoEForCausalLM(config)
         for layer in built.model.memory_layers():
-            # It starts at zero, and would hide what it costs to be wrong.
+            # It starts at zero, which would hide differences between tiers.
             torch.nn.init.normal_(layer.engram.conv.weight, std=0.1)
         names = [table.name for table in built.engram_tables()]
         built.save_pretrained(folder)
@@ -114,7 +122,7 @@ def main() -> None:
         maps = {RESIDENT: None, HOST: {"": "cpu", **dict.fromkeys(names, "cpu")}}
         models = {name: AutoModelForCausalLM.from_pretrained(folder, device_map=maps[name]) for name in maps}
         for table in models[RESIDENT].model.tables():
-            # Mapped, they would keep the pages of the files in the cache, and nothing would be cold.
+            # Mapped blocks would keep the pages of the files in the page cache.
             for block in table.blocks:
                 block.data = block.data.clone()
         for name in (WARM, COLD, COLD_BARE):
@@ -148,19 +156,24 @@ def main() -> None:
             forget_tables(models)
             reading.append(reading_seconds(models[COLD], ids))
 
-        print("\n| | " + " | ".join(shapes) + " |\n|---|" + "---|" * len(shapes))
-        for name in models:
-            cells = []
-            for what in shapes:
-                ratios = [a / b for a, b in zip(times[what, name], times[what, RESIDENT], strict=True)]
-                cells.append(f"{1e3 * statistics.median(times[what, name]):,.1f} ms ({statistics.median(ratios):.3f})")
-            print(f"| {name} | " + " | ".join(cells) + " |")
-        larger = max(statistics.median(reading), statistics.median(times["prefill", RESIDENT]))
-        print(
-            f"\nin brackets: the median of the ratios to resident, round by round. Prefill cold is "
-            f"{statistics.median(times['prefill', COLD]) / larger:.3f} of the larger of compute and reading "
-            f"({1e3 * statistics.median(reading):,.0f} ms)."
-        )
+    columns = {"tables": ""}
+    for what in shapes:
+        columns |= {f"{what}, ms": ",.1f", f"{what}, time to resident": ".3f"}
+    rows = []
+    for name in models:
+        row = [name]
+        for what in shapes:
+            ratios = [a / b for a, b in zip(times[what, name], times[what, RESIDENT], strict=True)]
+            row += [1e3 * statistics.median(times[what, name]), statistics.median(ratios)]
+        rows.append(row)
+    larger = max(statistics.median(reading), statistics.median(times["prefill", RESIDENT]))
+    note = (
+        "Ratios are medians of the ratios of each round. A cold prefill takes "
+        f"{statistics.median(times['prefill', COLD]) / larger:.3f} of the larger of computing and reading "
+        f"({1e3 * statistics.median(reading):,.0f} ms)."
+    )
+    results.tables = [Table(columns, rows, note=note)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
-"""Does the memory pay? EngramMoE against two controls: the same rows, steps, optimizer and seeds for all three.
+"""Does the memory pay? EngramMoE against two controls with the same text, steps, optimizer and seeds.
 
-    python scripts/compare_memory.py        about 20 minutes on 2 cores, downloads nothing
+    python scripts/experiments/compare_memory.py        about 20 minutes on 2 cores, downloads nothing
 
-* EngramMoE, as train_tiny.py trains it;
-* the mixture of experts without memory at equal parameters: further routed experts instead of the tables (total), a
-  wider dense layer instead of the memory's projections (active);
-* EngramMoE whose tables are zero and stay zero: what is left where nothing can be remembered.
+All three are trained as train_tiny.py trains its model. Losses are nats per token of held-out documents.
 
-Each run is printed as it ends; the last lines are a Markdown table, with what it takes to run it again.
+* EngramMoE.
+* A mixture of experts without memory at equal parameters. Further routed experts replace the tables (total
+  parameters), and a wider dense layer replaces the memory's projections (active parameters).
+* EngramMoE whose tables are zero and stay zero, so that nothing can be remembered.
+
+Each run is printed as it ends. All figures go to scripts/benchmarks/results/compare_memory.json.
 """
 
 import argparse
-import datetime
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from gather_text import DATASET_HELP
-from tiny_recipe import (
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.results import Results, Table, about, add_results_argument
+from helpers.text import DATASET_HELP
+from helpers.tiny_recipe import (
     PRESETS,
-    ROWS_PER_STEP,
-    SEQ_LENGTH,
     STEPS,
     held_out_loss,
     make_config,
@@ -40,7 +41,7 @@ ENGRAM, MOE, ZERO_TABLES = "EngramMoE", "MoE, equal parameters", "EngramMoE, tab
 
 
 def without_memory(preset: str, tokenizer) -> EngramMoEConfig:
-    """The mixture of experts with as many parameters, total and active, as whole experts and channels allow."""
+    """The mixture of experts whose parameters, total and active, are as equal as whole experts and channels allow."""
     engram = make_config(preset, tokenizer)
     wanted = count_parameters(engram)
     expert_layers = engram.num_hidden_layers - engram.first_k_dense_replace
@@ -59,40 +60,37 @@ def freeze_at_zero(model) -> None:
             torch.nn.init.zeros_(block).requires_grad_(False)
 
 
-def git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
-
-
-def print_table(configs: dict[str, EngramMoEConfig], losses: dict[str, list[float]]) -> None:
-    print("\n| model | parameters: total | active | in tables | held-out loss, mean | lowest to highest | to the MoE |")
-    print("|---|---|---|---|---|---|---|")
+def table_of(configs: dict[str, EngramMoEConfig], losses: dict[str, list[float]]) -> Table:
+    rows = []
     for name, config in configs.items():
-        count = count_parameters(config)
-        difference = statistics.mean(losses[name]) - statistics.mean(losses[MOE])
-        print(
-            f"| {name} | {count.total:,} | {count.active:,} | {count.tables:,} | {statistics.mean(losses[name]):.4f} "
-            f"| {min(losses[name]):.4f} to {max(losses[name]):.4f} | {difference:+.4f} |"
-        )
+        count, own = count_parameters(config), losses[name]
+        difference = statistics.mean(own) - statistics.mean(losses[MOE])
+        spread = f"{min(own):.4f} to {max(own):.4f}"
+        rows.append([name, count.total, count.active, count.tables, statistics.mean(own), spread, difference])
+    columns = {
+        "model": "",
+        "parameters": ",",
+        "active": ",",
+        "in tables": ",",
+        "held-out loss, mean of seeds": ".4f",
+        "lowest to highest": "",
+        "difference to the MoE": "+.4f",
+    }
+    return Table(columns, rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare EngramMoE with and without a memory at equal parameters.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help=f"{DATASET_HELP} (default: the Python standard library)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of the models (default: tiny)")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of each run (default: {STEPS})")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each per model (default: 0 1 2)"
     )
+    add_results_argument(parser)
     arguments = parser.parse_args()
     steps = arguments.steps or STEPS[arguments.preset]
-
-    # Of the start: files and commit may change while it runs.
-    made_with = (
-        f"commit {git_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} "
-        f"cores, {datetime.date.today()}"
-    )
+    results = Results("EngramMoE against a mixture of experts of equal size", about(__doc__).rsplit("\n\n", 1)[0])
 
     tokenizer, train, held_out = prepare_text(arguments.dataset, arguments.preset)
     engram = make_config(arguments.preset, tokenizer)
@@ -105,7 +103,7 @@ def main():
         flush=True,
     )
     losses: dict[str, list[float]] = {name: [] for name in configs}
-    # Seed by seed, so that a run that is cut off has compared all models.
+    # Seed by seed, so that a run that is stopped has compared all models.
     for seed in arguments.seeds:
         for name in configs:
             model = make_model(configs[name], tokenizer, seed)
@@ -116,11 +114,8 @@ def main():
             losses[name].append(held_out_loss(trainer))
             print(f"seed {seed}, {name}: held-out loss {losses[name][-1]:.4f} after {seconds:.0f} s", flush=True)
 
-    print_table(configs, losses)
-    print(
-        f"\n`python {' '.join(sys.argv)}`: {steps} steps of {ROWS_PER_STEP * SEQ_LENGTH} tokens, seeds "
-        f"{arguments.seeds}, {made_with}. Loss in nats per token of held-out documents."
-    )
+    results.tables = [table_of(configs, losses)]
+    results.write(arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A training step of engram-peft on the backbone and table of bench_training.py, which calls this elsewhere.
+"""Training steps of engram-peft, for bench_training.py, which runs this file in an environment of its own.
 
-    python scripts/bench_training.py --engram-peft ENV/bin/python       ENV: Python 3.12, engram-peft==1.2.7
+    python scripts/benchmarks/bench_training.py --engram-peft ENV/bin/python       Python 3.12, engram-peft==1.2.7
 
-The backbone is EngramMoE without memory layers, the table has as many rows of the same width before the same layer, and
-its own trainer updates it by SparseAdam. Prints what bench_training.py reads: milliseconds, losses, nothing, nothing.
+The backbone is EngramMoE without memory layers. The table has as many rows of the same width before the same layer, and
+engram-peft's own trainer updates it by SparseAdam. Prints what bench_training.py reads: milliseconds and losses.
 """
 
 import json
@@ -15,11 +15,13 @@ import torch
 from engram_peft import EngramConfig, EngramTrainer, get_engram_model
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+# The package is not installed in that environment.
+SCRIPTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent / "src")]
 
 
 def main() -> None:
-    from bench_training import CONFIG, SMALL, STEPS, Watch, made_arguments, random_tokens
+    from helpers.timed_training import CONFIG, SMALL, STEPS, Watch, made_arguments, random_tokens
 
     from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
 

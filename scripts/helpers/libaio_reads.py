@@ -1,9 +1,5 @@
-"""Random 4K reads at a depth of 128 through the kernel's asynchronous reads: what fio measures, where it is missing.
+"""Random 4K reads at a depth of 128 through the kernel's asynchronous reads. Measures what fio measures."""
 
-python scripts/libaio_reads.py FILE         two seconds; prints reads a second
-"""
-
-import argparse
 import ctypes
 import mmap
 import os
@@ -69,14 +65,3 @@ def reads_a_second(path: Path) -> float | None:
     finally:
         call(destroy, context.value)
         os.close(file)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    rate = reads_a_second(parser.parse_args().file)
-    print("this system does not allow it" if rate is None else f"{rate:,.0f} reads a second")
-
-
-if __name__ == "__main__":
-    main()

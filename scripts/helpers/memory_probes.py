@@ -1,14 +1,15 @@
-"""What train_tiny.py looks at in a trained model: its gates, and itself without its memory. Not a script."""
+"""What the demo shows of a trained model: its loss with and without memory, and its gates."""
 
 import copy
 
 import torch
 from datasets import Dataset
-from tiny_recipe import ROWS_PER_STEP
+
+from helpers.tiny_recipe import ROWS_PER_STEP
 
 
 def silence_memory(model):
-    """A copy whose memory reads its rows as before and adds nothing: the projection of the values is zero."""
+    """A copy whose memory adds nothing: its value projections are zero."""
     silent = copy.deepcopy(model)
     for layer in silent.base_model.memory_layers():
         torch.nn.init.zeros_(layer.engram.value_proj.weight)
@@ -16,23 +17,28 @@ def silence_memory(model):
 
 
 @torch.no_grad()
-def read_gates(model, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, (rows, seq), and the gate of each token, averaged over streams, (memory layers, rows, seq)."""
-    ids, gates = [], []
+def probe(model, rows: Dataset) -> tuple[float, torch.Tensor]:
+    """Mean loss per token, and the gate of each token averaged over streams, (memory layers, rows, seq)."""
+    model.eval()
+    loss_sum, gates = 0.0, []
     for batch in rows.with_format("torch", ["input_ids"]).iter(ROWS_PER_STEP):
-        ids.append(batch["input_ids"].to(model.device))
-        outputs = model(input_ids=ids[-1], output_engram_gates=True, use_cache=False)
+        ids = batch["input_ids"].to(model.device)
+        outputs = model(input_ids=ids, labels=ids, output_engram_gates=True, use_cache=False)
+        loss_sum += float(outputs.loss) * len(ids)
         gates.append(torch.stack(outputs.engram_gates).mean(-1))
-    return torch.cat(ids), torch.cat(gates, dim=1)
+    return loss_sum / len(rows), torch.cat(gates, dim=1)
 
 
 def strongest_ngrams(ids: torch.Tensor, gates: torch.Tensor, token_map: torch.Tensor, count: int = 8):
-    """The 3-grams, one per last token and seen a few times, whose gates open widest: pairs of ids and mean gate.
+    """The 3-grams whose gates open widest, as pairs of ids and mean gate.
+
+    At most one per last token, and only 3-grams that occur at least four times.
 
     Args:
         ids: (rows, seq).
         gates: (rows, seq).
-        token_map: (vocab_size,) compressed ids; n-grams that are one for the memory count as one here.
+        token_map: (vocab_size,) compressed ids. N-grams that are equal for the memory count as one.
+        count: of n-grams at most.
     """
     ngrams = ids.unfold(1, 3, 1).flatten(0, 1)  # (positions, 3)
     distinct, which, seen = token_map[ngrams].unique(dim=0, return_inverse=True, return_counts=True)

@@ -81,6 +81,12 @@ class Results:
         return "\n\n".join([f"## {self.title}", self.about, *(table.markdown() for table in self.tables), made])
 
 
+def about(doc: str) -> str:
+    """A script's docstring without its first line and its commands: what was measured, and how."""
+    paragraphs = [part for part in doc.strip().split("\n\n")[1:] if not part.startswith("    ")]
+    return "\n\n".join(part if part.startswith("* ") else part.replace("\n", " ") for part in paragraphs)
+
+
 def add_results_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER, help=f"folder for the figures (default: {FOLDER.name})")
 

@@ -1,13 +1,9 @@
-"""Text to train on: by default the Python standard library of the running interpreter, so nothing is downloaded.
+"""Text to train on. By default that is the Python standard library of the running interpreter: nothing is downloaded.
 
-    python scripts/gather_text.py                      what there is, and how it packs (10 seconds)
-    python scripts/gather_text.py --dataset notes.txt  the same for text of one's own
-
-Used by train_tiny.py and compare_memory.py. The text differs between releases of Python, so compare losses only of runs
-on the same interpreter. Held out are whole documents, never parts of one that is trained on.
+The text differs between releases of Python, so compare losses only of runs on the same interpreter. Whole documents are
+held out, never parts of a document that is trained on.
 """
 
-import argparse
 import sysconfig
 from itertools import chain, islice
 from pathlib import Path
@@ -20,15 +16,16 @@ from transformers import PreTrainedTokenizerFast
 
 Document = tuple[str, str]  # name, text
 
-# Folders of the standard library that hold tests, tables of numbers, or what other distributions add to it.
+# Folders of the standard library that hold tests, tables of numbers, or packages that others installed.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 TEXT_COLUMNS = ("text", "content")
-# Enough for these models; a data set of the Hub is read no further.
+# Enough for these models. A data set of the Hub is read up to here.
 MAX_CHARACTERS = 20_000_000
-# A plain text file is cut into documents of at most this length, a short one into shorter ones: some are held out.
+# A plain text file is cut into documents of at most this length. A short file is cut into shorter ones, so that
+# enough documents are left to hold one out.
 DOCUMENT_CHARACTERS = 8_000
 HELD_OUT_EVERY = 16
-# Plain text of a chat, so that tools that chat can be tried; the small models here have learnt none.
+# A chat as plain text, so that chat tools can be tried. The small models here have learnt no chat.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}"
     "{{ eos_token if message.role == 'assistant' else '' }}\n{% endfor %}"
@@ -40,17 +37,17 @@ DATASET_HELP = (
 
 
 def gather_documents() -> list[Document]:
-    """Sources of the standard library and the topics of Python's `help()`, sorted by name."""
+    """Sources of the standard library, sorted by name, and the topics of Python's `help()`."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
     names = [name for name in files if not SKIPPED_FOLDERS & set(name.parts)]
     documents = [(name.as_posix(), (library / name).read_text("utf-8", "replace")) for name in names]
-    # Topics quote each other, so they are one document: none may be held out while another is trained on.
+    # Topics quote each other, so they are one document: none is held out while another is trained on.
     documents.append(("pydoc topics", "\n\n".join(topics[name] for name in sorted(topics))))
     return documents
 
 
-# Local files with rows, and the builder of `datasets` that reads them.
+# Suffix of a local file with rows to the builder of `datasets` that reads it.
 TABLE_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -58,9 +55,11 @@ def load_documents(name_or_path: str) -> list[Document]:
     """Documents of a file, of a folder of files, or of any data set that `datasets` can load.
 
     Raises:
-        ValueError: there is no text in it.
+        ValueError: there is no such file, or it holds no text.
     """
     path = Path(name_or_path)
+    if not path.exists() and (path.suffix in {*TABLE_FILES, ".txt"} or name_or_path.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no file or folder {name_or_path}. Give {DATASET_HELP}.")
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
         documents = [(str(file), file.read_text("utf-8", "replace")) for file in files]
@@ -85,7 +84,7 @@ def load_documents(name_or_path: str) -> list[Document]:
 
 
 def _rows_of(dataset, name: str) -> list[Document]:
-    """Rows of a streamed data set, up to MAX_CHARACTERS of text."""
+    """Documents of a streamed data set, up to MAX_CHARACTERS of text."""
     columns = dataset.column_names or list(next(iter(dataset)))
     column = next((column for column in TEXT_COLUMNS if column in columns), None)
     if column is None:
@@ -102,10 +101,10 @@ def _rows_of(dataset, name: str) -> list[Document]:
 
 
 def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and every sixteenth, which is held out.
+    """Documents to train on, and every sixteenth document, which is held out.
 
     Raises:
-        ValueError: there are too few to hold one out.
+        ValueError: there are too few documents to hold one out.
     """
     held_out = documents[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
     if not held_out:
@@ -132,7 +131,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTok
 
 
 def packed_dataset(tokenizer, documents: list[Document], seq_length: int) -> Dataset:
-    """Documents one after the other, each ended by eos, cut into rows of `seq_length` ids; a rest is dropped.
+    """Documents one after the other, each ended by eos, cut into rows of `seq_length` ids. The rest is dropped.
 
     Raises:
         ValueError: the documents do not fill one row.
@@ -145,21 +144,3 @@ def packed_dataset(tokenizer, documents: list[Document], seq_length: int) -> Dat
     if not rows:
         raise ValueError(f"{len(documents)} documents do not fill one row of {seq_length} ids. Give more text.")
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Show what text there is to train on.")
-    parser.add_argument("--dataset", help=f"{DATASET_HELP} (default: the Python standard library)")
-    arguments = parser.parse_args()
-    documents = load_documents(arguments.dataset) if arguments.dataset else gather_documents()
-    train, held_out = split_documents(documents)
-    tokenizer = train_tokenizer(train, vocab_size=4096)
-    for part, texts in (("train", train), ("held out", held_out)):
-        rows = len(packed_dataset(tokenizer, texts, seq_length=128))
-        print(
-            f"{part}: {len(texts)} documents, {sum(len(text) for _, text in texts):,} characters, {rows:,} rows of 128"
-        )
-
-
-if __name__ == "__main__":
-    main()

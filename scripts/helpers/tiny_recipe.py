@@ -1,15 +1,13 @@
-"""What the small models of train_tiny.py and compare_memory.py are, and how they are trained. Not a script.
+"""The small models of train_tiny.py and compare_memory.py, and how they are trained.
 
-The shape follows the paper's Engram-27B (arXiv 2601.07372): one dense layer first, a memory from the second layer on, a
-quarter of the sparse budget in its tables, and five times the learning rate for them.
+The shape follows the paper's Engram-27B (arXiv 2601.07372): the first layer is dense, the second layer has a memory, a
+quarter of the sparse budget is in its tables, and tables have five times the learning rate.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from gather_text import gather_documents, load_documents, packed_dataset, split_documents, train_tokenizer
 from transformers import Trainer, TrainingArguments, set_seed
 
 from engram_hf import (
@@ -21,6 +19,8 @@ from engram_hf import (
     LossFreeBalancingCallback,
     engram_optimizers,
 )
+from helpers.console import show_one_line
+from helpers.text import gather_documents, load_documents, packed_dataset, split_documents, train_tokenizer
 
 
 PRESETS = {
@@ -61,7 +61,11 @@ WATCHING = (EngramPrefetchCallback, EngramGateStatisticsCallback, EngramRowStati
 
 
 def prepare_text(dataset: str | None, preset: str):
-    """Tokenizer, rows to train on and rows held out, of a data set or else of Python's standard library."""
+    """Tokenizer, rows to train on and rows held out, of a data set or of Python's standard library.
+
+    Raises:
+        ValueError: there is no such text, or too little of it.
+    """
     train, held_out = split_documents(load_documents(dataset) if dataset else gather_documents())
     tokenizer = train_tokenizer(train, PRESETS[preset]["vocab_size"])
     rows = packed_dataset(tokenizer, held_out, SEQ_LENGTH).shuffle(seed=0)
@@ -79,7 +83,7 @@ def make_config(preset: str, tokenizer, **overrides) -> EngramMoEConfig:
         "n_shared_experts": 1,
         "num_experts_per_tok": 4,
         "max_position_embeddings": 512,
-        # The default of twenty costs a quarter of the time, and few streams are balanced after five.
+        # The default of 20 takes a quarter of the time, and so few streams are balanced after 5.
         "hc_sinkhorn_iters": 5,
         "engram_head_dim": 16,
         "pad_token_id": tokenizer.pad_token_id,
@@ -100,9 +104,9 @@ def make_model(config: EngramMoEConfig, tokenizer, seed: int) -> EngramMoEForCau
 def make_trainer(
     model, train: Dataset, held_out: Dataset, output: Path, steps: int, seed: int, tokenizer=None
 ) -> Trainer:
-    """The stock Trainer; with the same seed and data it draws the same rows for every model.
+    """The stock Trainer, with tables trained row by row.
 
-    Tables are trained row by row; with a tokenizer, the callbacks look at gates and rows.
+    With the same seed and data it draws the same text for every model. With a tokenizer, callbacks watch gates and rows.
     """
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -118,14 +122,14 @@ def make_trainer(
         prediction_loss_only=True,
         save_strategy="no",
         report_to="none",
-        # Pinned memory without an accelerator is only a warning.
+        # Without an accelerator, pinned memory only brings a warning.
         dataloader_pin_memory=torch.accelerator.is_available(),
-        # A bar in a log file is noise.
-        disable_tqdm=not sys.stderr.isatty(),
+        # helpers/console.py shows the progress.
+        disable_tqdm=True,
         seed=seed,
         data_seed=seed,
     )
-    return Trainer(
+    trainer = Trainer(
         model,
         arguments,
         train_dataset=train,
@@ -134,6 +138,8 @@ def make_trainer(
         callbacks=[LossFreeBalancingCallback(), *(callback() for callback in WATCHING if tokenizer is not None)],
         optimizer_cls_and_kwargs=engram_optimizers(arguments, table_lr_scale=TABLE_LEARNING_RATE_FACTOR),
     )
+    show_one_line(trainer)
+    return trainer
 
 
 def held_out_loss(trainer: Trainer, model=None) -> float:

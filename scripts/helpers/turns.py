@@ -1,6 +1,4 @@
-"""Programs that are timed in turns: a few steps of one, a few of the next, so that an hour in which the machine is slow
-meets all of them alike.
-"""
+"""Time programs in turns, a few steps of each, so that a slow minute of the machine meets all of them."""
 
 import subprocess
 import sys
@@ -11,23 +9,23 @@ READY = "ready for a turn"
 
 
 def wait_for_turn() -> None:
-    """In a program that `run_in_turns` has started: say that a turn is over, and wait for the next."""
+    """For a program that `run_in_turns` started: say that a turn is over, and wait for the next."""
     print(READY, flush=True)
     sys.stdin.readline()
 
 
 def run_in_turns(commands: dict[str, list[str]], environment: dict[str, str] | None = None) -> dict[str, str]:
-    """Start programs one after another, give them turns until all have ended, and return the last line of each.
+    """Start programs, give them turns until all have ended, and return the last line that each printed.
 
     Raises:
-        RuntimeError: one failed; with the end of what it printed.
+        RuntimeError: a program failed; the message ends with what it printed.
     """
     running: dict[str, subprocess.Popen] = {}
     found: dict[str, str] = {}
     with tempfile.TemporaryFile("w+") as errors:
 
         def wait(name: str) -> None:
-            """To the end of a turn, or of the program."""
+            """For the end of a turn, or of the program."""
             last = ""
             for line in running[name].stdout:
                 if line.strip() == READY:

@@ -1,9 +1,10 @@
-"""Kill training runs at random moments, resume each from its last complete checkpoint, compare with an unbroken run.
+"""Kill training runs at random moments, resume them, and compare the end with a run that nobody killed.
 
-    python scripts/kill_runs.py              50 kills in about two minutes
+    python scripts/maintenance/kill_runs.py              50 kills in about two minutes
 
-Children fork after the imports and train with tables resident, in host memory or on disk, another tier each time. A run
-is killed and resumed until it is done; its weights must then be those of the unbroken run, bit for bit.
+Children fork after the imports and train with tables resident, in host memory or on disk; each resumed run draws a tier
+again. A run is killed and resumed from its last complete checkpoint until it is done. Its weights must then be those of
+the run that nobody killed, bit for bit.
 """
 
 import argparse
@@ -34,7 +35,7 @@ STEPS = 24
 
 
 def train(base: Path, run: Path, tier: str, row_optimizer: str) -> dict[str, torch.Tensor]:
-    """Train to the end from the last complete checkpoint; the weights."""
+    """Train to the end from the last complete checkpoint, and return the weights."""
     model = AutoModelForCausalLM.from_pretrained(base, device_map=TIERS[tier])
     ids = torch.randint(0, CONFIG["vocab_size"], (64, 24), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
@@ -60,7 +61,7 @@ def train(base: Path, run: Path, tier: str, row_optimizer: str) -> dict[str, tor
 
 
 def start_child(work, *arguments) -> int:
-    """A forked process that does some work, in silence, and ends."""
+    """Fork a process that does some work, prints nothing, and ends."""
     child = os.fork()
     if child == 0:
         with open(os.devnull, "w") as null:
@@ -76,7 +77,11 @@ def start_child(work, *arguments) -> int:
 
 
 def kill_until_done(folder: Path, number: int, seconds: float, row_optimizer: str, most_kills: int) -> tuple[int, int]:
-    """Kill one run again and again, and compare its end; kills, and how many left a half-written checkpoint."""
+    """Kill and resume one run until it is done.
+
+    Returns:
+        Number of kills, and how many of them left a half-written checkpoint.
+    """
     run, done = folder / f"run{number}", folder / f"done{number}.pt"
     kills = halves = 0
 

@@ -1,9 +1,9 @@
-"""Kill a process in the middle of saving, at random moments, and look whether a whole checkpoint is left each time.
+"""Kill a process while it saves, at random moments. A whole checkpoint must be left each time.
 
-    python scripts/kill_saves.py             200 kills in about two minutes
+    python scripts/maintenance/kill_saves.py             200 kills in about two minutes
 
-Children fork after the imports, save two models in turn over one folder, and are killed. What is left must load, must
-be wholly the one or the other, and every file must have its digest.
+Children fork after the imports, save two models in turn into one folder, and are killed. What is left must load, must
+be exactly one of the two models, and every file must have its digest.
 """
 
 import argparse

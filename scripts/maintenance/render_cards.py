@@ -1,9 +1,10 @@
 """Write hub_cards/: the model card of each of the paper's models, and that of the demo's model.
 
-    python scripts/render_cards.py                       # the demo's from the facts that lie there; 5 seconds
-    python scripts/render_cards.py --demo output/tiny    # its facts and curves from what train_tiny.py saved
+    python scripts/maintenance/render_cards.py                       five seconds
+    python scripts/maintenance/render_cards.py --demo output/tiny    takes facts and curves of the demo's last run
 
-A test fails when the folder is not what this script writes.
+Without --demo, the demo's card is rendered from the facts in hub_cards/. A test fails when the folder is not what this
+script writes.
 """
 
 import argparse
@@ -17,16 +18,16 @@ from engram_hf import CardFacts, EngramMoEConfig, gather_facts, read_facts, rend
 from engram_hf.modeling.configuration_engram_moe import PRESETS
 
 
-FOLDER = Path(__file__).resolve().parent.parent / "hub_cards"
+FOLDER = Path(__file__).resolve().parents[2] / "hub_cards"
 DEMO = "engram-tiny"
-# The paper prints neither; see the config.
+# The paper does not print them. configuration_engram_moe.py says how they were inferred.
 INFERRED = (
     "The ranks of MLA and the widths of the feed-forward layers are inferred: they fit every total the paper prints."
 )
 
 
 def take_demo(folder: Path) -> None:
-    """Facts and picture of a model that train_tiny.py has saved; the picture in few colours, which are a quarter."""
+    """Copy facts and picture of a model that train_tiny.py has saved. Few colours make the picture a quarter as large."""
     facts = read_facts(folder)
     if facts is None or facts.picture is None:
         raise ValueError(f"{folder} has no card with curves; run `make demo` first, with matplotlib installed.")
@@ -37,7 +38,7 @@ def take_demo(folder: Path) -> None:
 
 
 def rendered_cards() -> dict[str, str]:
-    """Name of each file, and what it must hold."""
+    """Name of each file to its content."""
     demo = CardFacts.from_dict(json.loads((FOLDER / f"{DEMO}.json").read_text()))
     presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PRESETS]
     return {f"{facts.name}.md": render_card(facts) for facts in (demo, *presets)}

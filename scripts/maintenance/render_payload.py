@@ -1,9 +1,9 @@
-"""Write the top-level folder modeling/: what lands on the Hub beside the weights of every EngramMoE model.
+"""Write the top-level folder modeling/: the files that a push puts beside the weights of every EngramMoE model.
 
-    python scripts/render_payload.py            # a second
+    python scripts/maintenance/render_payload.py            a few seconds
 
-config.json stands for the default architecture and holds the whole auto_map; every modeling file is a relative link to
-its source. A test fails when the folder is not what this script writes.
+config.json is that of the default architecture, with the whole auto_map. Every Python file is a relative link to its
+source. A test fails when the folder is not what this script writes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from engram_hf.modeling.checkpoint_saving import CODE_FILES
 from engram_hf.modeling.configuration_engram_moe import AUTO_MAP
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def render_config() -> str:
