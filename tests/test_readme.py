@@ -117,7 +117,7 @@ def test_the_examples_of_the_hub_run(hub, tmp_path, tokenizer, capsys):
 
 def test_the_tokenizer_of_the_demo_has_a_chat_template(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from gather_text import train_tokenizer
+    from helpers.text import train_tokenizer
 
     train_tokenizer([("readme", README)], vocab_size=300).save_pretrained(tmp_path)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]

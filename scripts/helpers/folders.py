@@ -29,9 +29,7 @@ def find_model(name: str) -> None:
             HfApi().model_info(name, timeout=SECONDS_TO_ASK_THE_HUB)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{name} is no folder and no repository of the Hub ({type(error).__name__}: {reason})"
-        ) from error
+        raise ValueError(f"{name} is no folder, and no repository of the Hub that can be reached: {reason}") from error
 
 
 def refuse_used(output: Path, how_to_go_on: str, but_for: Sequence[str] = ()) -> None:

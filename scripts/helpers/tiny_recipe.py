@@ -106,7 +106,8 @@ def make_trainer(
 ) -> Trainer:
     """The stock Trainer, with tables trained row by row.
 
-    With the same seed and data it draws the same text for every model. With a tokenizer, callbacks watch gates and rows.
+    With the same seed and data it draws the same text for every model. With a tokenizer, callbacks watch gates and
+    rows.
     """
     arguments = TrainingArguments(
         output_dir=str(output),

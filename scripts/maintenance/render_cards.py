@@ -27,7 +27,7 @@ INFERRED = (
 
 
 def take_demo(folder: Path) -> None:
-    """Copy facts and picture of a model that train_tiny.py has saved. Few colours make the picture a quarter as large."""
+    """Copy facts and picture of a model that train_tiny.py saved. Few colours make the picture four times smaller."""
     facts = read_facts(folder)
     if facts is None or facts.picture is None:
         raise ValueError(f"{folder} has no card with curves; run `make demo` first, with matplotlib installed.")
