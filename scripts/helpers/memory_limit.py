@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def limited_memory(limit_bytes: int) -> Iterator[tuple[str, list[str]]]:
         How memory is limited, in words, and the arguments to put in front of a command.
     """
     for root, file in CGROUPS:
-        group = Path(root) / f"engram-{os.getpid()}"
+        group = Path(root) / f"engram-{os.getpid()}-{time.monotonic_ns()}"
         try:
             group.mkdir()
             (group / file).write_text(str(limit_bytes))
