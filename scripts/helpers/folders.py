@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 
 SECONDS_TO_ASK_THE_HUB = 5.0
@@ -27,7 +26,7 @@ def find_model(name: str) -> None:
         # From the cache, or the Hub says that it is there.
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=SECONDS_TO_ASK_THE_HUB)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+    except (HTTPError, HFValidationError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} is no folder, and no repository of the Hub that can be reached: {reason}") from error
 

@@ -16,8 +16,6 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "scripts" / "benchmarks" / "results"
@@ -117,6 +115,9 @@ def own_hardware() -> str:
         pass
     ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     parts = [f"{os.cpu_count()} cores ({name})", f"{ram_bytes / 2**30:.0f} GiB of RAM"]
+    # Not above: rendering the page needs no torch.
+    import torch
+
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join(parts)
