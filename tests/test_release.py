@@ -54,6 +54,8 @@ def python(dist, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     ran([sys.executable, "-m", "venv", folder / "env"])
     python = folder / "env" / "bin" / "python"
+    # Old, and in the way of the one below; newer Pythons bring none.
+    ran([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"])
     (packages,) = (folder / "env").glob("lib/python*/site-packages")
     # A path file adds the packages of this environment, but not what their own path files add: the checkout.
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
