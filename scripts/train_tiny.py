@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
     ids = held_out.with_format("torch")["input_ids"][:].to(model.device)
     for layer_id, layer_gates in zip(config.engram_layer_ids, gates):
         print(f"mean gate of layer {layer_id}                     {layer_gates.mean():.3f}   opens widest after:")
-        for ngram, gate in strongest_ngrams(ids, layer_gates, model.model.token_map):
+        for ngram, gate in strongest_ngrams(ids, layer_gates, model.model.ngram_hash.token_map):
             print(f"{gate:12.3f}  {tokenizer.decode(ngram)!r}")
     # Not every line of the log has every figure.
     last = {name: value for line in trainer.state.log_history for name, value in line.items()}

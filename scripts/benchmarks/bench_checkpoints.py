@@ -89,10 +89,7 @@ def main() -> None:
             rows.append([f"checkpoint {number}: changed rows and their state", own / 1e6, seconds])
         start = time.perf_counter()
         model.save_pretrained(folder / "full")
-        state = {
-            name: tensor for each in trainer.optimizer.optimizer.rows.values() for name, tensor in each.stores.items()
-        }
-        torch.save(state, folder / "full" / "optimizer.pt")
+        torch.save([rows.state for rows in trainer.optimizer.optimizer.rows.values()], folder / "full" / "optimizer.pt")
         seconds = time.perf_counter() - start
         rows.append(["all rows and the state of all rows", own_bytes(folder / "full") / 1e6, seconds])
         start = time.perf_counter()

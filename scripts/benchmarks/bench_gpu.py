@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters
-from engram_hf.modeling.table import HOST, EngramTable, tables_without_blocks
-from engram_hf.modeling.table_formats import dequantize_rows, quantize_rows
+from engram_hf.modeling.table import EngramTable, tables_without_blocks
+from engram_hf.modeling.table_blocks import HOST
 
 
 FORMAT, HEAD_DIM, HEADS = "float8_e4m3fn", 160, 8
@@ -72,13 +72,15 @@ def build(config: EngramMoEConfig, device: str) -> EngramMoEForCausalLM:
     with torch.device(device), tables_without_blocks():
         model = EngramMoEForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     for table in model.model.tables():
-        drawn = quantize_rows(torch.randn(ROWS_DRAWN, HEAD_DIM), FORMAT)
-        blocks = [torch.empty(shape, dtype=torch.uint8, pin_memory=device == "cuda") for shape in table.block_shapes]
+        drawn = table.stored_as.encode(torch.randn(ROWS_DRAWN, HEAD_DIM))
+        shapes = [block.shape for block in table.block_records]
+        blocks = [torch.empty(shape, dtype=torch.uint8, pin_memory=device == "cuda") for shape in shapes]
         for block in tqdm(blocks, desc="Filling the table", leave=False):
             for part in block.split(ROWS_DRAWN):
                 part.copy_(drawn[: len(part)])
-        table.blocks = nn.ParameterList(nn.Parameter(block, requires_grad=False) for block in blocks)
-        table.tiers, table.sources = [HOST] * len(blocks), [None] * len(blocks)
+        table.blocks.extend(nn.Parameter(block, requires_grad=False) for block in blocks)
+        for block in table.block_records:
+            block.tier = HOST
     return model
 
 
@@ -86,7 +88,7 @@ def check(table: EngramTable, device: str) -> None:
     """Raise unless a lookup gives the rows that are in host memory."""
     row_ids = torch.stack([torch.randint(rows, (1, 100)) for rows in table.head_rows.tolist()], dim=-1)
     keys = row_ids.flatten(0, 1) + table.first_rows_of_heads.cpu()
-    expected = dequantize_rows(table.gather_rows(keys.flatten().sort()[0]), FORMAT, HEAD_DIM)
+    expected = table.stored_as.decode(table.gather_rows(keys.flatten().sort()[0]), HEAD_DIM)
     found = table(row_ids.to(device)).cpu().view(-1, HEAD_DIM)[keys.flatten().argsort()]
     if not torch.equal(found, expected):
         raise RuntimeError("The rows on the device are not those in host memory; nothing is timed.")

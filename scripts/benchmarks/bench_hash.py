@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, NgramHash
-from engram_hf.modeling.ids_hashing import find_ngrams, hash_layers, layer_constants
-from engram_hf.modeling.ids_reach import token_reach
+from engram_hf.modeling.ids_reach import pack_history, token_reach
 
 
 SHAPES = {"prefill, 8 x 4,096": (8, 4096), **{f"decode, {n} sequences": (n, 1) for n in (1, 8, 64)}}
@@ -51,12 +50,6 @@ def demo_row_ids(ids: np.ndarray, multipliers: np.ndarray, primes: list[list[int
     return np.stack(found, axis=2)
 
 
-def our_row_ids(new, seen, positions, run, constants, config) -> Sequence[torch.Tensor]:
-    reach = token_reach(new, positions, run)
-    ngrams = find_ngrams(seen, reach, config.engram_max_ngram_size, config.engram_pad_token_id)
-    return hash_layers(ngrams, *constants)
-
-
 def demo_layers(ids: np.ndarray, history: int, constants) -> list[np.ndarray]:
     return [demo_row_ids(ids, m, p, PAD)[:, history:] for m, p in constants]
 
@@ -71,15 +64,17 @@ def ways(label: str) -> dict[str, Callable]:
         engram_compressed_vocab_size=None,
         engram_pad_token_id=PAD,
     )
-    hashing, constants = NgramHash.from_config(config), layer_constants(config)
+    hashing = NgramHash.from_config(config)
+    hashing.confirm("this benchmark")
     arrays = [(np.asarray(hashing.multipliers(i)), hashing.primes(i)) for i in config.engram_layer_ids]
     batch, seq = SHAPES[label]
     # In decode the demo hashes the last N ids; the first two are then thrown away.
     history = 0 if seq > 1 else config.engram_max_ngram_size - 1
     ids = torch.randint(config.vocab_size, (batch, history + seq), generator=torch.Generator().manual_seed(0))
-    new, positions, run = ids[:, history:], torch.arange(seq).unsqueeze(0) + history, torch.full((batch,), history)
+    new, past = ids[:, history:], ids[:, :history]
+    kept = pack_history(past, token_reach(past, torch.arange(history).unsqueeze(0))) if history else None
     return {
-        OURS: lambda: our_row_ids(new, ids, positions, run, constants, config),
+        OURS: lambda: list(hashing(new, history=kept).row_ids.values()),
         DEMO: lambda: demo_layers(ids.numpy(), history, arrays),
     }
 

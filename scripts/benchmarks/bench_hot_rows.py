@@ -38,7 +38,8 @@ from helpers.turns import run_in_turns, wait_for_turn
 
 from engram_hf import EngramMoEConfig, NgramHash, build_token_map
 from engram_hf.modeling.hot_rows import HotRows
-from engram_hf.modeling.table import DISK, EngramTable
+from engram_hf.modeling.table import EngramTable
+from engram_hf.modeling.table_blocks import DISK
 
 
 LIMIT_BYTES = 2_000_000_000
@@ -121,7 +122,7 @@ def fill(cache: HotRows, table: EngramTable, setting: str, past: np.ndarray) -> 
         keys = (row_ids.numpy() + first_rows).reshape(-1)
         cache.keys[keys % cache.size] = keys
     keys = np.sort(cache.keys[cache.keys >= 0])
-    source = table.sources[0]
+    source = table.block_records[0].source
     place, row_bytes = source.file.places[source.name], table.row_nbytes
     with source.file.path.open("rb", buffering=0) as file:
         rows_of_chunk = CHUNK_BYTES // row_bytes

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.made_tables import check, forget, open_table, write_table
 from helpers.results import Results, Table, about, add_results_argument
 
-from engram_hf.modeling.table import DISK, HOST, RESIDENT, EngramTable
+from engram_hf.modeling.table import EngramTable
+from engram_hf.modeling.table_blocks import DISK, HOST, RESIDENT
 
 
 WIDTH = 8
@@ -59,7 +60,7 @@ def main() -> None:
                 for _ in range(arguments.rounds):
                     ids = generator.integers(0, rows, LOOKUPS)
                     if tier == DISK:
-                        forget([table.sources[0].file])
+                        forget([table.block_records[0].source.file])
                         times.setdefault("disk, cold", []).append(look_up(table, ids)[0])
                         times.setdefault("disk, warm", []).append(look_up(table, ids)[0])
                     else:

@@ -36,7 +36,7 @@ from helpers.libaio_reads import reads_a_second
 from helpers.made_tables import check, forget, open_table, write_table
 from helpers.results import Results, Table, about, add_results_argument
 
-from engram_hf.modeling.table import DISK
+from engram_hf.modeling.table_blocks import DISK
 
 
 WIDTH = 64
@@ -122,7 +122,7 @@ def main() -> None:
         num_rows = arguments.gib * 2**30 // ROW_BYTES
         write_table(big, num_rows, WIDTH, torch.float32)
         table, offloaded = open_table(big, [num_rows], WIDTH, torch.float32, DISK), accelerate_offload(big, num_rows)
-        start = table.sources[0].file.places["blocks.0"].start
+        start = table.block_records[0].source.file.places["blocks.0"].start
 
         def draw(count: int) -> np.ndarray:
             return generator.integers(0, num_rows, count)
@@ -133,23 +133,23 @@ def main() -> None:
         check(table, draw(1000))
         rates: dict[str, list[float]] = {}
         for _ in tqdm(range(arguments.rounds), desc="Rounds"):
-            forget([table.sources[0].file])
+            forget([table.block_records[0].source.file])
             who, rate = device_reads(big)
             if rate is not None:
                 rates.setdefault(f"{who}, 4K random reads at depth 128", []).append(rate)
-            forget([table.sources[0].file])
+            forget([table.block_records[0].source.file])
             rates.setdefault("engram-hf", []).append(ROWS_OF_A_CALL / seconds(look_up, draw(ROWS_OF_A_CALL)))
-            forget([table.sources[0].file])
+            forget([table.block_records[0].source.file])
             with busy_thread():
                 rate = ROWS_OF_A_CALL / seconds(look_up, draw(ROWS_OF_A_CALL))
             rates.setdefault("engram-hf beside a busy Python thread", []).append(rate)
-            forget([table.sources[0].file])
+            forget([table.block_records[0].source.file])
             rate = ROWS_OF_SLOW_WAYS / seconds(plain_gather, big, start, draw(ROWS_OF_SLOW_WAYS))
             rates.setdefault("plain mapping", []).append(rate)
-            forget([table.sources[0].file])
+            forget([table.block_records[0].source.file])
             rate = ROWS_OF_SLOW_WAYS / seconds(slices, big, draw(ROWS_OF_SLOW_WAYS))
             rates.setdefault("safetensors slices", []).append(rate)
-            forget([table.sources[0].file])
+            forget([table.block_records[0].source.file])
             ids = torch.from_numpy(draw(ROWS_OF_SLOW_WAYS))
             with torch.no_grad():
                 rate = ROWS_OF_SLOW_WAYS / seconds(offloaded, ids)

@@ -47,10 +47,11 @@ def made_rows(rows: int, way: str):
 
     from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
     from engram_hf.modeling.table import EngramTable
+    from engram_hf.modeling.table_formats import row_format
     from engram_hf.training.row_updates import RowUpdates
 
     rules = {"adam": RowAdam(), "rowwise_adam": RowwiseAdam(), "adagrad": RowwiseAdagrad(), "sgd": RowSGD()}
-    table = EngramTable([rows], WIDTH, rows * WIDTH, torch.float32)
+    table = EngramTable([rows], WIDTH, rows * WIDTH, row_format("float32"))
     torch.nn.init.normal_(table.blocks[0])
     return table, RowUpdates("table", table, rules[way])
 

@@ -61,7 +61,8 @@ RESIDENT, HOST, WARM, COLD, COLD_BARE, NONE = (
 
 def forget_tables(models: dict) -> None:
     """Take the files of all tables out of the page cache, whichever model has them mapped."""
-    forget([s.file for m in models.values() for table in m.model.tables() for s in table.sources if s is not None])
+    tables = [table for model in models.values() for table in model.model.tables()]
+    forget([block.source.file for table in tables for block in table.block_records if block.source is not None])
 
 
 def decode_seconds(model, ids: torch.Tensor) -> float:
@@ -84,9 +85,7 @@ def prefill_seconds(model, ids: torch.Tensor) -> float:
 
 def reading_seconds(model, ids: torch.Tensor) -> float:
     """Of reading all rows that a prefill asks for, and nothing else."""
-    positions = torch.arange(ids.shape[1]).unsqueeze(0)
-    context = model.model.ngram_context(ids, positions)
-    row_ids = model.model.all_row_ids(context).values()
+    row_ids = model.model.ngram_hash(ids).row_ids.values()
     start = time.perf_counter()
     for table, rows in zip(model.model.tables(), row_ids, strict=True):
         table(rows)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from engram_hf.modeling.disk_files import PAGE, BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import PIECE_BYTES, TensorContent, write_file
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
+from engram_hf.modeling.table_formats import row_format
 
 
 def write_table(path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
@@ -32,14 +33,14 @@ def write_table(path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
 def open_table(path: Path, rows_of_head: Sequence[int], width: int, dtype: torch.dtype, tier: str) -> EngramTable:
     """The table of one block that `write_table` has written, on a tier."""
     with tables_without_blocks():
-        table = EngramTable(rows_of_head, width, sum(rows_of_head) * width, dtype)
+        table = EngramTable(rows_of_head, width, sum(rows_of_head) * width, row_format(dtype))
     table.open_blocks([BlockSource(TableFile(path), "blocks.0")], [tier], ["cpu"])
     return table.eval()
 
 
 def check(table: EngramTable, ids: np.ndarray) -> None:
     """Raise unless a lookup gives the bytes that its file holds."""
-    source = table.sources[0]
+    source = table.block_records[0].source
     start = source.file.places[source.name].start
     with source.file.path.open("rb") as file:
         rows = [os.pread(file.fileno(), table.row_nbytes, start + int(i) * table.row_nbytes) for i in ids]

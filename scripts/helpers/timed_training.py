@@ -1,5 +1,6 @@
 """The model, sizes and clock of timed training runs. Imports nothing that an environment of engram-peft lacks."""
 
+import mmap
 import os
 import time
 from pathlib import Path
@@ -44,10 +45,11 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.is_cold:
-            for source in model.model.tables()[0].sources:
-                os.fsync(source.file.file.fileno())
-                source.file.mapping.madvise(4)  # MADV_DONTNEED
-                os.posix_fadvise(source.file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for block in model.model.tables()[0].block_records:
+                file = block.source.file
+                os.fsync(file.file.fileno())
+                file.mapping.madvise(mmap.MADV_DONTNEED)
+                os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % TURN == 0:
