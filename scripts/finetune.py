@@ -2,7 +2,7 @@
 
     python scripts/finetune.py output/tiny --dataset README.md --output output/mine          the whole model
     python scripts/finetune.py output/tiny --dataset README.md --output output/lora --lora 16 --table-tier disk
-    python scripts/finetune.py output/tiny --sft chats.jsonl --output output/chat            chats, with TRL
+    python scripts/finetune.py output/tiny --sft your.jsonl --output output/chat             chats, with TRL
 
 100 steps of the demo's model take a minute on two cores. Tables can be resident, in host memory or on disk, and they
 can be trained or frozen. The backbone is trained as a whole or by LoRA. A run that was stopped goes on with --resume.

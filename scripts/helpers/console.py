@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 
-# The beginning of a log key, the words for it, and how it is written. Layers are averaged.
+# A figure in the history of a run, the words for it, and how it is written. Layers are averaged.
 MEMORY_FIGURES = (
-    ("engram/gate_mean/", "gate", ".2f"),
-    ("engram/memory_share/", "memory in the stream", ".1%"),
-    ("engram/rows_touched/", "rows touched", ".1%"),
+    ("engram/gate_mean", "gate", ".2f"),
+    ("engram/memory_share", "memory in the stream", ".1%"),
+    ("engram/rows_touched", "rows touched", ".1%"),
 )
 
 
@@ -50,7 +50,7 @@ class OneLineCallback(TrainerCallback):
         left = tqdm.format_interval(seconds_a_step * (state.max_steps - state.global_step))
         parts = [f"step {state.global_step} of {state.max_steps}", f"loss {float(logs['loss']):.3f}"]
         for key, words, spec in MEMORY_FIGURES:
-            found = [value for name, value in logs.items() if name.startswith(key)]
+            found = [value for name, value in state.log_history[-1].items() if name.startswith(f"{key}/layer")]
             if found:
                 parts.append(f"{words} {format(sum(found) / len(found), spec)}")
         tqdm.write(", ".join([*parts, f"{left} left"]))
