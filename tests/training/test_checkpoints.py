@@ -323,7 +323,7 @@ def test_the_optimizer_of_another_run_is_refused(run, tmp_path):
 
 def test_runs_that_are_killed_end_like_one_that_is_not():
     ran = subprocess.run(
-        [sys.executable, str(SCRIPTS / "kill_runs.py"), "--kills", "3", "--seed", "1"],
+        [sys.executable, str(SCRIPTS / "maintenance" / "kill_runs.py"), "--kills", "3", "--seed", "1"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
