@@ -11,7 +11,7 @@ LEVELS = [
     [
         "modeling.ids_reach",
         "modeling.ids_recovery",
-        "modeling.configuration_engram_moe",
+        "modeling.configuration_checks",
         "modeling.engram_outputs",
         "modeling.disk_safetensors",
         "modeling.table_formats",
@@ -19,7 +19,7 @@ LEVELS = [
         "modeling.table_gradients",
         "modeling.engram_refusals",
     ],
-    ["modeling.disk_files", "modeling.ids_hashing"],
+    ["modeling.configuration_engram_moe", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.disk_reading", "modeling.table_changes"],
     ["modeling.table_rows"],
     ["modeling.table", "modeling.engram_binding"],

@@ -23,6 +23,7 @@ from .disk_safetensors import file_digest, read_header, read_index, sync_folder,
 CODE_FILES = (
     "checkpoint_loading.py",
     "checkpoint_saving.py",
+    "configuration_checks.py",
     "configuration_engram_moe.py",
     "disk_files.py",
     "disk_reading.py",
