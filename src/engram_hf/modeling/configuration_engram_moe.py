@@ -28,6 +28,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
+from transformers.models.auto import modeling_auto
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from .configuration_checks import (
@@ -538,5 +539,15 @@ class EngramMoEConfig(DeepseekV3Config):
                 f"Each of the {self.n_group} groups needs two experts, got {self.n_routed_experts} in all."
             )
 
+
+# transformers looks a class up by its name here: Trainer, to shift the labels under label smoothing and to name the
+# task in a card; pipelines, before they complain. `register` of the Auto classes does not enter the names.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EngramMoEConfig.model_type] = "EngramMoEForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[EngramMoEConfig.model_type] = (
+    "EngramMoEForSequenceClassification"
+)
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[EngramMoEConfig.model_type] = (
+    "EngramMoEForTokenClassification"
+)
 
 __all__ = ["EngramMoEConfig"]
