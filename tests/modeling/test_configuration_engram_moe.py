@@ -35,11 +35,11 @@ def test_the_default_is_the_papers_engram_27b_and_presets_take_overrides():
 
 def test_derived_values_follow_from_the_fields():
     config = tiny_config(engram_max_ngram_size=4, engram_vocab_size=[53, 59, 61], engram_kernel_size=4)
-    assert config.layer_types == ["hybrid", "full_attention", "hybrid"]
+    assert config.layer_types == ["full_attention"] * 3
     assert config.engram_width == 3 * 2 * 8
-    assert (config.engram_conv_reach, config.number_of_conv_states) == (12, 2)
+    assert config.engram_conv_reach == 12
     without = tiny_config(engram_kernel_size=0)
-    assert (without.engram_conv_reach, without.number_of_conv_states) == (0, 1)
+    assert without.engram_conv_reach == 0
     assert tiny_config(pad_token_id=None, eos_token_id=[5, 6]).engram_pad_token_id == 5
 
 
@@ -139,7 +139,7 @@ def test_arguments_of_loading_are_checked_with_the_rest_of_the_config(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     config = EngramMoEConfig.from_pretrained(tmp_path, num_hidden_layers=4, engram_layer_ids=[3, 1])
     assert config.engram_layer_ids == [1, 3]
-    assert config.layer_types == ["full_attention", "hybrid", "full_attention", "hybrid"]
+    assert config.layer_types == ["full_attention"] * 4
     with pytest.raises(ValueError, match="engram_layer_ids must be different zero-based layer ids"):
         EngramMoEConfig.from_pretrained(tmp_path, engram_layer_ids=[3])
     same, unused = EngramMoEConfig.from_pretrained(tmp_path, hc_mult=1, foo=2, return_unused_kwargs=True)
