@@ -43,6 +43,7 @@ if sys.platform != "win32":
 CODE_FILES = (
     "checkpoint_loading.py",
     "checkpoint_saving.py",
+    "configuration_checks.py",
     "configuration_engram_moe.py",
     "disk_files.py",
     "disk_reading.py",

@@ -46,11 +46,14 @@ from .table_placement import (
     AUTOMATIC,
     Place,
     check_backbone_keys,
-    check_entries,
     known_tables,
+    left_by_backbone,
     memory_limits,
+    memory_of,
+    place_in_map,
     place_of_layer,
     plan_places,
+    resolve_entries,
     split_device_map,
 )
 
@@ -113,11 +116,12 @@ class ModelWithTables:
 
         Args:
             pretrained_model_name_or_path: folder or repository.
-            device_map: as in transformers; an entry for a table ("model.layers.1.engram.table") or for a block of it
-                ("model.layers.1.engram.table.blocks.0") is "cpu" (host memory), "disk" (rows are read from the
-                checkpoint's own files), or an accelerator. A table without an entry stays with its layer. "auto" gives
-                accelerators to the backbone first, then to blocks; the rest goes to host memory, then to disk. Where
-                only a string can be given, "cpu+disk" is a map of the backbone and an entry of every table.
+            device_map: as in transformers. An entry for a table ("model.layers.1.engram.table"), for a block of it
+                ("model.layers.1.engram.table.blocks.0") or for all tables ("...table") is "host" or "cpu" (RAM), "disk"
+                (rows are read from the checkpoint's own files), "resident" (with its layer), or an accelerator. A table
+                without an entry stays with its layer. "auto" gives accelerators to the backbone first, then to blocks;
+                the rest goes to host memory, then to disk. Where only a string can be given, "cpu+disk" is a map of the
+                backbone and an entry of every table.
             tables_from: folder or repository of the tables, where they are not beside the backbone; by default the
                 repository that the config names, if it names one.
             hot_rows: rows per table to keep in a cache, on the device that computes, in front of blocks that are not
@@ -207,7 +211,7 @@ class ModelWithTables:
             )
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, self.config))
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
-        check_entries(entries, sizes, self._tables_prefix())
+        entries = resolve_entries(entries, sizes, self._tables_prefix())
         default, main_device = self._default_places(tables)
         free = None if limits is None else self._memory_left(limits, has_margin)
         planned = plan_places(sizes, entries, default, free)
@@ -257,9 +261,7 @@ class ModelWithTables:
         main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         default = {}
         for name in tables:
-            path = f"{self._tables_prefix()}{name}."
-            keys = [key for key in device_map if key == "" or path.startswith(f"{key}.")]
-            value = device_map[max(keys, key=len)] if keys else main_device
+            value = place_in_map(device_map, f"{self._tables_prefix()}{name}", main_device)
             default[name] = place_of_layer(value, main_device)
         return default, main_device
 
@@ -269,12 +271,16 @@ class ModelWithTables:
 
     def _memory_left(self, limits: dict, has_margin: bool) -> dict:
         """Bytes by device that the backbone leaves."""
-        free = {key: int(n * FREE_SHARE) if has_margin and key != "cpu" else n for key, n in limits.items()}
-        for tensor in self.state_dict().values():
-            key = "cpu" if tensor.device.type == "cpu" else tensor.device.index or 0
-            if not tensor.is_meta:
-                free[key] = free.get(key, 0) - tensor.nbytes
-        return free
+        limits = {key: int(n * FREE_SHARE) if has_margin and key != "cpu" else n for key, n in limits.items()}
+        used: dict = {}
+        for name, tensor in self.state_dict().items():
+            place = tensor.device
+            if tensor.is_meta:
+                # accelerate holds it in RAM or on disk, and brings it for its layer.
+                place = place_in_map(self.hf_device_map, name, "cpu")
+            key = place if place == "disk" else memory_of(Place("", place))
+            used[key] = used.get(key, 0) + tensor.nbytes
+        return left_by_backbone(limits, used)
 
     def named_tables(self) -> dict[str, EngramTable]:
         """The tables by their names inside the base model, in the order of layers."""
@@ -313,7 +319,8 @@ class ModelWithTables:
         """Move tables or blocks to other tiers.
 
         Args:
-            places: as the entries of a `device_map`: name of a table or block to "cpu", "disk" or an accelerator.
+            places: as the entries of a `device_map`: name of a table or block, or three dots and its end, to "host" or
+                "cpu", "disk", "resident" or an accelerator.
             hot_rows: rows per table to keep in a cache from now on (0: none); None leaves the caches as they are.
 
         Raises:
@@ -327,19 +334,17 @@ class ModelWithTables:
         if others:
             known = known_tables(tables, self._tables_prefix())
             raise ValueError(f"place_tables moves tables and blocks only, got {', '.join(map(str, others))}. {known}")
-        check_entries(
-            entries, {name: [b.nbytes for b in table.blocks] for name, table in tables.items()}, self._tables_prefix()
-        )
-        sizes = {name: [block.nbytes for block in tables[name].blocks] for name, _ in entries}
-        current = {name: Place("") for name in sizes}
-        for name, planned in plan_places(sizes, entries, current).items():
+        sizes = {name: [block.nbytes for block in table.blocks] for name, table in tables.items()}
+        entries = resolve_entries(entries, sizes, self._tables_prefix())
+        home, main_device = self._default_places(tables)
+        stay = dict.fromkeys(tables, Place(""))
+        for name, planned in plan_places(sizes, entries, stay, home=home).items():
             for number, place in enumerate(planned):
                 if place.tier:
                     tables[name].place(number, place.tier, place.device)
-            if tables[name].hot_rows is not None:
+            if tables[name].hot_rows is not None and any(place.tier for place in planned):
                 tables[name].hot_rows.clear()
         if hot_rows is not None:
-            _, main_device = self._default_places(tables)
             for name, table in tables.items():
                 table.keep_hot_rows(0 if table.is_resident else hot_rows, self._layer_device(name, main_device))
 
