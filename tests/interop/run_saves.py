@@ -15,6 +15,16 @@ from torch.multiprocessing import start_processes
 WAYS = ("every", "main", "alone")
 
 
+def save(model, folder: Path, way: str) -> None:
+    """As transformers means it, as accelerate calls it, and as Trainer does."""
+    if way == "every":
+        model.save_pretrained(folder)
+    elif way == "main":
+        model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    elif dist.get_rank() == 0:
+        model.save_pretrained(folder)
+
+
 def copy_of(folder: Path, target: Path) -> None:
     if dist.get_rank() == 0:
         shutil.copytree(folder, target)
@@ -27,15 +37,10 @@ def save_on_ranks(rank: int, processes: int, out: Path, rounds: list[int]) -> No
     dist.init_process_group("gloo", init_method=f"file://{out}/store-{processes}", rank=rank, world_size=processes)
     for each in rounds:
         model = tiny_model(seed=each)
-        ways = {
-            "every": lambda folder: model.save_pretrained(folder),
-            "main": lambda folder: model.save_pretrained(folder, is_main_process=rank == 0),
-            "alone": lambda folder: rank == 0 and model.save_pretrained(folder),
-        }
         for way in WAYS if processes == 2 else WAYS[:1]:
             for kind in ("new", "existing"):
                 folder = out / f"{way}-{kind}-{processes}" / ("model" if kind == "existing" else str(each))
-                ways[way](folder)
+                save(model, folder, way)
                 dist.barrier()
                 if kind == "existing":
                     copy_of(folder, folder.with_name(str(each)))

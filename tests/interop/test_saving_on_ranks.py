@@ -1,4 +1,4 @@
-"""transformers 5.24 calls `save_pretrained` on every rank: whoever calls it, and how many, one whole checkpoint is left."""
+"""transformers 5.24 calls `save_pretrained` on every rank: one whole checkpoint is left, whoever calls it."""
 
 import json
 import os

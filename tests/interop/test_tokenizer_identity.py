@@ -32,7 +32,7 @@ def swap(content, first: str, second: str) -> None:
 
 
 def swap_lonely_tokens(content, tokenizer) -> None:
-    """Two ids trade their texts, neither of which shares a compressed id: the token map is the same number by number."""
+    """Two ids trade their texts, and neither shares a compressed id: the token map has the same numbers."""
     token_map = build_token_map(tokenizer)
     lonely = [i for i in range(300, 600) if (token_map == token_map[i]).sum() == 1]
     swap(content, *tokenizer.convert_ids_to_tokens(lonely[:2]))
