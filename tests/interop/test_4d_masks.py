@@ -126,7 +126,7 @@ def test_a_tree_of_candidates_behind_a_cache_is_right_or_refused(model, as_mask,
     """What speculative decoding with several candidates does: each sees the prefix, and none the other."""
     prefix, candidates = tiny_ids(1, 6), tiny_ids(1, 2, seed=1)
     cache = DynamicCache(config=model.config)
-    model(prefix, past_key_values=cache)
+    model(prefix, cache=cache)
     sees = torch.ones(2, 8, dtype=torch.bool)
     sees[0, 7] = sees[1, 6] = False
     expected = torch.cat(
@@ -135,7 +135,7 @@ def test_a_tree_of_candidates_behind_a_cache_is_right_or_refused(model, as_mask,
     positions = {"position_ids": torch.tensor([[6, 6]])} if with_positions else {}
 
     def tree():
-        return model(candidates, attention_mask=as_mask(sees), past_key_values=cache, **positions).logits
+        return model(candidates, attention_mask=as_mask(sees), cache=cache, **positions).logits
 
     if with_positions:
         right_or_refused(tree, expected, "token before it|do not go on where the cache ends")
@@ -150,10 +150,10 @@ def test_a_tree_of_candidates_behind_a_cache_is_right_or_refused(model, as_mask,
 def test_what_follows_a_cache_under_a_plain_mask_is_right(model, as_mask, length, with_positions):
     ids = tiny_ids(2, 6 + length)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     positions = {"position_ids": torch.arange(6, 6 + length)[None]} if with_positions else {}
     mask = as_mask(causal(6 + length)[6:])
-    logits = model(ids[:, 6:], attention_mask=mask, past_key_values=cache, **positions).logits
+    logits = model(ids[:, 6:], attention_mask=mask, cache=cache, **positions).logits
     assert_same_logits(logits, model(ids).logits[:, 6:])
 
 
@@ -162,12 +162,12 @@ def test_what_follows_a_cache_under_a_plain_mask_is_right(model, as_mask, length
 def test_a_token_that_sees_nothing_of_a_cache_begins_a_document_or_is_refused(model, as_mask, with_positions):
     ids = tiny_ids(1, 9)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     sees = torch.cat([torch.zeros(3, 6, dtype=torch.bool), causal(3)], dim=1)
     positions = {"position_ids": torch.arange(6, 9)[None]} if with_positions else {}
 
     def behind():
-        return model(ids[:, 6:], attention_mask=as_mask(sees), past_key_values=cache, **positions).logits
+        return model(ids[:, 6:], attention_mask=as_mask(sees), cache=cache, **positions).logits
 
     right_or_refused(behind, model(ids[:, 6:]).logits, "token before it|Leave the cache out")
 

@@ -34,7 +34,7 @@ def filled(model, ids: torch.Tensor, kind: str = "dynamic", chunks=(1, 6, 2), re
     start = 0
     for length in (*chunks, ids.shape[1]):
         if ids[:, start : start + length].shape[1]:
-            model(ids[:, start : start + length], past_key_values=cache)
+            model(ids[:, start : start + length], cache=cache)
         start += length
     return cache
 
@@ -46,7 +46,7 @@ def assert_goes_on(model, cache, seen: torch.Tensor, steps=(1, 3, 1, 1)) -> None
     expected = model(torch.cat([seen, rest], dim=1), use_cache=False).logits[:, seen.shape[1] :]
     found, start = [], 0
     for length in steps:
-        found.append(model(rest[:, start : start + length], past_key_values=cache).logits)
+        found.append(model(rest[:, start : start + length], cache=cache).logits)
         start += length
     assert_same_logits(torch.cat(found, dim=1), expected)
 
@@ -114,7 +114,7 @@ def test_a_cache_is_cropped_again_and_again(model):
         more = tiny_ids(2, length, seed=20 + step)
         seen = torch.cat([seen, more], dim=1)
         with torch.no_grad():
-            found = model(more, past_key_values=cache).logits
+            found = model(more, cache=cache).logits
             assert_same_logits(found, model(seen, use_cache=False).logits[:, -length:])
         cache.crop(-removed)
         seen = seen[:, : seen.shape[1] - removed]
@@ -153,11 +153,11 @@ def test_rows_of_left_padded_prompts_are_selected(model):
     mask[1, :5] = 0
     cache = new_cache(model)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
         cache.batch_select_indices(torch.tensor([1]))
         rest = tiny_ids(1, 4, seed=7)
         row_mask = torch.cat([mask[1:2], torch.ones(1, 4, dtype=torch.int64)], dim=1)
-        found = model(rest, attention_mask=row_mask, past_key_values=cache).logits
+        found = model(rest, attention_mask=row_mask, cache=cache).logits
         expected = model(torch.cat([ids[1:2, 5:], rest], dim=1)).logits[:, -4:]
     assert_same_logits(found, expected)
 
@@ -168,4 +168,4 @@ def test_a_batch_of_a_cache_has_one_size(model):
     cache.batch_select_indices(torch.tensor([0]))
     cache.batch_repeat_interleave(4)
     with torch.no_grad():
-        assert model(tiny_ids(4, 1), past_key_values=cache).logits.shape[0] == 4
+        assert model(tiny_ids(4, 1), cache=cache).logits.shape[0] == 4
