@@ -184,8 +184,9 @@ def test_a_prefix_that_sees_itself_in_both_directions_is_no_error(model, as_mask
 
 
 @torch.no_grad()
-def test_the_compiled_forward_is_right_or_refused_too(model):
+def test_the_compiled_forward_is_right_or_refused_too():
     torch._dynamo.reset()
+    model = tiny_model()
     ids = tiny_ids(1, 11)
     compiled = torch.compile(model, backend="aot_eager")
     document = torch.tensor([0] * 5 + [1] * 6)
