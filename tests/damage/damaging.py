@@ -50,7 +50,9 @@ def damage_bytes(path: Path, rng: random.Random) -> tuple[str, bool]:
     """What was done, and whether that was to numbers alone."""
     content = bytearray(path.read_bytes())
     size = len(content)
-    how = rng.choice(["cut", "cut to nothing", "longer", "flip", "flip many", "zeros", "swap", "gone", "folder", "header bit"])
+    how = rng.choice(
+        ["cut", "cut to nothing", "longer", "flip", "flip many", "zeros", "swap", "gone", "folder", "header bit"]
+    )
     header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else size
     is_content = False
     if how == "cut":
@@ -141,7 +143,15 @@ def header_of_weights(base: Base, rng: random.Random) -> Damage:
         entry["data_offsets"] = [end, start]
     elif how == "offsets of odd type":
         entry["data_offsets"] = rng.choice(
-            [*ODD, [start], [start, end, end], [float(start), float(end)], [str(start), str(end)], [True, end], [None] * 2]
+            [
+                *ODD,
+                [start],
+                [start, end, end],
+                [float(start), float(end)],
+                [str(start), str(end)],
+                [True, end],
+                [None] * 2,
+            ]
         )
     elif how == "huge offsets":
         by = rng.choice(HUGE)
@@ -150,11 +160,18 @@ def header_of_weights(base: Base, rng: random.Random) -> Damage:
         entry["dtype"] = rng.choice(DTYPES)
         is_content = True
     elif how == "another dtype of the same size":
-        same = [("F32", "I32", "U32"), ("F16", "BF16", "I16"), ("U8", "I8", "F8_E4M3", "F8_E8M0", "BOOL"), ("I64", "F64")]
+        same = [
+            ("F32", "I32", "U32"),
+            ("F16", "BF16", "I16"),
+            ("U8", "I8", "F8_E4M3", "F8_E8M0", "BOOL"),
+            ("I64", "F64"),
+        ]
         entry["dtype"] = rng.choice(next((group for group in same if entry["dtype"] in group), ("X",)))
         is_content = True
     elif how == "shape":
-        entry["shape"] = rng.choice([*ODD, [*entry["shape"], 1], entry["shape"][1:], [float(n) for n in entry["shape"]]])
+        entry["shape"] = rng.choice(
+            [*ODD, [*entry["shape"], 1], entry["shape"][1:], [float(n) for n in entry["shape"]]]
+        )
         is_content = True
     elif how == "transposed":
         entry["shape"] = entry["shape"][::-1]
@@ -302,7 +319,24 @@ def index_of_weights(base: Base, rng: random.Random) -> Damage:
 def config_of_model(base: Base, rng: random.Random) -> Damage:
     path = base.folder / "config.json"
     config = read_json(path)
-    how = rng.choice(["bytes", "odd", "odd", "odd", "odd", "engram", "engram", "engram", "gone", "number", "number", "deep", "part", "a list"])
+    how = rng.choice(
+        [
+            "bytes",
+            "odd",
+            "odd",
+            "odd",
+            "odd",
+            "engram",
+            "engram",
+            "engram",
+            "gone",
+            "number",
+            "number",
+            "deep",
+            "part",
+            "a list",
+        ]
+    )
     if how == "bytes":
         return Damage("config", path.name, damage_bytes(path, rng)[0], is_content=True)
     own = sorted(key for key in config if key.startswith(("engram_", "hc_")))
@@ -313,7 +347,9 @@ def config_of_model(base: Base, rng: random.Random) -> Damage:
         del config[name]
     elif how == "number":
         name = rng.choice([key for key, value in config.items() if type(value) is int])
-        config[name] = rng.choice([config[name] + 1, 2 * config[name], config[name] - 1, -config[name], 200_000_000, 2**63])
+        config[name] = rng.choice(
+            [config[name] + 1, 2 * config[name], config[name] - 1, -config[name], 200_000_000, 2**63]
+        )
     elif how == "part":
         name = rng.choice([key for key, value in config.items() if isinstance(value, (dict, list)) and value])
         key = rng.choice(sorted(config[name]) if isinstance(config[name], dict) else range(len(config[name])))
@@ -446,7 +482,9 @@ def optimizer_of_run(base: Base, rng: random.Random) -> Damage:
     path = base.folder / "optimizer.pt"
     if rng.random() < 0.25:
         how, _ = damage_bytes(path, rng)
-        return Damage("optimizer", path.name, f"bytes: {how}", is_content=how in ("flip", "flip many", "zeros", "header bit"))
+        return Damage(
+            "optimizer", path.name, f"bytes: {how}", is_content=how in ("flip", "flip many", "zeros", "header bit")
+        )
     state = torch.load(path, weights_only=True)
     place = rng.choice([p for p in _nodes(state) if p])
     value = state

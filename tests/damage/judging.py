@@ -19,7 +19,14 @@ from damaging import KINDS, Damage, damage, draw
 from tiny import tiny_ids
 from typer.testing import CliRunner
 
-from engram_hf import EngramMoEForCausalLM, inspect_checkpoint, merge_changed_rows, push_engram, quantize_tables, verify_tables
+from engram_hf import (
+    EngramMoEForCausalLM,
+    inspect_checkpoint,
+    merge_changed_rows,
+    push_engram,
+    quantize_tables,
+    verify_tables,
+)
 from engram_hf.commands.main import app
 from engram_hf.training.checkpoints import last_complete_checkpoint
 
@@ -140,9 +147,10 @@ def command(*arguments) -> str:
         raise ran.exception
     if ran.exit_code == 0:
         return "done"
-    if ran.exit_code != 1 or not ran.stderr.startswith("error: ") or "Traceback" in ran.output:
+    _, is_said, message = f"\n{ran.stderr}".partition("\nerror: ")
+    if ran.exit_code != 1 or not is_said or "Traceback" in ran.output:
         raise RuntimeError(f"exit code {ran.exit_code}: {ran.output[-300:]}")
-    raise ValueError(ran.stderr)
+    raise ValueError(message)
 
 
 def resumed(folder: Path) -> str:

@@ -1,9 +1,9 @@
-"""Checkpoints on their way in: the files of a checkpoint, what of them is refused, and the tensors of the tables.
+"""Checkpoints on their way in: which files a checkpoint has, what is refused, and where the tensors of tables lie.
 
-Holds no model code: it is given names, shapes and folders. transformers loads the backbone; tables are only opened.
+Everything that files say is checked here, before anything is allocated or loaded. transformers loads the backbone. The
+files of tables are only opened.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,21 +14,13 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .disk_files import BlockSource, TableFile
-from .disk_safetensors import (
-    TensorPlace,
-    file_digest,
-    read_header,
-    read_index,
-    read_weight_map,
-)
+from .disk_safetensors import TensorPlace, check_row_ids, file_digest, read_header, read_index
 from .table import EngramTable
-from .table_changes import CHANGED_KEY
+from .table_changes import CHANGED_KEY, DIGEST_BYTES
 from .table_formats import QUANTIZED_FORMATS
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-# In the cache's folder of a repository, beside huggingface_hub's own `.no_exist`.
-NOTES_FOLDER = ".engram_sound"
 # Files below this size are read too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
 SINGLE_FILE = "model.safetensors"
@@ -42,65 +34,80 @@ class Checkpoint:
     """The safetensors files of a model on this machine.
 
     where: folder or repository, as the user named it.
-    file_of: tensor name to file.
+    file_of: tensor name to file, for the tensors that are wanted.
+    names: of all tensors, also of those that are not wanted.
     metadata: of the index; empty where there is none.
     commit: of the repository; None for a folder.
     """
 
     where: str
     file_of: Mapping[str, Path]
+    names: frozenset[str]
     metadata: Mapping = field(default_factory=dict)
     commit: str | None = None
 
     def blocks(self) -> dict[tuple[str, int], str]:
-        """(table name inside the base model, number of the block) to tensor name."""
-        matches = ((name, BLOCK_KEY.match(name)) for name in self.file_of)
-        return {(match[1], int(match[2])): name for name, match in matches if match is not None}
+        """(table name inside the base model, number of the block) to tensor name.
+
+        Raises:
+            ValueError: two tensors are the same block.
+        """
+        found: dict[tuple[str, int], str] = {}
+        for name in self.file_of:
+            if (match := BLOCK_KEY.match(name)) is not None:
+                other = found.setdefault((match[1], int(match[2])), name)
+                if other != name:
+                    raise ValueError(f"{other} and {name} of {self.where} are one block. Download or copy it again.")
+        return found
 
 
 def find_checkpoint(
     name, arguments: Mapping, is_wanted: Callable[[str], bool] = lambda name: True
 ) -> Checkpoint | None:
-    """The safetensors files of a folder or a repository, downloaded where they are not here.
+    """The safetensors files of a folder or a repository. What is not on this machine is downloaded.
 
     Args:
         name: folder or repository.
-        arguments: those of `from_pretrained`, of which the Hub's and `variant` matter.
-        is_wanted: whether a tensor is to be had; files without such a tensor are not looked at.
+        arguments: those of `from_pretrained`; those of the Hub and `variant` are used.
+        is_wanted: whether a tensor is wanted. Files without such a tensor are neither downloaded nor opened.
 
     Returns:
-        None where there are none: an adapter, or weights in another format.
+        None where there are none: the folder holds an adapter, or weights in another format.
 
     Raises:
-        FileNotFoundError, ValueError: the index is damaged, or names files that are not there or lie elsewhere.
+        FileNotFoundError: the index names a file that is not there.
+        ValueError: index or file are damaged.
     """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     where, variant = str(name), arguments.get("variant")
     single = find_file(name, with_variant(SINGLE_FILE, variant), hub)
     if single is not None:
-        tensors = filter(is_wanted, read_header(single))
-        return Checkpoint(where, dict.fromkeys(tensors, single), commit=commit_of(name, single))
+        names = frozenset(read_header(single))
+        wanted = dict.fromkeys(filter(is_wanted, sorted(names)), single)
+        return Checkpoint(where, wanted, names, commit=commit_of(name, single))
     index = find_file(name, with_variant(INDEX_FILE, variant), hub)
     if index is None:
         return None
-    weight_map = {tensor: file for tensor, file in read_weight_map(index).items() if is_wanted(tensor)}
-    metadata, commit = read_index(index).get("metadata") or {}, commit_of(name, index)
+    content = read_index(index)
+    names, metadata = frozenset(content["weight_map"]), content["metadata"]
+    weight_map = {tensor: file for tensor, file in content["weight_map"].items() if is_wanted(tensor)}
+    commit = commit_of(name, index)
     if Path(where).is_dir():
-        # Not looked for on the Hub: a file that is missing here has a message of its own.
+        # Not looked for on the Hub: the message for a missing file is then a better one.
         path_of = {filename: index.parent / filename for filename in weight_map.values()}
     else:
         # All of one commit, also where the branch moves on meanwhile.
         at_commit = hub if commit is None else {**hub, "revision": commit}
-        path_of = download_files(name, {*weight_map.values()}, metadata.get("sha256") or {}, at_commit)
-    return Checkpoint(where, {tensor: path_of[file] for tensor, file in weight_map.items()}, metadata, commit)
+        path_of = download_files(name, {*weight_map.values()}, metadata.get("sha256", {}), at_commit)
+    file_of = {tensor: path_of[file] for tensor, file in weight_map.items()}
+    return Checkpoint(where, file_of, names, metadata, commit)
 
 
 def read_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 by file name, as the checkpoint in a folder gives them; empty where it gives none."""
-    folder = Path(folder)
+    """SHA-256 by file name, as the indexes in a folder promise them; empty where they promise none."""
     digests: dict[str, str] = {}
-    for path in folder.glob("model.safetensors.index*.json"):
-        digests |= (read_index(path).get("metadata") or {}).get("sha256") or {}
+    for path in Path(folder).glob("model.safetensors.index*.json"):
+        digests |= read_index(path)["metadata"].get("sha256", {})
     return digests
 
 
@@ -113,10 +120,11 @@ def with_variant(filename: str, variant: str | None) -> str:
 
 
 def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
-    """Where each tensor lies in its file.
+    """Where each wanted tensor lies in its file.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, truncated, or lacks a tensor that the index promises.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or it and the index do not name the same tensors.
     """
     headers = {path: read_header(path) for path in sorted(set(checkpoint.file_of.values()))}
     lacking = [(name, path) for name, path in checkpoint.file_of.items() if name not in headers[path]]
@@ -124,6 +132,19 @@ def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
         raise ValueError(
             f"The index of {checkpoint.where} promises {lacking[0][0]} in {lacking[0][1].name}, which does not hold it "
             f"({len(lacking)} such tensors). Index and files are of two checkpoints; download it again."
+        )
+    unnamed = [(name, path) for path, header in headers.items() for name in header if name not in checkpoint.names]
+    if unnamed:
+        raise ValueError(
+            f"{unnamed[0][1]} holds {unnamed[0][0]}, which its index does not name ({len(unnamed)} such tensors). Index "
+            "and files are of two checkpoints; download or copy it again."
+        )
+    twice = [(n, path) for path, header in headers.items() for n in header if checkpoint.file_of.get(n, path) != path]
+    if twice:
+        name, path = twice[0]
+        raise ValueError(
+            f"{name} is in {path} and in {checkpoint.file_of[name].name}, and only one of them can be right. Download "
+            "or copy the checkpoint again."
         )
     return {name: headers[path][name] for name, path in checkpoint.file_of.items()}
 
@@ -271,12 +292,21 @@ def open_sources(checkpoint: Checkpoint, tensors: Mapping[str, list[str]]) -> di
     }
 
 
-def open_changes(table_name: str, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The changed rows that a training checkpoint holds beside the blocks of a table: keys, rows, digests.
+def open_changes(
+    table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The changed rows that a training checkpoint holds beside the blocks of a table.
 
     Args:
         table_name: inside the base model.
-        checkpoint: where they are.
+        checkpoint, places: where tensors are.
+
+    Returns:
+        row ids, (n,) ascending; rows, (n, row width); SHA-256 of each block that they are written over, (blocks, 32).
+        None where the checkpoint holds none.
+
+    Raises:
+        ValueError: a part is missing, or does not fit the blocks or the other parts.
     """
     names = {
         match[2]: name for name in checkpoint.file_of if (match := CHANGED_KEY.match(name)) and match[1] == table_name
@@ -289,8 +319,55 @@ def open_changes(table_name: str, checkpoint: Checkpoint) -> tuple[torch.Tensor,
             f"{checkpoint.where} lacks the {' and '.join(sorted(parts - set(names)))} of the changed rows of "
             f"{table_name}. Copy the whole folder of the checkpoint again."
         )
-    file = TableFile(checkpoint.file_of[names["keys"]])
-    return file.tensor(names["keys"]), file.tensor(names["rows"]), file.tensor(names["digests"])
+    file = checkpoint.file_of[names["keys"]]
+    elsewhere = [name for name in names.values() if checkpoint.file_of[name] != file]
+    if elsewhere:
+        raise ValueError(
+            f"{names['keys']} is in {file.name} and {elsewhere[0]} in {checkpoint.file_of[elsewhere[0]].name} of "
+            f"{checkpoint.where}. All changed rows of a table must be in one file; copy the checkpoint again."
+        )
+    blocks = [places[name] for (table, _), name in sorted(checkpoint.blocks().items()) if table == table_name]
+    if not blocks:
+        raise ValueError(
+            f"{checkpoint.where} holds changed rows of {table_name} in {file.name}, and no blocks of it. Copy the whole "
+            "folder of the checkpoint again."
+        )
+    width, num_rows = blocks[0].shape[1], sum(block.shape[0] for block in blocks)
+    wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+        "keys": (torch.int64, (places[names["keys"]].nbytes // 8,)),
+        "rows": (blocks[0].dtype, (places[names["keys"]].nbytes // 8, width)),
+        "digests": (torch.uint8, (len(blocks), DIGEST_BYTES)),
+    }
+    for part, (dtype, shape) in wanted.items():
+        place = places[names[part]]
+        if (place.dtype, place.shape) != (dtype, shape):
+            raise ValueError(
+                f"The changed rows in {file} do not fit this table: {names[part]} is "
+                f"{_type_and_shape(place.dtype, place.shape)}, and must be {_type_and_shape(dtype, shape)}. Copy the "
+                "checkpoint again."
+            )
+    opened = TableFile(file)
+    row_ids = opened.tensor(names["keys"])
+    check_row_ids(row_ids, num_rows, f"{names['keys']} in {file}")
+    return row_ids, opened.tensor(names["rows"]), opened.tensor(names["digests"])
+
+
+def _type_and_shape(dtype: torch.dtype | None, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} of shape {shape}"
+
+
+def refuse_foreign_changes(tables: Iterable[str], checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ValueError: there are changed rows of a table that does not exist, which nobody would read.
+    """
+    for name, path in checkpoint.file_of.items():
+        match = CHANGED_KEY.match(name)
+        if match is not None and match[1] not in tables:
+            raise ValueError(
+                f"{path} holds {name}, and {checkpoint.where} has no table {match[1]}. Copy the whole folder of the "
+                "checkpoint again, or load it with the config that it was saved with."
+            )
 
 
 def find_file(name: str | Path, filename: str, hub: Mapping) -> Path | None:
@@ -319,37 +396,38 @@ def commit_of(name: str | Path, path: Path) -> str | None:
 def download_files(
     name: str | Path, filenames: Iterable[str], promised: Mapping[str, str], hub: Mapping
 ) -> dict[str, Path]:
-    """Files of a repository by name. Each is read once after it has come, and is what its index promises.
+    """Files of a repository, by name. Files that this call downloads are compared with what the index promises.
+
+    Files that were in the cache before are not read; `verify_tables` reads them all. A checkpoint whose index promises
+    no digests, such as one that transformers has saved, is not compared.
 
     Args:
         name: repository.
         filenames: of the files.
-        promised: file name to SHA-256; a file without one is not compared.
+        promised: file name to SHA-256; empty, or for each file.
         hub: those of `HUB_ARGUMENTS` that are given.
 
     Raises:
-        ValueError: a file is another one than the index promises; it is then removed from the cache.
-        OSError: as transformers raises it, where a file cannot be had.
+        ValueError: a downloaded file is not what the index promises. It is removed from the cache.
+        OSError: as transformers raises it, where a file cannot be downloaded.
     """
     filenames = sorted(filenames)
     if not filenames:
         return {}
+    is_again = bool(hub.get("force_download"))
+    cached_only = {**hub, "local_files_only": True, "force_download": False}
+    to_read = [f for f in filenames if f in promised and (is_again or find_file(name, f, cached_only) is None)]
     found = cached_files(name, filenames, **hub) or []
     paths = {filename: Path(path) for filename, path in zip(filenames, found, strict=True)}
-    to_read = [f for f in filenames if f in promised and not _was_found_sound(paths[f], promised[f])]
     total = sum(paths[filename].stat().st_size for filename in to_read)
     wrong = []
     with logging.tqdm(
         total=total, desc="Checking downloads", unit="B", unit_scale=True, disable=total < PROGRESS_BYTES
     ) as progress:
         for filename in to_read:
-            if file_digest(paths[filename], progress.update) == promised[filename]:
-                _note_as_sound(paths[filename], promised[filename])
-            else:
+            if file_digest(paths[filename], progress.update) != promised[filename]:
                 wrong.append(filename)
-                # The cache holds a link to the file itself.
-                paths[filename].resolve().unlink(missing_ok=True)
-                paths[filename].unlink(missing_ok=True)
+                _remove_with_targets(paths[filename])
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(to_read)} files that were downloaded from {name} are not what its index promises: "
@@ -359,27 +437,10 @@ def download_files(
     return paths
 
 
-def _note_of(path: Path, digest: str) -> Path | None:
-    """Where it is noted that a file of the Hub's cache was read and found sound: in the folder of its repository."""
-    snapshots = next((parent for parent in path.parents if parent.name == "snapshots"), None)
-    return None if snapshots is None else snapshots.parent / NOTES_FOLDER / digest
-
-
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _was_found_sound(path: Path, digest: str) -> bool:
-    """Whether a file was compared since it has come; True where that cannot be noted, in a cache of others."""
-    note = _note_of(path, digest)
-    if note is None or not os.access(note.parent if note.parent.exists() else note.parent.parent, os.W_OK):
-        return True
-    return note.is_file() and note.read_text() == _stamp(path)
-
-
-def _note_as_sound(path: Path, digest: str) -> None:
-    note = _note_of(path, digest)
-    if note is not None:
-        note.parent.mkdir(exist_ok=True)
-        note.write_text(_stamp(path))
+def _remove_with_targets(path: Path) -> None:
+    """Remove a file, and where it is a link, all that it leads through: the Hub's cache consists of such links."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)

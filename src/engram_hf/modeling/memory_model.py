@@ -18,6 +18,7 @@ from .checkpoint_loading import (
     open_changes,
     open_sources,
     read_headers,
+    refuse_foreign_changes,
     refuse_incomplete,
     refuse_integers,
     refuse_missing,
@@ -177,6 +178,7 @@ class TablesOnTiers:
             refuse_missing(
                 (f"{n}.blocks.{i}" for n, t in tables.items() for i in range(len(t.block_shapes))), checkpoint.where
             )
+        refuse_foreign_changes(tables, checkpoint)
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, self.config))
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
         check_entries(entries, sizes, self._tables_prefix())
@@ -187,7 +189,7 @@ class TablesOnTiers:
         for name, table in tables.items():
             table.reader = reader
             table.open_blocks(sources[name], [p.tier for p in planned[name]], [p.device for p in planned[name]])
-            if (changes := open_changes(name, checkpoint)) is not None:
+            if (changes := open_changes(name, checkpoint, places)) is not None:
                 table.row_changes.bring(table, *changes)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
