@@ -113,14 +113,14 @@ def header_of_weights(base: Base, rng: random.Random) -> Damage:
     start, end = entry["data_offsets"]
     length = end - start
     how = rng.choice(
-        [
-            "shift", "overlap", "gap", "same bytes", "swap bytes", "reversed", "offsets of odd type", "huge offsets",
-            "dtype", "another dtype of the same size", "shape", "transposed", "huge shape", "negative shape",
-            "entry of odd type", "no dtype", "no shape", "no offsets", "renamed", "gone", "gone with its bytes",
-            "one more tensor", "twice", "metadata of odd type", "deep", "deep extra", "not UTF-8", "NaN", "a list",
-            "nothing", "length too large", "hole at the end", "empty tensor", "surrogate",
-        ]
-    )  # fmt: skip
+        (
+            "shift, overlap, gap, same bytes, swap bytes, reversed, offsets of odd type, huge offsets, dtype, "
+            "another dtype of the same size, shape, transposed, huge shape, negative shape, entry of odd type, no "
+            "dtype, no shape, no offsets, renamed, gone, gone with its bytes, one more tensor, twice, metadata of "
+            "odd type, deep, deep extra, not UTF-8, NaN, a list, nothing, length too large, hole at the end, "
+            "empty tensor, surrogate"
+        ).split(", ")
+    )
     is_content = False
     if how == "shift":
         by = rng.choice([1, 4, -4, length])
@@ -239,14 +239,14 @@ def index_of_weights(base: Base, rng: random.Random) -> Damage:
     name = rng.choice(sorted(weight_map))
     file = weight_map[name]
     how = rng.choice(
-        [
-            "bytes", "metadata of odd type", "no metadata", "weight_map of odd type", "no weight_map", "file of odd type",
-            "missing file", "another file", "outside", "foreign name", "tensor gone", "file gone", "digest gone",
-            "digest of odd type", "digests of odd type", "no digests", "another digest", "fingerprint of odd type",
-            "part of the fingerprint", "no fingerprint", "total_size", "deep", "a list", "twice", "not UTF-8",
-            "one digest more", "renamed tensor",
-        ]
-    )  # fmt: skip
+        (
+            "bytes, metadata of odd type, no metadata, weight_map of odd type, no weight_map, file of odd type, "
+            "missing file, another file, outside, foreign name, tensor gone, file gone, digest gone, digest of "
+            "odd type, digests of odd type, no digests, another digest, fingerprint of odd type, part of the "
+            "fingerprint, no fingerprint, total_size, deep, a list, twice, not UTF-8, one digest more, renamed "
+            "tensor"
+        ).split(", ")
+    )
     if how == "bytes":
         return Damage("index", path.name, damage_bytes(path, rng)[0])
     if how == "metadata of odd type":
@@ -265,9 +265,25 @@ def index_of_weights(base: Base, rng: random.Random) -> Damage:
         weight_map[name] = rng.choice(sorted({*weight_map.values()}))
     elif how == "outside":
         weight_map[name] = rng.choice(
-            ["../x", "/etc/passwd", "..", ".", "", "a\0b", "\ud800", "x" * 5000, f"./{file}", f"../{path.parent.name}/{file}",
-             "config.json", INDEX, f"{file}/", f"a/../{file}", "C:\\x", "~/x"]
-        )  # fmt: skip
+            [
+                "../x",
+                "/etc/passwd",
+                "..",
+                ".",
+                "",
+                "a\0b",
+                "\ud800",
+                "x" * 5000,
+                f"./{file}",
+                f"../{path.parent.name}/{file}",
+                "config.json",
+                INDEX,
+                f"{file}/",
+                f"a/../{file}",
+                "C:\\x",
+                "~/x",
+            ]
+        )
     elif how == "foreign name":
         new = rng.choice(["foreign", "", "model.layers.9.engram.table.blocks.0", "layers.0.engram.table.blocks.0"])
         weight_map[new] = file
@@ -320,22 +336,7 @@ def config_of_model(base: Base, rng: random.Random) -> Damage:
     path = base.folder / "config.json"
     config = read_json(path)
     how = rng.choice(
-        [
-            "bytes",
-            "odd",
-            "odd",
-            "odd",
-            "odd",
-            "engram",
-            "engram",
-            "engram",
-            "gone",
-            "number",
-            "number",
-            "deep",
-            "part",
-            "a list",
-        ]
+        ("bytes, odd, odd, odd, odd, engram, engram, engram, gone, number, number, deep, part, a list").split(", ")
     )
     if how == "bytes":
         return Damage("config", path.name, damage_bytes(path, rng)[0], is_content=True)
@@ -370,14 +371,14 @@ def rows_of_run(base: Base, rng: random.Random) -> Damage:
     rows_name, digests_name = names["rows"], names["digests"]
     ids = tensors[ids_name].clone()
     how = rng.choice(
-        [
-            "negative", "twice", "unsorted", "float", "bool", "int32", "past the table", "far past", "two-dimensional",
-            "fewer ids", "fewer rows", "wider rows", "rows of another type", "digests of another type",
-            "fewer digests", "another digest", "no ids", "no rows", "no digests", "no rows at all",
-            "rows in another file", "rows in another file", "gone with its entries", "gone with its entries",
-            "gone with entries and digest", "another table", "NaN", "another id", "scalar ids",
-        ]
-    )  # fmt: skip
+        (
+            "negative, twice, unsorted, float, bool, int32, past the table, far past, two-dimensional, fewer ids, "
+            "fewer rows, wider rows, rows of another type, digests of another type, fewer digests, another "
+            "digest, no ids, no rows, no digests, no rows at all, rows in another file, rows in another file, "
+            "gone with its entries, gone with its entries, gone with entries and digest, another table, NaN, "
+            "another id, scalar ids"
+        ).split(", ")
+    )
     is_content = False
     if how == "negative":
         ids[0] = -1
@@ -553,10 +554,30 @@ def card_of_model(base: Base, rng: random.Random) -> Damage:
     if how == "bytes":
         return Damage("card", path.name, damage_bytes(path, rng)[0], is_content=True)
     header = rng.choice(
-        ["a: &a [*a]", "&a {b: *a}", "- list", "text", "a: [", "a: !!python/object:os.system x", "tags: 7", "tags: {a: b}",
-         "library_name: [x]", "model-index: 7", "model-index: [{}]", "base_model: {a: 1}", "\x00", "a: b: c", "license: {x: y}",
-         "a: " + "[" * 5000, "? [a]\n: b", "1: 2", "license: ~", "language: [1, null]", "a: 2026-99-99"]
-    )  # fmt: skip
+        [
+            "a: &a [*a]",
+            "&a {b: *a}",
+            "- list",
+            "text",
+            "a: [",
+            "a: !!python/object:os.system x",
+            "tags: 7",
+            "tags: {a: b}",
+            "library_name: [x]",
+            "model-index: 7",
+            "model-index: [{}]",
+            "base_model: {a: 1}",
+            "\x00",
+            "a: b: c",
+            "license: {x: y}",
+            "a: " + "[" * 5000,
+            "? [a]\n: b",
+            "1: 2",
+            "license: ~",
+            "language: [1, null]",
+            "a: 2026-99-99",
+        ]
+    )
     write_anew(path, f"---\n{header}\n---\n\n# A model\n")
     return Damage("card", path.name, f"yaml {header[:30]!r}", is_content=True)
 

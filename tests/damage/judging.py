@@ -3,8 +3,8 @@
 import inspect
 import re
 import resource
-import signal
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable

@@ -51,10 +51,8 @@ def as_the_library_reads(path):
     """Names, types and shapes; None where the library refuses the file."""
     try:
         with safe_open(path, "pt") as file:
-            return {
-                name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
-                for name in file.keys()
-            }  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
     except SafetensorError:
         return None
 
@@ -170,7 +168,6 @@ def test_row_ids_of_a_table_are_accepted():
         "~/x",
         "a\\x",
         "a\0x",
-        "\ud800",
     ],
 )
 def test_an_index_names_files_of_its_own_folder_only(tmp_path, name):

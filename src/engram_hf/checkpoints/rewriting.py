@@ -49,7 +49,7 @@ def open_folder(source: Path, target: Path) -> Checkpoint:
         refuse_outside(source, path)
         if path.parent != source:
             raise ValueError(
-                f"{path} lies in a folder below {source}. Load the model and save it once with save_pretrained(folder), "
+                f"{path} lies in a folder below {source}. Load the model, save it once with save_pretrained(folder), "
                 "and start from that folder."
             )
     return checkpoint

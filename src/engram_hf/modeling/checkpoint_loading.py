@@ -136,8 +136,8 @@ def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
     unnamed = [(name, path) for path, header in headers.items() for name in header if name not in checkpoint.names]
     if unnamed:
         raise ValueError(
-            f"{unnamed[0][1]} holds {unnamed[0][0]}, which its index does not name ({len(unnamed)} such tensors). Index "
-            "and files are of two checkpoints; download or copy it again."
+            f"{unnamed[0][1]} holds {unnamed[0][0]}, which its index does not name ({len(unnamed)} such tensors). "
+            "Index and files are of two checkpoints; download or copy it again."
         )
     twice = [(n, path) for path, header in headers.items() for n in header if checkpoint.file_of.get(n, path) != path]
     if twice:
@@ -329,8 +329,8 @@ def open_changes(
     blocks = [places[name] for (table, _), name in sorted(checkpoint.blocks().items()) if table == table_name]
     if not blocks:
         raise ValueError(
-            f"{checkpoint.where} holds changed rows of {table_name} in {file.name}, and no blocks of it. Copy the whole "
-            "folder of the checkpoint again."
+            f"{checkpoint.where} holds changed rows of {table_name} in {file.name}, and no blocks of it. Copy the "
+            "whole folder of the checkpoint again."
         )
     width, num_rows = blocks[0].shape[1], sum(block.shape[0] for block in blocks)
     wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
