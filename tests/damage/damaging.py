@@ -46,6 +46,10 @@ def _choose(paths, rng: random.Random) -> Path:
     return rng.choice(sorted(paths))
 
 
+def _one_of(rng: random.Random, names: str) -> str:
+    return rng.choice(names.split(", "))
+
+
 def damage_bytes(path: Path, rng: random.Random) -> tuple[str, bool]:
     """What was done, and whether that was to numbers alone."""
     content = bytearray(path.read_bytes())
@@ -112,14 +116,13 @@ def header_of_weights(base: Base, rng: random.Random) -> Damage:
     entry = header[name]
     start, end = entry["data_offsets"]
     length = end - start
-    how = rng.choice(
-        (
-            "shift, overlap, gap, same bytes, swap bytes, reversed, offsets of odd type, huge offsets, dtype, "
-            "another dtype of the same size, shape, transposed, huge shape, negative shape, entry of odd type, no "
-            "dtype, no shape, no offsets, renamed, gone, gone with its bytes, one more tensor, twice, metadata of "
-            "odd type, deep, deep extra, not UTF-8, NaN, a list, nothing, length too large, hole at the end, "
-            "empty tensor, surrogate"
-        ).split(", ")
+    how = _one_of(
+        rng,
+        "shift, overlap, gap, same bytes, swap bytes, reversed, offsets of odd type, huge offsets, dtype, "
+        "another dtype of the same size, shape, transposed, huge shape, negative shape, entry of odd type, no "
+        "dtype, no shape, no offsets, renamed, gone, gone with its bytes, one more tensor, twice, metadata of "
+        "odd type, deep, deep extra, not UTF-8, NaN, a list, nothing, length too large, hole at the end, "
+        "empty tensor, surrogate",
     )
     is_content = False
     if how == "shift":
@@ -238,14 +241,13 @@ def index_of_weights(base: Base, rng: random.Random) -> Damage:
     weight_map, metadata = index["weight_map"], index["metadata"]
     name = rng.choice(sorted(weight_map))
     file = weight_map[name]
-    how = rng.choice(
-        (
-            "bytes, metadata of odd type, no metadata, weight_map of odd type, no weight_map, file of odd type, "
-            "missing file, another file, outside, foreign name, tensor gone, file gone, digest gone, digest of "
-            "odd type, digests of odd type, no digests, another digest, fingerprint of odd type, part of the "
-            "fingerprint, no fingerprint, total_size, deep, a list, twice, not UTF-8, one digest more, renamed "
-            "tensor"
-        ).split(", ")
+    how = _one_of(
+        rng,
+        "bytes, metadata of odd type, no metadata, weight_map of odd type, no weight_map, file of odd type, "
+        "missing file, another file, outside, foreign name, tensor gone, file gone, digest gone, digest of "
+        "odd type, digests of odd type, no digests, another digest, fingerprint of odd type, part of the "
+        "fingerprint, no fingerprint, total_size, deep, a list, twice, not UTF-8, one digest more, renamed "
+        "tensor",
     )
     if how == "bytes":
         return Damage("index", path.name, damage_bytes(path, rng)[0])
@@ -370,14 +372,13 @@ def rows_of_run(base: Base, rng: random.Random) -> Damage:
     ids_name = names.get("row_ids") or names["keys"]
     rows_name, digests_name = names["rows"], names["digests"]
     ids = tensors[ids_name].clone()
-    how = rng.choice(
-        (
-            "negative, twice, unsorted, float, bool, int32, past the table, far past, two-dimensional, fewer ids, "
-            "fewer rows, wider rows, rows of another type, digests of another type, fewer digests, another "
-            "digest, no ids, no rows, no digests, no rows at all, rows in another file, rows in another file, "
-            "gone with its entries, gone with its entries, gone with entries and digest, another table, NaN, "
-            "another id, scalar ids"
-        ).split(", ")
+    how = _one_of(
+        rng,
+        "negative, twice, unsorted, float, bool, int32, past the table, far past, two-dimensional, fewer ids, "
+        "fewer rows, wider rows, rows of another type, digests of another type, fewer digests, another "
+        "digest, no ids, no rows, no digests, no rows at all, rows in another file, rows in another file, "
+        "gone with its entries, gone with its entries, gone with entries and digest, another table, NaN, "
+        "another id, scalar ids",
     )
     is_content = False
     if how == "negative":
