@@ -337,9 +337,7 @@ def index_of_weights(base: Base, rng: random.Random) -> Damage:
 def config_of_model(base: Base, rng: random.Random) -> Damage:
     path = base.folder / "config.json"
     config = read_json(path)
-    how = rng.choice(
-        ("bytes, odd, odd, odd, odd, engram, engram, engram, gone, number, number, deep, part, a list").split(", ")
-    )
+    how = _one_of(rng, "bytes, odd, odd, odd, odd, engram, engram, engram, gone, number, number, deep, part, a list")
     if how == "bytes":
         return Damage("config", path.name, damage_bytes(path, rng)[0], is_content=True)
     own = sorted(key for key in config if key.startswith(("engram_", "hc_")))
