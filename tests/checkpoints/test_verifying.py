@@ -110,7 +110,7 @@ def test_a_hash_of_another_model(folder):
 
 def test_an_index_of_another_model(folder):
     change_index(folder, lambda index: index["metadata"]["engram_fingerprint"].update({"primes": "0" * 16}))
-    with pytest.raises(ValueError, match="the index of .* differs in: primes"):
+    with pytest.raises(ValueError, match="the tables of .* differs in: primes"):
         verify_tables(folder)
 
 

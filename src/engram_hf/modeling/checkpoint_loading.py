@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .disk_files import BlockSource, TableFile
-from .disk_safetensors import TensorPlace, check_row_ids, file_digest, read_header, read_index
+from .disk_safetensors import TensorPlace, check_row_ids, file_digest, read_header, read_index, shortened
 from .table import EngramTable
 from .table_changes import CHANGED_KEY, DIGEST_BYTES
 from .table_formats import QUANTIZED_FORMATS
@@ -26,6 +27,8 @@ PROGRESS_BYTES = 2**26
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MEMORY_NAMES = (".engram.", "token_map")
+LAYER_KEY = re.compile(r"^layers\.(\d+)\.")
+OF_ONE_CHECKPOINT = "Load weights and config of one checkpoint; download or copy it again."
 BLOCK_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.blocks\.(\d+)$")
 
 
@@ -38,6 +41,7 @@ class Checkpoint:
     names: of all tensors, also of those that are not wanted.
     metadata: of the index; empty where there is none.
     commit: of the repository; None for a folder.
+    is_here: whether the files are on this machine; otherwise `file_of` gives their names in a repository.
     """
 
     where: str
@@ -45,6 +49,7 @@ class Checkpoint:
     names: frozenset[str]
     metadata: Mapping = field(default_factory=dict)
     commit: str | None = None
+    is_here: bool = True
 
     def blocks(self) -> dict[tuple[str, int], str]:
         """(table name inside the base model, number of the block) to tensor name.
@@ -164,6 +169,114 @@ def refuse_integers(places: Mapping[str, TensorPlace], where: str) -> None:
             )
 
 
+def without_prefix(places: Mapping[str, TensorPlace], base_prefix: str, where: str) -> dict[str, TensorPlace]:
+    """Tensors by their names inside the base model; those of a head keep theirs.
+
+    Raises:
+        ValueError: a tensor is there twice, with the prefix and without it.
+    """
+    found: dict[str, TensorPlace] = {}
+    for name, place in places.items():
+        short = name.removeprefix(f"{base_prefix}.")
+        if short in found:
+            raise ValueError(f"{where} holds {short} twice, with and without {base_prefix}. before it. Copy it again.")
+        found[short] = place
+    return found
+
+
+def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_prefix: str) -> None:
+    """Compare sizes that a config declares with those of the tensors, before anything of these sizes is made.
+
+    Only sizes of which a model would have too many parts, or take long to build. `check_model` compares all shapes.
+
+    Args:
+        config: an `EngramMoEConfig`.
+        places: of the tensors beside the tables.
+        where: folder or repository, for the message.
+        base_prefix: of the base model in tensor names.
+
+    Raises:
+        ValueError: names the field and the tensor.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    found = without_prefix(places, base_prefix, where)
+    layers = 1 + max((int(match[1]) for name in found if (match := LAYER_KEY.match(name)) is not None), default=-1)
+    if layers != config.num_hidden_layers:
+        raise ValueError(
+            f"config.json of {where} says num_hidden_layers = {shortened(config.num_hidden_layers)}, and its tensors "
+            f"are of {layers} layers. {OF_ONE_CHECKPOINT}"
+        )
+    sizes = [("embed_tokens.weight", 0, "vocab_size"), ("embed_tokens.weight", 1, "hidden_size")]
+    sizes += [(f"layers.{i}.engram.value_proj.weight", 1, "engram_width") for i in config.engram_layer_ids or []]
+    for name, axis, size in sizes:
+        if name not in found:
+            refuse_missing([name], where)
+        shape, declared = found[name].shape, getattr(config, size)
+        if len(shape) != 2 or shape[axis] != declared:
+            fields = {"engram_width": "(engram_max_ngram_size - 1) * engram_n_heads * engram_head_dim"}
+            raise ValueError(
+                f"config.json of {where} says {fields.get(size, size)} = {shortened(declared)}, and {name} is {shape}. "
+                f"{OF_ONE_CHECKPOINT}"
+            )
+
+
+def check_model(
+    model, places: Mapping[str, TensorPlace], where: str, is_same_class: bool, is_any_shape: bool = False
+) -> None:
+    """See that a checkpoint holds each tensor of a model in its shape and of a fitting type. Tables are left aside.
+
+    transformers would draw what is missing at random and say so in a notice, and read integers as numbers of a weight.
+
+    Args:
+        model: built from the config on meta, its tables without blocks.
+        places: of the tensors.
+        where: folder or repository, for the message.
+        is_same_class: whether the checkpoint was saved from this class, so that the head must be there too.
+        is_any_shape: whether tensors of another shape are to be drawn anew (`ignore_mismatched_sizes`). Those of a
+            memory never are.
+
+    Raises:
+        ValueError: names the tensors that are missing, misshapen or of another type, or that belong to a memory that
+            the config does not have.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        # A quantized backbone has tensors of other names and shapes.
+        return
+    prefix = f"{model.base_model_prefix}."
+    found = without_prefix(places, model.base_model_prefix, where)
+    wanted = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
+    tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
+    needed = set(wanted if is_same_class else model.base_model.state_dict())
+    if missing := sorted(needed - set(found) - tied):
+        refuse_missing(missing, where)
+    is_of_memory = {name: any(part in name for part in MEMORY_NAMES) for name in found}
+    extra = [name for name, is_memory in is_of_memory.items() if is_memory and name not in wanted]
+    extra = [name for name in extra if BLOCK_KEY.match(name) is None and CHANGED_KEY.match(name) is None]
+    if extra:
+        raise ValueError(
+            f"{where} holds tensors of a memory that its config has no place for: {', '.join(extra[:8])}. "
+            f"{OF_ONE_CHECKPOINT}"
+        )
+    both = [name for name in found if name in wanted]
+    wrong = [
+        f"{name} is {found[name].shape}, needs {tuple(wanted[name].shape)}"
+        for name in both
+        if found[name].shape != tuple(wanted[name].shape) and (is_of_memory[name] or not is_any_shape)
+    ]
+    if wrong:
+        refuse_shapes(wrong, where)
+    for name in both:
+        dtype = found[name].dtype
+        is_fit = dtype == wanted[name].dtype or dtype is not None and dtype.is_floating_point
+        if not is_fit or not wanted[name].is_floating_point() and dtype != wanted[name].dtype:
+            raise ValueError(
+                f"{name} of {where} is {str(dtype).removeprefix('torch.')}, and must be "
+                f"{'of a floating type' if wanted[name].is_floating_point() else wanted[name].dtype}. The checkpoint "
+                "is damaged, or quantized by a tool that left no quantization_config; load the original."
+            )
+
+
 def match_blocks(
     tables: Mapping[str, EngramTable], checkpoint: Checkpoint, places: Mapping[str, TensorPlace], config
 ) -> dict[str, list[str]]:
@@ -215,25 +328,37 @@ def check_block_type(name: str, dtype: torch.dtype | None, declared: str | None,
     )
 
 
-def refuse_missing(names: Iterable[str], where: str) -> None:
-    """Raise for tensors of the memory that a checkpoint lacks."""
+def refuse_missing(names: Iterable[str], where: str) -> NoReturn:
+    """Raise for tensors that a checkpoint lacks."""
     names = sorted(names)
+    is_memory = any(part in name for name in names for part in MEMORY_NAMES)
     raise ValueError(
-        f"{where} lacks {len(names)} tensors of the memory: {', '.join(names[:8])}"
-        f"{', ...' if len(names) > 8 else ''}. Download it again, load it with the config it was saved with, or name "
-        "the folder or repository of its tables with tables_from=; to add a memory to a model without one, build the "
-        "new model from its config and copy the weights over."
+        f"{where} lacks {len(names)} tensors of the {'memory' if is_memory else 'model'}: {', '.join(names[:8])}"
+        f"{', ...' if len(names) > 8 else ''}. Download it again, or load it with the config that it was saved with."
+        + (
+            " Where the tables lie in a folder or repository of their own, name it with tables_from=. To add a memory "
+            "to a model without one, build the new model from its config and copy the weights over."
+            if is_memory
+            else ""
+        )
     )
 
 
-def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> None:
-    """Raise for tensors of the memory that have another shape."""
+def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> NoReturn:
+    """Raise for tensors that have another shape than the model's."""
+    is_memory = any(part in description for description in descriptions for part in MEMORY_NAMES)
     quantized = ""
     if row_format in QUANTIZED_FORMATS:
         quantized = f" A row of {row_format} is its numbers and their scales; rows without scales mean nothing."
     raise ValueError(
-        f"{where} holds a memory of another shape: {'; '.join(descriptions[:8])}.{quantized} Rows cannot be cut or "
-        "padded; load the checkpoint with the engram_* fields and hc_mult that it was saved with."
+        f"{where} holds a {'memory' if is_memory else 'model'} of another shape: {'; '.join(descriptions[:8])}."
+        f"{quantized} "
+        + (
+            "Rows cannot be cut or padded; load the checkpoint with the engram_* fields and hc_mult that it was saved "
+            "with."
+            if is_memory
+            else "Load the checkpoint with the config that it was saved with."
+        )
     )
 
 
