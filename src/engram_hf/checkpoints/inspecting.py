@@ -15,10 +15,10 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from ..modeling.checkpoint_loading import BLOCK_KEY, Checkpoint, find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_safetensors import TensorPlace, read_places
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
 from .checking import Part, check_loadable
 
 
@@ -100,7 +100,7 @@ def inspect_checkpoint(
     check_loadable(parts, config, has_contents=all(part.checkpoint.is_here for part in parts))
     tables = _tables(parts[-1], config)
     in_tables = sum(table.nbytes for table in tables)
-    beside = [n for n in parts[0].places if BLOCK_KEY.match(n) is None and CHANGED_KEY.match(n) is None]
+    beside = [name for name in parts[0].places if not is_of_table(name)]
     return Inspection(
         where=where,
         tables=tables,
@@ -181,8 +181,9 @@ def _tables(part: Part, config: EngramMoEConfig) -> tuple[FoundTable, ...]:
         block = FoundBlock(name, place.shape[0], place.nbytes, part.checkpoint.file_of[name].name)
         found.setdefault(table, []).append(block)
     for name, place in part.places.items():
-        if (match := CHANGED_KEY.match(name)) is not None and match[2] == "keys":
-            changed[match[1]] = place.shape[0]
+        table, kind = parse_changed_name(name) or ("", "")
+        if kind == ROW_IDS:
+            changed[table] = place.shape[0]
     return tuple(
         FoundTable(
             name=name,
@@ -193,5 +194,5 @@ def _tables(part: Part, config: EngramMoEConfig) -> tuple[FoundTable, ...]:
             blocks=tuple(blocks),
             changed_rows=changed.get(name, 0),
         )
-        for name, blocks in sorted(found.items(), key=lambda item: int(item[0].split(".")[1]))
+        for name, blocks in sorted(found.items(), key=lambda item: layer_of_table(item[0]))
     )

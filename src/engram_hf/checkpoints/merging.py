@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..modeling.checkpoint_loading import open_changes, read_headers, refuse_foreign_changes
+from ..modeling.checkpoint_loading import open_changes
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_safetensors import TensorContent
 from ..modeling.table_changes import rows_of_pieces
@@ -32,9 +32,8 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         >>> merge_changed_rows("output/checkpoint-500", "output/model")
     """
     source, target = Path(source), Path(target)
-    checkpoint = open_folder(source, target)
-    places, blocks = read_headers(checkpoint), checkpoint.blocks()
-    refuse_foreign_changes({table for table, _ in blocks}, checkpoint)
+    part, config = open_folder(source, target)
+    checkpoint, places, blocks = part.checkpoint, part.places, part.checkpoint.blocks()
     changes = {table: open_changes(table, checkpoint, places) for table, _ in blocks}
     first_rows: dict[str, list[int]] = {}
     for table in changes:
@@ -46,7 +45,7 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         brought = changes[table]
         if brought is None:
             return None
-        row_ids, rows, digests = brought
+        row_ids, rows, digests = brought.row_ids, brought.rows, brought.digests
         bounds = torch.tensor(first_rows[table][number : number + 2])
         start, end = torch.searchsorted(row_ids, bounds).tolist()
         if start == end:
@@ -54,7 +53,7 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         digest = bytes(digests[number].tolist())
         return _with_rows(file, name, row_ids[start:end] - int(bounds[0]), rows[start:end], digest)
 
-    rewrite_blocks(checkpoint, source, target, merged, {})
+    rewrite_blocks(checkpoint, config, source, target, merged, {})
     return target
 
 

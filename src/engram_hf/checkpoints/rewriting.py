@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..hub.uploading import TRAINING_FILES
-from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, Checkpoint, find_checkpoint, read_headers
-from ..modeling.checkpoint_saving import link_file, publish, staging
+from ..modeling.checkpoint_loading import INDEX_FILE, Checkpoint, find_checkpoint, read_headers
+from ..modeling.checkpoint_saving import WrittenTables, link_file, publish, publishing, staging
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import (
@@ -18,16 +18,17 @@ from ..modeling.disk_safetensors import (
     write_file,
     write_pieces,
 )
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.table_blocks import parse_block_name, parse_changed_name
+from .checking import Part, check_loadable
 
 
-def open_folder(source: Path, target: Path) -> Checkpoint:
-    """The checkpoint in a folder that is to be rewritten into another one.
+def open_folder(source: Path, target: Path) -> tuple[Part, EngramMoEConfig]:
+    """The checkpoint in a folder that is to be rewritten into another one, and its config.
 
     Raises:
-        ValueError: source and target are one folder; the source has no tables, or a link in it leads elsewhere; the
-            target has weights.
-        FileNotFoundError: the source has no safetensors files.
+        ValueError: source and target are one folder; the source could not be loaded, or has no tables, or a link in it
+            leads elsewhere; the target has weights.
+        FileNotFoundError: the source has no safetensors files or no config.
     """
     if source.resolve() == target.resolve():
         raise ValueError(f"{target} is the source itself, which is not changed; name another folder.")
@@ -45,6 +46,9 @@ def open_folder(source: Path, target: Path) -> Checkpoint:
             f"{target} holds weights already ({there[0]}{', ...' if len(there) > 1 else ''}), which would be replaced. "
             "Name a folder that is new or empty, or remove that one first."
         )
+    config = EngramMoEConfig.from_pretrained(source)
+    part = Part(checkpoint, read_headers(checkpoint))
+    check_loadable([part], config)
     for path in sorted(set(checkpoint.file_of.values())):
         refuse_outside(source, path)
         if path.parent != source:
@@ -52,11 +56,12 @@ def open_folder(source: Path, target: Path) -> Checkpoint:
                 f"{path} lies in a folder below {source}. Load the model, save it once with save_pretrained(folder), "
                 "and start from that folder."
             )
-    return checkpoint
+    return part, config
 
 
 def rewrite_blocks(
     checkpoint: Checkpoint,
+    config: EngramMoEConfig,
     source: Path,
     target: Path,
     content_of: Callable[[TableFile, str], TensorContent | None],
@@ -65,7 +70,8 @@ def rewrite_blocks(
     """Write a checkpoint with other blocks. Whatever else the folder holds is copied or linked.
 
     Args:
-        checkpoint, source: as `open_folder` gives them.
+        checkpoint, config: as `open_folder` gives them.
+        source: folder that they are in.
         target: folder to write.
         content_of: for a block of a file, what takes its place; None keeps it.
         config_changes: fields of config.json and their new values.
@@ -75,17 +81,16 @@ def rewrite_blocks(
             link leads out of the folder.
         OSError: no space or no permission in the target.
     """
-    config = EngramMoEConfig.from_pretrained(source)
-    read_headers(checkpoint)
     files = sorted(set(checkpoint.file_of.values()))
     beside = _files_beside(source, {path.name for path in files} | {INDEX_FILE}, target)
-    with staging(target) as stage:
+    with publishing(target), staging(target) as stage:
         table_map: dict[str, str] = {}
         digests: dict[str, str] = {}
         backbone: dict[str, str] = {}
         for path in files:
-            names = [name for name, file in checkpoint.file_of.items() if file == path and not CHANGED_KEY.match(name)]
-            blocks = [name for name in names if BLOCK_KEY.match(name)]
+            names = [name for name, file in checkpoint.file_of.items() if file == path]
+            names = [name for name in names if parse_changed_name(name) is None]
+            blocks = [name for name in names if parse_block_name(name) is not None]
             if blocks and len(blocks) != len(names):
                 raise ValueError(f"{path} holds tables and other tensors; load the model and save it once first.")
             file = TableFile(path)
@@ -106,7 +111,7 @@ def rewrite_blocks(
         content = {**read_json(source / "config.json"), **config_changes}
         _write_json(stage / "config.json", dict(sorted(content.items())))
         _write_json(stage / INDEX_FILE, {"metadata": {}, "weight_map": backbone})
-        publish(stage, target, table_map, digests, config)
+        publish(stage, target, WrittenTables(table_map, digests), config)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -10,13 +10,12 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..modeling.checkpoint_loading import BLOCK_KEY, Checkpoint, find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import file_digest
-from ..modeling.engram_binding import expand_token_map
-from ..modeling.ids_hashing import check_fingerprint, digest
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.ids_hashing import check_fingerprint, digest, map_tokens
+from ..modeling.table_blocks import ROWS, parse_block_name, parse_changed_name
 from ..modeling.table_formats import QUANTIZED_FORMATS, dequantize_rows
 from .checking import Part, check_loadable
 
@@ -151,8 +150,8 @@ def check_tokenizer(folder: str | Path, tokenizer) -> None:
     config = EngramMoEConfig.from_pretrained(folder)
     if config.engram_fingerprint is None or config.engram_fingerprint["map"] == "none":
         return
-    token_map = expand_token_map(tokenizer, config)
-    actual = {**config.engram_fingerprint, "map": digest(token_map.numpy().tobytes())}
+    token_map, identity = map_tokens(tokenizer, config)
+    actual = {**config.engram_fingerprint, "map": digest(token_map.numpy().tobytes()), **identity}
     check_fingerprint(config.engram_fingerprint, actual, f"the tokenizer for {folder}")
 
 
@@ -201,8 +200,8 @@ def _verify_rows(part: Part, config: EngramMoEConfig | None) -> None:
     is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
     files: dict[Path, TableFile] = {}
     for name, path in part.checkpoint.file_of.items():
-        changes = CHANGED_KEY.match(name)
-        if BLOCK_KEY.match(name) is None and (changes is None or changes[2] != "rows"):
+        _, kind = parse_changed_name(name) or ("", "")
+        if parse_block_name(name) is None and kind != ROWS:
             continue
         file = files.setdefault(path, TableFile(path))
         rows = file.tensor(name)

@@ -15,9 +15,10 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .disk_files import BlockSource, TableFile
-from .disk_safetensors import TensorPlace, check_row_ids, file_digest, read_header, read_index, shortened
+from .disk_safetensors import TensorPlace, file_digest, read_header, read_index, shortened
 from .table import EngramTable
-from .table_changes import CHANGED_KEY, DIGEST_BYTES
+from .table_blocks import ROW_IDS, block_name, is_of_table, parse_block_name, parse_changed_name
+from .table_changes import ChangedRows
 from .table_formats import QUANTIZED_FORMATS
 
 
@@ -29,7 +30,8 @@ INDEX_FILE = "model.safetensors.index.json"
 MEMORY_NAMES = (".engram.", "token_map")
 LAYER_KEY = re.compile(r"^layers\.(\d+)\.")
 OF_ONE_CHECKPOINT = "Load weights and config of one checkpoint; download or copy it again."
-BLOCK_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.blocks\.(\d+)$")
+# Where the token map was in checkpoints before version 0.2, and where it is now.
+OLD_TOKEN_MAP, TOKEN_MAP = "token_map", "ngram_hash.token_map"
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,9 @@ class Checkpoint:
     is_here: bool = True
 
     def blocks(self) -> dict[tuple[str, int], str]:
-        """(table name inside the base model, number of the block) to tensor name.
-
-        Raises:
-            ValueError: two tensors are the same block.
-        """
-        found: dict[tuple[str, int], str] = {}
-        for name in self.file_of:
-            if (match := BLOCK_KEY.match(name)) is not None:
-                other = found.setdefault((match[1], int(match[2])), name)
-                if other != name:
-                    raise ValueError(f"{other} and {name} of {self.where} are one block. Download or copy it again.")
-        return found
+        """(name of the table as its tensors have it, number of the block) to tensor name."""
+        parsed = ((name, parse_block_name(name)) for name in self.file_of)
+        return {(block.table, block.number): name for name, block in parsed if block is not None}
 
 
 def find_checkpoint(
@@ -154,23 +147,8 @@ def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
     return {name: headers[path][name] for name, path in checkpoint.file_of.items()}
 
 
-def refuse_integers(places: Mapping[str, TensorPlace], where: str) -> None:
-    """
-    Raises:
-        ValueError: a tensor of the backbone or of a memory layer holds integers, which would load as wrong numbers.
-    """
-    for name, place in places.items():
-        is_float = place.dtype is not None and place.dtype.is_floating_point
-        is_of_table = BLOCK_KEY.match(name) is not None or CHANGED_KEY.match(name) is not None
-        if not is_float and not name.endswith("token_map") and not is_of_table:
-            raise ValueError(
-                f"{name} of {where} is {str(place.dtype).removeprefix('torch.')}, and must be of a floating type. The "
-                "checkpoint is damaged or quantized by a tool that left no quantization_config; load the original."
-            )
-
-
 def without_prefix(places: Mapping[str, TensorPlace], base_prefix: str, where: str) -> dict[str, TensorPlace]:
-    """Tensors by their names inside the base model; those of a head keep theirs.
+    """Tensors by the names that they have inside the base model; those of a head keep theirs.
 
     Raises:
         ValueError: a tensor is there twice, with the prefix and without it.
@@ -178,6 +156,7 @@ def without_prefix(places: Mapping[str, TensorPlace], base_prefix: str, where: s
     found: dict[str, TensorPlace] = {}
     for name, place in places.items():
         short = name.removeprefix(f"{base_prefix}.")
+        short = TOKEN_MAP if short == OLD_TOKEN_MAP else short
         if short in found:
             raise ValueError(f"{where} holds {short} twice, with and without {base_prefix}. before it. Copy it again.")
         found[short] = place
@@ -222,7 +201,12 @@ def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_pref
 
 
 def check_model(
-    model, places: Mapping[str, TensorPlace], where: str, is_same_class: bool, is_any_shape: bool = False
+    model,
+    places: Mapping[str, TensorPlace],
+    where: str,
+    is_same_class: bool,
+    may_lack: bool = False,
+    is_any_shape: bool = False,
 ) -> None:
     """See that a checkpoint holds each tensor of a model in its shape and of a fitting type. Tables are left aside.
 
@@ -233,6 +217,7 @@ def check_model(
         places: of the tensors.
         where: folder or repository, for the message.
         is_same_class: whether the checkpoint was saved from this class, so that the head must be there too.
+        may_lack: whether tensors may be missing, because the caller asks for the list of them.
         is_any_shape: whether tensors of another shape are to be drawn anew (`ignore_mismatched_sizes`). Those of a
             memory never are.
 
@@ -248,11 +233,12 @@ def check_model(
     wanted = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
     needed = set(wanted if is_same_class else model.base_model.state_dict())
-    if missing := sorted(needed - set(found) - tied):
+    missing = sorted(needed - set(found) - tied)
+    if missing and not may_lack:
         refuse_missing(missing, where)
     is_of_memory = {name: any(part in name for part in MEMORY_NAMES) for name in found}
     extra = [name for name, is_memory in is_of_memory.items() if is_memory and name not in wanted]
-    extra = [name for name in extra if BLOCK_KEY.match(name) is None and CHANGED_KEY.match(name) is None]
+    extra = [name for name in extra if not is_of_table(name)]
     if extra:
         raise ValueError(
             f"{where} holds tensors of a memory that its config has no place for: {', '.join(extra[:8])}. "
@@ -290,9 +276,14 @@ def match_blocks(
     Raises:
         ValueError: names what is missing, misshapen, of another type, or too much.
     """
-    found, where = checkpoint.blocks(), checkpoint.where
-    wanted = {(name, i): shape for name, table in tables.items() for i, shape in enumerate(table.block_shapes)}
-    missing = [f"{name}.blocks.{i}" for name, i in wanted if (name, i) not in found]
+    where = checkpoint.where
+    found: dict[tuple[str, int], str] = {}
+    for (table, number), tensor in checkpoint.blocks().items():
+        other = found.setdefault((name_inside(table, tables), number), tensor)
+        if other != tensor:
+            raise ValueError(f"{other} and {tensor} of {where} are one block. Download or copy it again.")
+    wanted = {(name, block.number): block.shape for name, table in tables.items() for block in table.block_records}
+    missing = [block_name(*key) for key in wanted if key not in found]
     if missing:
         refuse_missing(missing, where)
     extra = sorted(set(found) - set(wanted))
@@ -310,7 +301,7 @@ def match_blocks(
         refuse_shapes(wrong, where, config.engram_table_dtype)
     for key in wanted:
         check_block_type(found[key], places[found[key]].dtype, config.engram_table_dtype, where)
-    return {name: [found[name, i] for i in range(len(table.block_shapes))] for name, table in tables.items()}
+    return {name: [found[name, i] for i in range(len(table.block_records))] for name, table in tables.items()}
 
 
 def check_block_type(name: str, dtype: torch.dtype | None, declared: str | None, where: str) -> None:
@@ -388,7 +379,7 @@ def refuse_incomplete(loading_info: dict, where: str, base_prefix: str, is_same_
         )
     # Blocks are opened later, and are not among these.
     unused = sorted(n for n in loading_info["unexpected_keys"] if any(part in n for part in MEMORY_NAMES))
-    unused = [name for name in unused if BLOCK_KEY.match(name) is None and CHANGED_KEY.match(name) is None]
+    unused = [name for name in unused if not is_of_table(name)]
     if unused:
         raise ValueError(
             f"{where} holds tensors of a memory that this config has no place for: {', '.join(unused[:8])}. Load it "
@@ -417,82 +408,81 @@ def open_sources(checkpoint: Checkpoint, tensors: Mapping[str, list[str]]) -> di
     }
 
 
-def open_changes(
-    table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The changed rows that a training checkpoint holds beside the blocks of a table.
+def name_inside(table: str, tables: Iterable[str]) -> str:
+    """The name that a table of a checkpoint has among those of a base model; the same name where it has none.
 
     Args:
-        table_name: inside the base model.
+        table: as its tensors have it, with the prefix of the base model or without it.
+        tables: names inside the base model.
+    """
+    return next((name for name in tables if table == name or table.endswith(f".{name}")), table)
+
+
+def check_changes(tables: Iterable[str], checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> None:
+    """See that a checkpoint has the changed rows that its index promises, and none that nobody would read.
+
+    Args:
+        tables: names inside the base model.
         checkpoint, places: where tensors are.
 
-    Returns:
-        row ids, (n,) ascending; rows, (n, row width); SHA-256 of each block that they are written over, (blocks, 32).
-        None where the checkpoint holds none.
-
     Raises:
-        ValueError: a part is missing, or does not fit the blocks or the other parts.
+        ValueError: names the table.
     """
-    names = {
-        match[2]: name for name in checkpoint.file_of if (match := CHANGED_KEY.match(name)) and match[1] == table_name
-    }
-    if not names:
-        return None
-    parts = {"keys", "rows", "digests"}
-    if set(names) != parts:
-        raise ValueError(
-            f"{checkpoint.where} lacks the {' and '.join(sorted(parts - set(names)))} of the changed rows of "
-            f"{table_name}. Copy the whole folder of the checkpoint again."
-        )
-    file = checkpoint.file_of[names["keys"]]
-    elsewhere = [name for name in names.values() if checkpoint.file_of[name] != file]
-    if elsewhere:
-        raise ValueError(
-            f"{names['keys']} is in {file.name} and {elsewhere[0]} in {checkpoint.file_of[elsewhere[0]].name} of "
-            f"{checkpoint.where}. All changed rows of a table must be in one file; copy the checkpoint again."
-        )
-    blocks = [places[name] for (table, _), name in sorted(checkpoint.blocks().items()) if table == table_name]
-    if not blocks:
-        raise ValueError(
-            f"{checkpoint.where} holds changed rows of {table_name} in {file.name}, and no blocks of it. Copy the "
-            "whole folder of the checkpoint again."
-        )
-    width, num_rows = blocks[0].shape[1], sum(block.shape[0] for block in blocks)
-    wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
-        "keys": (torch.int64, (places[names["keys"]].nbytes // 8,)),
-        "rows": (blocks[0].dtype, (places[names["keys"]].nbytes // 8, width)),
-        "digests": (torch.uint8, (len(blocks), DIGEST_BYTES)),
-    }
-    for part, (dtype, shape) in wanted.items():
-        place = places[names[part]]
-        if (place.dtype, place.shape) != (dtype, shape):
-            raise ValueError(
-                f"The changed rows in {file} do not fit this table: {names[part]} is "
-                f"{_type_and_shape(place.dtype, place.shape)}, and must be {_type_and_shape(dtype, shape)}. Copy the "
-                "checkpoint again."
-            )
-    opened = TableFile(file)
-    row_ids = opened.tensor(names["keys"])
-    check_row_ids(row_ids, num_rows, f"{names['keys']} in {file}")
-    return row_ids, opened.tensor(names["rows"]), opened.tensor(names["digests"])
-
-
-def _type_and_shape(dtype: torch.dtype | None, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} of shape {shape}"
-
-
-def refuse_foreign_changes(tables: Iterable[str], checkpoint: Checkpoint) -> None:
-    """
-    Raises:
-        ValueError: there are changed rows of a table that does not exist, which nobody would read.
-    """
+    found: dict[str, int] = {}
     for name, path in checkpoint.file_of.items():
-        match = CHANGED_KEY.match(name)
-        if match is not None and match[1] not in tables:
+        table, part = parse_changed_name(name) or ("", "")
+        if part and name_inside(table, tables) not in tables:
             raise ValueError(
-                f"{path} holds {name}, and {checkpoint.where} has no table {match[1]}. Copy the whole folder of the "
+                f"{path} holds {name}, and {checkpoint.where} has no table {table}. Copy the whole folder of the "
                 "checkpoint again, or load it with the config that it was saved with."
             )
+        if part == ROW_IDS and places[name].shape:
+            found[table] = places[name].shape[0]
+    promised = checkpoint.metadata.get("changed_rows")
+    if promised is not None and promised != found:
+        table = min(name for name in {*promised, *found} if promised.get(name) != found.get(name))
+        raise ValueError(
+            f"The index of {checkpoint.where} promises {promised.get(table, 0)} changed rows of {table} "
+            f"(changed_rows), and its files hold {found.get(table, 'none')}. Copy the whole folder of the checkpoint "
+            "again."
+        )
+
+
+def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> ChangedRows | None:
+    """The changed rows that a training checkpoint holds beside the blocks of a table; None where there are none.
+
+    Args:
+        table_name: with or without the prefix of the base model.
+        checkpoint, places: where tensors are. The blocks of the table are of one width and type.
+
+    Raises:
+        ValueError: a part is missing or damaged, or does not fit the blocks.
+    """
+    names: dict[str, str] = {}
+    for tensor in checkpoint.file_of:
+        table, part = parse_changed_name(tensor) or ("", "")
+        if part and name_inside(table, [table_name]) == table_name and names.setdefault(part, tensor) != tensor:
+            raise ValueError(f"{names[part]} and {tensor} of {checkpoint.where} are the same rows. Copy it again.")
+    if not names:
+        return None
+    files = {path: TableFile(path) for path in sorted({checkpoint.file_of[tensor] for tensor in names.values()})}
+    parts = {part: files[checkpoint.file_of[tensor]].tensor(tensor) for part, tensor in names.items()}
+    where = f"{', '.join(path.name for path in files)} of {checkpoint.where}"
+    changed = ChangedRows.from_tensors(parts, table_name, where)
+    blocks = [
+        places[tensor]
+        for (table, _), tensor in checkpoint.blocks().items()
+        if name_inside(table, [table_name]) == table_name
+    ]
+    num_rows = sum(block.shape[0] for block in blocks)
+    changed.check_fit(f"{table_name} in {where}", num_rows, blocks[0].shape[1], blocks[0].dtype, len(blocks))
+    stamp = checkpoint.metadata.get("stamp")
+    if stamp is not None and changed.stamp is not None and changed.stamp.hex() != stamp:
+        raise ValueError(
+            f"The changed rows of {table_name} in {where} are of another run or step than its index: their stamp is "
+            f"{changed.stamp.hex()}, the index promises {stamp}. Copy the whole folder of the checkpoint again."
+        )
+    return changed
 
 
 def find_file(name: str | Path, filename: str, hub: Mapping) -> Path | None:

@@ -48,7 +48,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 PAGE_BYTES = 4096
 PIECE_BYTES = 16 * 2**20
-SHA256 = re.compile("[0-9a-f]{64}")
+SHA256, STAMP = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]*")
 ODD_CHARACTERS = re.compile(r"[\\:]|\A~")
 
 
@@ -238,6 +238,11 @@ def _check_index(content: Mapping[str, Any]) -> None:
         isinstance(fingerprint, dict) and all(isinstance(part, str) for part in fingerprint.values())
     ):
         raise ValueError(f"engram_fingerprint of its metadata must map text to text, got {shortened(fingerprint)}.")
+    rows, stamp = metadata.get("changed_rows", {}), metadata.get("stamp", "")
+    if not isinstance(rows, dict) or not all(map(_is_count, rows.values())):
+        raise ValueError(f"changed_rows of its metadata must map tables to numbers of rows, got {shortened(rows)}.")
+    if not isinstance(stamp, str) or STAMP.fullmatch(stamp) is None:
+        raise ValueError(f"stamp of its metadata must be hexadecimal digits, got {shortened(stamp)}.")
     # Libraries that count the bytes of tensors write a float now and then.
     total = metadata.get("total_size", 0)
     if type(total) not in (int, float) or not 0 <= total < 2**63:
@@ -287,29 +292,6 @@ def _is_blob(path: Path) -> bool:
     return blobs is not None and (
         (blobs.parent / "snapshots").is_dir() or (blobs / ".huggingface-shared-blobs").is_file()
     )
-
-
-def check_row_ids(row_ids: torch.Tensor, num_rows: int, where: str) -> None:
-    """See that row ids that a file holds are ids of different rows of a table, in ascending order.
-
-    Args:
-        row_ids: (n,) int64.
-        num_rows: of the table.
-        where: the tensor or field and its file, for the message.
-
-    Raises:
-        ValueError: they are of another type or shape, out of order, there twice, or outside the table.
-    """
-    if row_ids.dtype != torch.int64 or row_ids.ndim != 1:
-        got = f"{str(row_ids.dtype).removeprefix('torch.')} of shape {tuple(row_ids.shape)}"
-        raise ValueError(f"Row ids must be int64 of shape (rows,); {where} is {got}.")
-    if not len(row_ids):
-        return
-    if not bool((row_ids[1:] > row_ids[:-1]).all()):
-        raise ValueError(f"Row ids must ascend, and none may be there twice; {where} holds them in another order.")
-    if int(row_ids[0]) < 0 or int(row_ids[-1]) >= num_rows:
-        outside = int(row_ids[0]) if int(row_ids[0]) < 0 else int(row_ids[-1])
-        raise ValueError(f"Row ids must lie in [0, {num_rows}), the rows of the table; {where} holds {outside}.")
 
 
 @dataclass(frozen=True)
