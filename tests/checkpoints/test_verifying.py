@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from engram_hf import EngramMoEForCausalLM, push_engram, quantize_tables, verify_tables
@@ -128,9 +129,9 @@ def test_another_token_map(folder):
 
 def test_another_tokenizer(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["brand-new"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match="the tokenizer for .* differs in: map"):
+    with pytest.raises(ValueError, match="the tokenizer for .* differs in: text"):
         verify_tables(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer in .* cannot be read"):

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_safetensors import TensorPlace, read_places
+from ..modeling.modeling_engram_moe import EngramMoEModel
 from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
 from .checking import Part, check_loadable
 
@@ -180,13 +181,14 @@ def _tables(part: Part, config: EngramMoEConfig) -> tuple[FoundTable, ...]:
         place = part.places[name]
         block = FoundBlock(name, place.shape[0], place.nbytes, part.checkpoint.file_of[name].name)
         found.setdefault(table, []).append(block)
+    prefix = f"{EngramMoEModel.base_model_prefix}."
     for name, place in part.places.items():
         table, kind = parse_changed_name(name) or ("", "")
         if kind == ROW_IDS:
             changed[table] = place.shape[0]
     return tuple(
         FoundTable(
-            name=name,
+            name=name.removeprefix(prefix),
             rows=sum(block.rows for block in blocks),
             head_dim=config.engram_head_dim,
             dtype=config.engram_table_dtype or part.places[blocks[0].name].type_name,

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_files, extract_commit_hash
 from .disk_files import BlockSource, TableFile
 from .disk_safetensors import TensorPlace, file_digest, read_header, read_index, shortened
 from .table import EngramTable
-from .table_blocks import ROW_IDS, block_name, is_of_table, parse_block_name, parse_changed_name
+from .table_blocks import BLOCK_KEY, ROW_IDS, block_name, is_of_table, parse_changed_name
 from .table_changes import ChangedRows
 from .table_formats import QUANTIZED_FORMATS
 
@@ -55,8 +55,8 @@ class Checkpoint:
 
     def blocks(self) -> dict[tuple[str, int], str]:
         """(name of the table as its tensors have it, number of the block) to tensor name."""
-        parsed = ((name, parse_block_name(name)) for name in self.file_of)
-        return {(block.table, block.number): name for name, block in parsed if block is not None}
+        matches = ((name, BLOCK_KEY.match(name)) for name in self.file_of)
+        return {(match[1], int(match[2])): name for name, match in matches if match is not None}
 
 
 def find_checkpoint(
@@ -230,15 +230,16 @@ def check_model(
         return
     prefix = f"{model.base_model_prefix}."
     found = without_prefix(places, model.base_model_prefix, where)
-    wanted = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    full_names = {name.removeprefix(prefix): name for name in state}
+    wanted = {short: state[name] for short, name in full_names.items()}
     tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
     needed = set(wanted if is_same_class else model.base_model.state_dict())
-    missing = sorted(needed - set(found) - tied)
+    missing = needed - set(found) - tied
     if missing and not may_lack:
-        refuse_missing(missing, where)
+        refuse_missing([full_names[name] for name in missing], where)
     is_of_memory = {name: any(part in name for part in MEMORY_NAMES) for name in found}
-    extra = [name for name, is_memory in is_of_memory.items() if is_memory and name not in wanted]
-    extra = [name for name in extra if not is_of_table(name)]
+    extra = [name for name in found if is_of_memory[name] and name not in wanted and not is_of_table(name)]
     if extra:
         raise ValueError(
             f"{where} holds tensors of a memory that its config has no place for: {', '.join(extra[:8])}. "
@@ -246,21 +247,25 @@ def check_model(
         )
     both = [name for name in found if name in wanted]
     wrong = [
-        f"{name} is {found[name].shape}, needs {tuple(wanted[name].shape)}"
+        f"{full_names[name]} is {found[name].shape}, needs {tuple(wanted[name].shape)}"
         for name in both
         if found[name].shape != tuple(wanted[name].shape) and (is_of_memory[name] or not is_any_shape)
     ]
     if wrong:
         refuse_shapes(wrong, where)
     for name in both:
-        dtype = found[name].dtype
-        is_fit = dtype == wanted[name].dtype or dtype is not None and dtype.is_floating_point
-        if not is_fit or not wanted[name].is_floating_point() and dtype != wanted[name].dtype:
+        dtype, needed_dtype = found[name].dtype, wanted[name].dtype
+        is_float = dtype is not None and dtype.is_floating_point
+        if dtype != needed_dtype and not (is_float and needed_dtype.is_floating_point):
             raise ValueError(
-                f"{name} of {where} is {str(dtype).removeprefix('torch.')}, and must be "
-                f"{'of a floating type' if wanted[name].is_floating_point() else wanted[name].dtype}. The checkpoint "
-                "is damaged, or quantized by a tool that left no quantization_config; load the original."
+                f"{full_names[name]} of {where} is {found[name].type_name if dtype is None else _type_name(dtype)}, and "
+                f"must be {'of a floating type' if needed_dtype.is_floating_point else _type_name(needed_dtype)}. "
+                "The checkpoint is damaged, or quantized by a tool that left no quantization_config; load the original."
             )
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def match_blocks(
