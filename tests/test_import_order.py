@@ -28,6 +28,7 @@ LEVELS = [
     ["planning", "counting"],
     ["insight.", "distributed."],
     ["hub.uploading"],
+    ["checkpoints.checking"],
     ["checkpoints.rewriting"],
     ["checkpoints."],
     ["training.row_rules", "training.row_exchange", "training.work_files", "training.callbacks.reporting"],
