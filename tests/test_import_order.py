@@ -15,7 +15,7 @@ LEVELS = [
         "modeling.disk_safetensors",
         "modeling.table_formats",
         "modeling.table_gradients",
-        "modeling.hot_rows",
+        "modeling.table_hot_rows",
     ],
     ["modeling.configuration_engram_moe", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.disk_reading", "modeling.table_blocks"],

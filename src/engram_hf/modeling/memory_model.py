@@ -45,11 +45,11 @@ from .checkpoint_saving import (
 )
 from .configuration_engram_moe import TABLE_DTYPES
 from .disk_reading import PageReader
-from .hot_rows import HotRows
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
+from .table_hot_rows import HotRows
 from .table_placement import (
     AUTOMATIC,
     Place,
