@@ -93,7 +93,7 @@ def count_parameters(config: EngramMoEConfig | str | os.PathLike) -> ParameterCo
     tables = sum(size for name, size in sizes.items() if ".table.blocks." in name)
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-    unused = routed - routed * config.num_experts_per_tok // config.n_routed_experts
+    unused = routed - routed * (config.num_experts_per_tok or 0) // config.n_routed_experts
     return ParameterCount(total, total - tables - vocabulary - unused, tables, routed)
 
 
@@ -346,5 +346,5 @@ def _moments(config: EngramMoEConfig, dtype: torch.dtype, tokens: int) -> Iterat
         scores = 2 * config.hc_mult * config.hidden_size * 4
         yield 3 * streams + tokens * (config.engram_width * (4 + dtype.itemsize) + scores)
     # Gate, up and product of the widest feed-forward layer.
-    routed = config.num_experts_per_tok * config.moe_intermediate_size
+    routed = (config.num_experts_per_tok or 0) * config.moe_intermediate_size
     yield 2 * streams + 3 * tokens * max(config.intermediate_size, routed) * dtype.itemsize

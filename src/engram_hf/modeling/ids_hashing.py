@@ -483,7 +483,7 @@ class NgramHash(nn.Module):
     def _take(self, token_map: torch.Tensor | None, fingerprint: dict[str, str]) -> None:
         """Look rows up by this map from now on."""
         self.config.engram_fingerprint = fingerprint
-        if token_map is not None:
+        if token_map is not None and self.token_map is not None:
             self.token_map.copy_(token_map)
             self._bound_map = self.token_map.clone()
         self._draw_constants()

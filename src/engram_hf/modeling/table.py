@@ -5,6 +5,7 @@ nothing of models, hashing or gates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import accumulate
@@ -212,7 +213,8 @@ class EngramTable(nn.Module):
     def _check_files(self) -> None:
         """Every file that a block is still mapped from is what it was when it was opened."""
         self.changes.settle()
-        for file in {block.mapped_file() for block in self.block_records} - {None}:
+        files = [block.mapped_file() for block in self.block_records]
+        for file in {file for file in files if file is not None}:
             file.check_unchanged()
 
     # Lookups that leave the device. Every one is right without a prefetch, which only brings pages closer.
@@ -231,7 +233,7 @@ class EngramTable(nn.Module):
     def _prefetch(self, row_ids: torch.Tensor) -> None:
         block_rows = self._split_on_cpu(row_ids)
         if row_ids.is_cuda and not self.is_in_training:
-            started = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
+            started: list[Future | None] = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
             started = [self._reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
         self._reader.remember(row_ids, [future for future in started if future is not None])
@@ -510,8 +512,10 @@ class EngramTable(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
         staying = {id(block.parameter) for block in self._present() if block.tier != RESIDENT}
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device)) if len(self.blocks) else None
-        converts = probe is not None and probe.dtype != self.dtype
+        if not len(self.blocks):
+            return super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device))
+        converts = probe.dtype != self.dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) in staying:
@@ -519,8 +523,7 @@ class EngramTable(nn.Module):
             return tensor.to(probe.device) if converts else fn(tensor)
 
         super()._apply(move, recurse)
-        if probe is not None:
-            self._move_heads(probe.device)
+        self._move_heads(probe.device)
         return self
 
     def _present(self) -> list[Block]:
