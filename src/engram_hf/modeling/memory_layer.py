@@ -171,7 +171,8 @@ def memory_cache_layer(cache: Cache, num_model_layers: int) -> MemoryCacheLayer:
     if int(cache.get_seq_length()):
         raise ValueError(
             f"The cache holds {int(cache.get_seq_length())} tokens that the memory has not read, so n-grams across its "
-            "end would be wrong. Start from an empty cache."
+            "end would be wrong. Start from an empty cache. Prefix tuning of PEFT begins with such a cache, and is not "
+            "supported beside a memory: train LoRA instead."
         )
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < num_model_layers:

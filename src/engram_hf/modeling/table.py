@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, pages_of_rows
@@ -165,7 +166,7 @@ class EngramTable(nn.Module):
             ValueError: a block's file has changed; something that does not know tables has moved a block; a trainable
                 table off the device has nobody who updates its rows; torch exports what it cannot.
         """
-        refuse_export(self.is_resident)
+        refuse_export(self.is_resident, row_ids)
         if self.is_in_training and torch.is_grad_enabled():
             return self._look_up_to_train(row_ids).flatten(-2)
         if self.is_resident:
@@ -198,7 +199,7 @@ class EngramTable(nn.Module):
 
     def _check_row_ids(self, row_ids: torch.Tensor) -> None:
         # On an accelerator looking would wait for it, and the kernel looks by itself.
-        if torch.compiler.is_compiling() or row_ids.device.type != "cpu":
+        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
             return
         # As unsigned numbers negative ones are too large.
         numbers = row_ids.detach().numpy().astype(np.int64, copy=False).view(np.uint64)
@@ -225,7 +226,7 @@ class EngramTable(nn.Module):
         Args:
             row_ids: as in `forward`.
         """
-        if self.is_resident or torch.compiler.is_compiling():
+        if self.is_resident or torch.compiler.is_compiling() or is_traced(row_ids):
             return
         self._prefetch(row_ids)
 
@@ -570,10 +571,15 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     table._loaded = []
 
 
-def refuse_export(is_resident: bool) -> None:
+def is_traced(row_ids: torch.Tensor) -> bool:
+    """Whether torch makes a graph of this call, by `torch.jit.trace`, `make_fx` or an export."""
+    return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:
     """
     Raises:
-        ValueError: torch is exporting the model in a way that cannot hold this table.
+        ValueError: torch is exporting or tracing the model in a way that cannot hold this table.
     """
     # Where `torch.onnx.export` fails it tries `strict=True`, under which nothing tells that it is asking.
     is_strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
@@ -583,8 +589,11 @@ def refuse_export(is_resident: bool) -> None:
             "exporter does: OnnxExporter().export(model, inputs), from transformers.exporters.exporter_onnx. "
             "torch.export.export works with strict=False."
         )
-    if not is_resident and torch.compiler.is_exporting():
+    if is_resident:
+        return
+    # A compiled model leaves its graph to read rows. A graph for elsewhere would hold the rows of one example.
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and is_traced(row_ids)):
         raise ValueError(
-            "A table in host memory or on disk cannot be exported: its rows are read outside of the graph. Load the "
-            "model without entries for tables in device_map, and the graph holds them."
+            "A table in host memory or on disk cannot be exported or traced: its rows are read outside of the graph. "
+            "Load the model without entries for tables in device_map, and the graph holds them."
         )
