@@ -16,15 +16,18 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import hf_api
 
 from .checkpoint_loading import (
+    GENERATION_CONFIG,
     HUB_ARGUMENTS,
     INDEX_FILE,
     OLD_TOKEN_MAP,
     TOKEN_MAP,
     Checkpoint,
     check_changes,
+    check_generation_config,
     check_model,
     check_sizes,
     find_checkpoint,
+    find_file,
     match_blocks,
     open_changes,
     open_sources,
@@ -223,6 +226,9 @@ class ModelWithTables:
             config, _ = cls.config_class.from_pretrained(
                 config or checkpoint.where, return_unused_kwargs=True, **others
             )
+        if cls.can_generate():
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+            check_generation_config(find_file(checkpoint.where, GENERATION_CONFIG, hub))
         backbone = {name: place for name, place in places.items() if not is_of_table(name)}
         check_sizes(config, backbone, checkpoint.where, cls.base_model_prefix)
         with torch.device("meta"), tables_without_blocks():
