@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling.checkpoint_loading import find_checkpoint, read_headers
+from ..modeling.checkpoint_saving import TRAINER_STATE
 from ..modeling.disk_safetensors import read_header
-from ..modeling.engram_saving import TRAINER_STATE
 
 
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

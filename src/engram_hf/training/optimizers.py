@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.table import EngramTable
+from ..modeling.table_changes import TrainingRun
 from .row_exchange import exchange_rows
 from .row_rules import RowAdam, RowRule, RowSGD, RowwiseAdagrad, RowwiseAdam
 from .row_updates import RowUpdates
@@ -107,15 +108,14 @@ class EngramOptimizerFactory:
                     f"{refused[0]} cannot be used with LoRA and trainable tables: a checkpoint of an adapter holds no "
                     "rows but in its optimizer's state. Leave it out, freeze the tables, or train without LoRA."
                 )
+        run, exchange = TrainingRun(Path(args.output_dir or ".")), exchange_rows if args.world_size > 1 else None
         rows = {
-            name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows)
+            name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows, run, exchange)
             for name, table in tables.items()
             if table.is_trainable
         }
         if args.world_size > 1:
             leave_tables_out_of_ddp(model, tables)
-            for updates in rows.values():
-                updates.gradients.exchange = exchange_rows
         # Trainer brings libraries that nobody needs who only loads a model.
         from transformers import Trainer
 
@@ -137,7 +137,7 @@ class EngramOptimizerFactory:
             elif groups:
                 parts.append(DensePart(groups, optimizer_class, options))
         patience = min(STEPS_WITHOUT_GRADIENT, args.max_steps) if args.max_steps > 0 else STEPS_WITHOUT_GRADIENT
-        return EngramOptimizer(parts, rows, args.learning_rate * table_lr_scale, patience)
+        return EngramOptimizer(parts, rows, args.learning_rate * table_lr_scale, patience, run)
 
 
 def find_tables(model: nn.Module) -> dict[str, EngramTable]:
@@ -238,6 +238,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         rows: dict[str, RowUpdates],
         table_lr: float,
         patience: int = STEPS_WITHOUT_GRADIENT,
+        run: TrainingRun | None = None,
     ):
         """
         Args:
@@ -245,9 +246,11 @@ class EngramOptimizer(torch.optim.Optimizer):
             rows: table name to the updates of its rows.
             table_lr: learning rate of rows.
             patience: steps after which a table that has not moved is worth a warning.
+            run: that the tables take part in.
         """
         self.parts, self.rows = parts, rows
         self.patience, self.steps_here = patience, 0
+        self.run = TrainingRun() if run is None else run
         self.row_groups: list[dict[str, Any]] = [
             {"params": [updates.gradients.norm], "lr": table_lr, "weight_decay": 0.0, "table": name}
             for name, updates in rows.items()
@@ -266,6 +269,7 @@ class EngramOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.steps_here += 1
+        self.run.steps += 1
         for part in self.parts:
             part.step()
         for group, (name, updates) in zip(self.row_groups, self.rows.items(), strict=True):

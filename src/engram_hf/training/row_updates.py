@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..modeling.disk_reading import pages_of_rows
-from ..modeling.table import DISK, EngramTable
-from ..modeling.table_rows import put_rows
+from ..modeling.disk_reading import PageReader, pages_of_rows
+from ..modeling.table import EngramTable
+from ..modeling.table_blocks import put_rows
+from ..modeling.table_changes import TrainingRun
+from ..modeling.table_gradients import Exchange
 from .row_rules import RowRule, round_stochastically
 from .work_files import WorkFile, open_training_copy
 
@@ -33,6 +35,8 @@ class RowUpdates:
         work_folder: str | Path | None = None,
         seed: int = 0,
         saves_rows: bool = False,
+        run: TrainingRun | None = None,
+        exchange: Exchange | None = None,
     ):
         """
         Args:
@@ -44,6 +48,9 @@ class RowUpdates:
             work_folder: where a table on disk is copied to be trained, and its state with it.
             seed: of the rounding.
             saves_rows: whether `state_dict` holds the rows too, where nobody else saves them.
+
+            run: that the table takes part in.
+            exchange: makes the rows of all processes out of those of this one.
 
         Raises:
             ValueError: the table is quantized, or on disk without a work folder, or the rule keeps no state.
@@ -58,8 +65,9 @@ class RowUpdates:
             )
         self.name, self.table, self.rule, self.seed, self.saves_rows = name, table, rule, seed, saves_rows
         self.steps = 0
+        self.reader = PageReader()
         # Before the training copy: a checkpoint is saved by the files that the table comes from now.
-        self.gradients = table.collect_row_gradients()
+        self.gradients = table.collect_row_gradients(run, exchange)
         exact = torch.promote_types(table.dtype, torch.float32)
         if state_dtype is None:
             state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else exact
@@ -70,7 +78,7 @@ class RowUpdates:
         }
         shapes = {name: (shape, dtype) for name, (shape, dtype) in shapes.items() if shape[1]}
         self.work_file: WorkFile | None = None
-        if DISK in table.tiers:
+        if any(block.is_on_disk for block in table.block_records):
             if work_folder is None:
                 raise ValueError(
                     f"{name} is on disk, and a checkpoint's own files are never written. Name a folder for the copy "
@@ -125,7 +133,7 @@ class RowUpdates:
         for tensor in self.stores.values():
             nbytes = tensor[0].nbytes
             pages = pages_of_rows(tensor.data_ptr() + keys.numpy() * nbytes, nbytes)
-            self.table.reader.read(pages, self.work_file)
+            self.reader.read(pages, self.work_file)
 
     def state_dict(self) -> dict:
         """The state of the rows that have been touched; as large as they are many."""

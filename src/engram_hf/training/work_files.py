@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..modeling.disk_files import PAGE, BlockSource, MappedFile
 from ..modeling.disk_safetensors import TensorPlace
-from ..modeling.table import DISK, EngramTable
+from ..modeling.table import EngramTable
 
 
 PROGRESS_BYTES = 2**28
@@ -89,15 +89,14 @@ def open_training_copy(table: EngramTable, folder: str | Path) -> None:
     Raises:
         OSError: the disk has no room for them.
     """
-    for number, tier in enumerate(table.tiers):
-        source = table.sources[number]
-        if tier != DISK or source is None or source.file.is_shared:
+    for block in table.block_records:
+        source = block.source
+        if not block.is_on_disk or source is None or source.file.is_shared:
             continue
         source.file.check_unchanged()
-        block = table.blocks[number]
-        copy = WorkFile(folder, {source.name: (tuple(block.shape), block.dtype)})
-        if source.holds(block):
+        copy = WorkFile(folder, {source.name: (block.shape, block.rows.dtype)})
+        if source.holds(block.parameter):
             copy.fill(source.name, source)
         else:
-            copy.tensor(source.name).copy_(block.detach())
-        table.read_from(number, BlockSource(copy, source.name))
+            copy.tensor(source.name).copy_(block.rows)
+        block.read_from(BlockSource(copy, source.name))

@@ -3,6 +3,7 @@
 The pages of the rows go into the page cache, which all processes share, so this works in the workers of a DataLoader.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
-from ...modeling.table import DISK, EngramTable, tables_without_blocks
+from ...modeling.table import EngramTable
 from .reporting import EngramCallback, find_memory_layers
 
 
@@ -56,16 +57,11 @@ class RowPrefetcher:
             optimizer: whose state of rows on disk is asked for too.
         """
         base = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
-        with torch.device("meta"), tables_without_blocks():
-            self.skeleton = type(base)(base.config)
-        self.skeleton.hash_is_confirmed = True
-        if base.token_map is not None:
-            self.skeleton.token_map = base.token_map.cpu()
+        self.ngram_hash = copy.deepcopy(base.ngram_hash).cpu()
         updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
         self.columns: dict[int, list[Column]] = {}
         self.first_rows: dict[int, torch.Tensor] = {}
-        self.skeleton.hash_multipliers, self.skeleton.hash_primes = base.hash_multipliers.cpu(), base.hash_primes.cpu()
         for layer in base.memory_layers():
             table, layer_id = layer.engram.table, layer.engram.layer_idx
             self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
@@ -84,11 +80,8 @@ class RowPrefetcher:
         """Begin to read what a step over these tokens will read, and return; arguments as of a forward."""
         if not any(self.columns.values()):
             return
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1]).unsqueeze(0)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        context = self.skeleton.ngram_context(input_ids, position_ids, mask)
-        for layer_id, row_ids in self.skeleton.all_row_ids(context).items():
+        for layer_id, row_ids in self.ngram_hash(input_ids, position_ids, mask).row_ids.items():
             keys = np.unique((row_ids + self.first_rows[layer_id]).numpy())
             for column in self.columns[layer_id]:
                 file = column.source.file
@@ -102,9 +95,9 @@ class RowPrefetcher:
 
 def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
     """What a step reads from disk for a table and, where its rows are trained there, their state."""
-    for number, (tier, source) in enumerate(zip(table.tiers, table.sources)):
-        if tier == DISK and source is not None:
-            yield Column(table.first_rows[number], table.block_shapes[number][0], source, table.row_nbytes)
+    for block in table.block_records:
+        if block.is_on_disk and block.source is not None:
+            yield Column(block.first_row, block.num_rows, block.source, table.row_nbytes)
     for name, store in (updates.stores if updates is not None else {}).items():
         yield Column(0, table.num_rows, BlockSource(updates.work_file, name), store[0].nbytes)
 
@@ -125,7 +118,7 @@ class PrefetchingCollator:
         if self.prefetcher is None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             return batch
         # Ids that are none of the vocabulary are an error of the step, with the message of the model.
-        if int(ids.max()) < self.prefetcher.skeleton.config.vocab_size:
+        if int(ids.max()) < self.prefetcher.ngram_hash.config.vocab_size:
             self.prefetcher.prefetch(ids, batch.get("attention_mask"), batch.get("position_ids"))
         return batch
 
@@ -177,7 +170,7 @@ class EngramPrefetchCallback(EngramCallback):
         self.prefetcher = RowPrefetcher(model, optimizer)
         for layer_id, layer in layers.items():
             if columns := self.prefetcher.columns[layer_id]:
-                layer.table.watch = lambda keys, columns=columns: self._watch(keys, columns)
+                layer.table.watch_lookups(lambda row_ids, columns=columns: self._watch(row_ids, columns))
                 self._watched.append(layer.table)
         if not self._watched:
             logger.info("No table is on disk, so there is nothing to read ahead of a step.")
@@ -221,5 +214,5 @@ class EngramPrefetchCallback(EngramCallback):
         for loader, collate in self._wrapped:
             loader.collate_fn = collate
         for table in self._watched:
-            table.watch = None
+            table.watch_lookups(None)
         self._wrapped, self._watched = [], []
