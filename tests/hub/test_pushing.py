@@ -223,9 +223,11 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
         index["weight_map"]["model.layers.0.engram.table.changed.row_ids"] = table.name
         (folder / INDEX).write_text(json.dumps(index))
     elif what == "another tokenizer":
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_tokens(["brand-new"])
-        tokenizer.save_pretrained(folder)
+        # Two tokens change places: the same ids stand for other text.
+        content = json.loads((folder / "tokenizer.json").read_text())
+        vocab = content["model"]["vocab"]
+        vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
     else:
         (folder / "config.json").unlink()
     message = {
@@ -233,12 +235,23 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
         "truncated": "truncated",
         "missing": "does not exist",
         "of a training run": "merge_changed_rows",
-        "another tokenizer": "map",
+        "another tokenizer": "tokenizer",
         "empty": "no folder of a checkpoint",
     }[what]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         push_engram(folder, "user/tiny")
     assert "user/tiny" not in hub.repositories or not hub.commits("user/tiny")
+
+
+def test_tokens_that_were_added_after_training_are_pushed(hub, folder, model):
+    """Their ids carry no memory, and all others are what they were."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["brand-new"])
+    push_engram(model, "user/tiny", tokenizer=tokenizer)
+    push_engram(folder, "user/tiny", tokenizer=tokenizer)
+    tokenizer.save_pretrained(folder)
+    push_engram(folder, "user/tiny")
+    assert "brand-new" in AutoTokenizer.from_pretrained("user/tiny").get_vocab()
 
 
 def test_what_a_trainer_leaves_stays_here(hub, folder):

@@ -173,7 +173,6 @@ def _render_section(facts: CardFacts, metadata: CardData) -> str:
         facts=facts,
         config=facts.config,
         auto_class=AUTO_CLASS.get(facts.architecture),
-        prefix="" if facts.architecture == "EngramMoEModel" else "model.",
         trust=", trust_remote_code=True" if facts.has_code else "",
         is_quantized=any(table["dtype"] in QUANTIZED_FORMATS for table in facts.tables),
         license=", ".join(item for item in as_list(metadata.get("license")) if isinstance(item, str)),

@@ -245,13 +245,13 @@ def _find_facts(source: str | Path | EngramMoEConfig) -> dict[str, Any]:
     with torch.device("meta"):
         # A copy: the type that a model is built in is written into its config.
         model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
-    described = [{name: getattr(table, name) for name in TABLE_FIELDS} for table in model.engram_tables()]
+    described = _tables(model.engram_tables(), architecture)
     facts = {
         "architecture": architecture,
         "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
         "dtype": dtype,
         "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
-        "tables": [{**table, "name": table["name"].removeprefix("model.")} for table in described],
+        "tables": described,
         **dict.fromkeys(("has_weights", "has_code", "has_tokenizer"), not is_config),
     }
     tables_nbytes = sum(table["nbytes"] for table in described)
@@ -263,10 +263,9 @@ def _find_facts(source: str | Path | EngramMoEConfig) -> dict[str, Any]:
     folder, digests = Path(source), read_digests(source)
     checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
     disk_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
-    if inspection.tables:
-        facts["tables"] = [{name: getattr(table, name) for name in TABLE_FIELDS} for table in inspection.tables]
     return {
         **facts,
+        "tables": _tables(inspection.tables, architecture) or described,
         "name": folder.resolve().name,
         "preset": None,
         # Not of file names, so that saving the same weights again changes nothing.
@@ -277,6 +276,12 @@ def _find_facts(source: str | Path | EngramMoEConfig) -> dict[str, Any]:
         # Tables that are elsewhere are as the config describes them.
         "disk_nbytes": disk_nbytes + (0 if checkpoint.blocks() else tables_nbytes),
     }
+
+
+def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
+    prefix = "" if architecture == "EngramMoEModel" else "model."
+    found = [{name: getattr(table, name) for name in TABLE_FIELDS} for table in tables]
+    return [{**table, "name": prefix + table["name"].removeprefix("model.")} for table in found]
 
 
 def _training(folder: str | Path) -> dict[str, Any]:
