@@ -56,6 +56,7 @@ from .ids_recovery import recover_token_ids
 from .memory_layer import IDS, EngramLayer, MemoryCacheLayer, ShortConvolution, keep_ids, memory_cache_layer
 from .memory_model import ModelWithTables
 from .table import EngramTable
+from .table_blocks import RowBlocks
 
 
 # What transformers calls the cache in forwards, outputs and `generate`; ours accept both.
@@ -212,7 +213,7 @@ class EngramMoEPreTrainedModel(ModelWithTables, PreTrainedModel):
             init.normal_(module.hc_fn, mean=0.0, std=std)
             init.zeros_(module.hc_base)
             init.ones_(module.hc_scale)
-        elif isinstance(module, EngramTable):
+        elif isinstance(module, RowBlocks):
             module.init_weights(std)
         elif isinstance(module, ShortConvolution):
             # The memory starts without its convolution, and learns it.

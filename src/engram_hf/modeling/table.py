@@ -13,18 +13,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, pages_of_rows
 from .hot_rows import HotRows
-from .table_blocks import DIGESTS, DISK, OLD_ROW_IDS, RESIDENT, ROW_IDS, ROWS, STAMP, Block, make_blocks, put_rows
+from .table_blocks import (
+    DIGESTS,
+    DISK,
+    OLD_ROW_IDS,
+    RESIDENT,
+    ROW_IDS,
+    ROWS,
+    STAMP,
+    Block,
+    RowBlocks,
+    make_blocks,
+    put_rows,
+)
 from .table_changes import ChangedRows, RowChanges, TrainingRun
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, RowGradients, group
 
 
-DRAWN_BYTES = 2**26
 Watch = Callable[[torch.Tensor], AbstractContextManager]
 
 _BUILDS_BLOCKS: ContextVar[bool] = ContextVar("engram_table_builds_blocks", default=True)
@@ -68,7 +78,7 @@ class EngramTable(nn.Module):
         self.head_dim = head_dim
         self.stored_as = row_format(None) if stored_as is None else stored_as
         self.row_width = self.stored_as.row_elements(head_dim)
-        self.blocks = nn.ParameterList()
+        self.blocks = RowBlocks(self.stored_as, head_dim)
         self.block_records = make_blocks(self.blocks, rows_of_head, head_dim, block_elements, self.row_width)
         if _BUILDS_BLOCKS.get():
             self.blocks.extend(
@@ -138,17 +148,6 @@ class EngramTable(nn.Module):
     def first_rows_of_heads(self) -> torch.Tensor:
         """(heads,) int64: the row id in the table of the first row of each head."""
         return self.head_rows.cumsum(0) - self.head_rows
-
-    @torch.no_grad()
-    def init_weights(self, std: float) -> None:
-        """Draw all rows from a normal distribution, in place."""
-        for block in self.blocks:
-            if self.stored_as.is_trainable:
-                init.normal_(block, mean=0.0, std=std)
-            elif not block.is_meta and not getattr(block, "_is_hf_initialized", False):
-                for part in block.split(max(1, DRAWN_BYTES // self.row_nbytes)):
-                    rows = torch.empty(part.shape[0], self.head_dim, device=block.device).normal_(0.0, std)
-                    part.copy_(self.stored_as.encode(rows))
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look rows up.
@@ -531,7 +530,7 @@ class EngramTable(nn.Module):
     def __getstate__(self) -> dict:
         """For copies and pickles, which nobody trains."""
         self.changes.settle()
-        kept, records = nn.ParameterList(), []
+        kept, records = RowBlocks(self.stored_as, self.head_dim), []
         for block in self.block_records:
             copied = object.__new__(Block)
             copied.__dict__.update(block.state_to_copy() if len(self.blocks) else block.__dict__)
