@@ -17,7 +17,7 @@ from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
 from .checkpoints.verifying import verify_tables
 from .hub.card import render_card, update_card
-from .hub.card_facts import CardFacts, gather_facts
+from .hub.card_facts import CardFacts, gather_facts, read_facts
 from .hub.fetching import fetch_blocks
 from .hub.pushing import push_engram
 from .insight.plotting import plot_training
@@ -76,6 +76,7 @@ __all__ = [
     "plot_training",
     "push_engram",
     "quantize_tables",
+    "read_facts",
     "render_card",
     "update_card",
     "verify_tables",

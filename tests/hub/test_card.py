@@ -6,7 +6,7 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from engram_hf import (
     count_parameters,
     gather_facts,
     quantize_tables,
+    read_facts,
     render_card,
     update_card,
 )
-from engram_hf.hub.card_facts import BEGIN, END, facts_in
+from engram_hf.hub.card_facts import BEGIN, END
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -262,7 +263,7 @@ def test_any_damage_of_a_card_ends_in_a_sentence_or_in_a_card(folder, caplog):
         except ValueError as error:
             assert str(path) in str(error) and path.read_text() == text
         else:
-            assert ModelCard.load(path).data.library_name and facts_in(path.read_bytes(), path) == facts
+            assert ModelCard.load(path).data.library_name and read_facts(path) == facts
     path.write_text(render_card(facts).replace('"value": 4.25', '"value": "4.25"'))
     assert gather_facts(folder).evaluation == [] and "were edited" in caplog.text
 
@@ -281,7 +282,7 @@ def test_hostile_words_stay_words(folder, text):
     for _ in range(2):
         update_card(folder, facts)
     card = (folder / "README.md").read_text()
-    assert card == render_card(facts) and facts_in(card.encode(), "") == facts
+    assert card == render_card(facts) and read_facts(folder) == facts
     data = ModelCard(card).data
     assert (data.license, data.language, data.eval_results[0].dataset_name) == (text, [text], text)
     lines, expected = (each[each.index("## What it is") :].splitlines() for each in (card, plain))
@@ -362,16 +363,16 @@ def test_the_training_log_is_told_as_it_is(folder):
 
 
 def test_the_cards_of_the_repository_are_fresh_and_their_code_runs(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(next((ROOT / "scripts").rglob("render_cards.py")).parent))
     from render_cards import rendered_cards
 
     cards, there = rendered_cards(), ROOT / "hub_cards"
     assert {"engram-tiny.md", "engram-27b.md", "engram-40b.md", "moe-27b.md", "dense-4b.md"} == set(cards)
     assert {path.name for path in there.glob("*.md")} == {*cards, "template.md"}
     for name, card in cards.items():
-        assert (there / name).read_text() == card, f"{name} is stale: run scripts/render_cards.py"
-    demo = facts_in((there / "engram-tiny.md").read_bytes(), "")
-    assert asdict(demo) == json.loads((there / "engram-tiny.json").read_text())
+        assert (there / name).read_text() == card, f"{name} is stale: run render_cards.py"
+    demo = read_facts(there / "engram-tiny.md")
+    assert demo.as_dict() == json.loads((there / "engram-tiny.json").read_text())
     assert (there / demo.picture).stat().st_size < 200_000 and demo.evaluation and demo.training and demo.data
     assert (there / "template.md").resolve() == (ROOT / "src/engram_hf/hub/card_template.md").resolve()
     for preset in ("engram-27b", "moe-27b"):

@@ -244,7 +244,6 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
 
 
 def test_tokens_that_were_added_after_training_are_pushed(hub, folder, model):
-    """Their ids carry no memory, and all others are what they were."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["brand-new"])
     push_engram(model, "user/tiny", tokenizer=tokenizer)
@@ -521,7 +520,9 @@ def test_a_readme_of_the_repository_that_cannot_be_edited_stays(hub, folder):
     assert not hub.commits("user/tiny") and not hub.commits("user/tables")
 
 
-def test_push_to_hub_of_transformers_pushes_a_model_that_loads(hub, model, folder):
+def test_push_to_hub_of_transformers_pushes_a_model_that_loads(hub, model, folder, tmp_path):
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/saved")
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/saved")), logits(model))
     model.push_to_hub("user/tiny")
     assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny")), logits(model))
     assert "[More Information Needed]" in hub.files("user/tiny")["README.md"].decode()
@@ -581,10 +582,10 @@ def test_files_from_outside_of_the_folder_are_not_sent(hub, folder, tmp_path, na
         target = tmp_path / "outside" / "secret"
         path.rename(target) if path.exists() else target.write_text("secret")
     path.symlink_to(target)
-    with pytest.raises(ValueError, match="is a link to .*outside"):
+    with pytest.raises(ValueError, match="is a link that leads out"):
         push_engram(folder, "user/tiny")
     assert not hub.repositories
-    with pytest.raises(ValueError, match="is a link to .*outside"):
+    with pytest.raises(ValueError, match="is a link that leads out"):
         push_engram(folder, "user/tiny", dry_run=True)
 
 
@@ -605,7 +606,7 @@ def test_links_inside_a_folder_and_into_the_cache_of_the_hub_are_followed(hub, f
     other.mkdir(parents=True)
     (other / "0").write_text("secret")
     (tmp_path / "mine" / "more.txt").symlink_to(other / "0")
-    with pytest.raises(ValueError, match="more.txt is a link to"):
+    with pytest.raises(ValueError, match="more.txt is a link that leads out"):
         push_engram(tmp_path / "mine", "user/mine")
 
 

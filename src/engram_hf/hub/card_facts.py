@@ -81,6 +81,18 @@ class CardFacts:
     def has_experts(self) -> bool:
         return self.config["first_k_dense_replace"] < self.config["num_hidden_layers"]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "CardFacts":
+        """The facts that `as_dict` gave. Raises ValueError if they are of another release."""
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"These are not facts of a card, or they are of another release: {error}.") from error
+
 
 def gather_facts(
     source: str | Path | EngramMoEConfig,
@@ -143,27 +155,35 @@ def gather_facts(
         if folder is None or path is None or not path.is_file() or not path.is_relative_to(folder.resolve()):
             raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
     facts = CardFacts(**_find_facts(source), **given)
-    readme = None if folder is None else folder / "README.md"
-    known = facts_in(readme.read_bytes(), readme) if readme is not None and readme.is_file() else None
+    known = None if folder is None else read_facts(folder)
     if known is not None:
         name = name or (known.name if repo_id is None and known.weights == facts.weights else None)
         facts = keep_known(facts, known)
     return replace(facts, name=name or (repo_id.split("/")[-1] if repo_id else facts.name))
 
 
-def facts_in(content: bytes, where: object) -> CardFacts | None:
-    """The facts that a card records; None if it has no section of this package.
+def read_facts(path: str | Path) -> CardFacts | None:
+    """The facts that a card records; None if there is no card, or no section of this package in it.
 
     A record that was edited, or that another release wrote, is not used; a warning says so.
+
+    Args:
+        path: a card, or the folder of its README.md.
     """
+    path = Path(path) / "README.md" if Path(path).is_dir() else Path(path)
+    return facts_in(path.read_bytes(), path) if path.is_file() else None
+
+
+def facts_in(content: bytes, where: object) -> CardFacts | None:
+    """As `read_facts`, for what a file holds. `where` names the file in messages."""
     section = SECTION.search(decode_card(content, where))
     record = None if section is None else RECORD.search(section[0])
     if section is None:
         return None
     try:
         if record is not None and record[1] == _digest(record[2]):
-            return CardFacts(**json.loads(record[2]))
-    except TypeError:
+            return CardFacts.from_dict(json.loads(record[2]))
+    except ValueError:
         pass
     logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
     return None
@@ -183,7 +203,7 @@ def decode_card(content: bytes, where: object) -> str:
 
 def record_of(facts: CardFacts) -> str:
     """The comment that `facts_in` reads. No text in it can end the comment."""
-    text = json.dumps(asdict(facts), sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
+    text = json.dumps(facts.as_dict(), sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- engram-hf: facts {_digest(text)} {text} -->"
 
 

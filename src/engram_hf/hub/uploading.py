@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, hf_hub_download
 from transformers.utils import CHAT_TEMPLATE_DIR, logging
 from transformers.utils.hub import hf_api
 
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, PROGRESS_BYTES, SINGLE_FILE, read_digests
-from ..modeling.disk_safetensors import read_header, read_index, read_weight_map
+from ..modeling.disk_safetensors import read_header, read_index, read_weight_map, refuse_outside
 from ..modeling.table_blocks import CHANGED_KEY
 
 
@@ -116,27 +116,6 @@ def refuse_model_in_repository(repository: Repository) -> None:
     if SINGLE_FILE in repository.files or not all(map(BLOCK_KEY.match, tensors)):
         raise ValueError(
             f"{repository.repo_id} holds a model, which tables alone would replace. Name another repository for them."
-        )
-
-
-def refuse_outside(folder: str | Path, path: str | Path) -> None:
-    """Refuse a link that leads out of a folder. Links into the blobs of the Hub's cache are allowed.
-
-    Args:
-        folder: a checkpoint, perhaps of somebody else, or a snapshot in the Hub's cache.
-        path: a file or folder in it.
-
-    Raises:
-        ValueError: `path` leads out of `folder`.
-    """
-    folder, real = Path(folder).resolve(), Path(path).resolve()
-    repository = real.parent.parent
-    is_blob = real.parent.name == "blobs" and repository.name.startswith("models--")
-    is_in_cache = repository.parent == Path(constants.HF_HUB_CACHE).resolve() or repository in folder.parents
-    if not real.is_relative_to(folder) and not (is_blob and is_in_cache):
-        raise ValueError(
-            f"{path} is a link to {real}, outside of {folder}. It may be a file that you did not mean to share, so it "
-            "was not read. Put the file itself there, or remove the link."
         )
 
 

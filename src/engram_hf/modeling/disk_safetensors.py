@@ -125,6 +125,31 @@ def read_weight_map(index: str | Path) -> dict[str, str]:
     return weight_map
 
 
+def refuse_outside(folder: str | Path, path: str | Path) -> None:
+    """Refuse a link that leads out of the folder that brought it: whoever made the folder would choose what is copied.
+
+    The Hub's cache consists of links into its own `blobs`, which are allowed.
+
+    Raises:
+        ValueError: the path leads to something else outside the folder.
+    """
+    folder, path = Path(folder), Path(path)
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()) and not _is_blob(target):
+        raise ValueError(
+            f"{path} is a link that leads out of its folder, to {target}. Nothing is read from there; replace the link "
+            "by a copy, or remove it."
+        )
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file lies among the blobs of a Hub cache: those of a repository, or those that repositories share."""
+    blobs = next((parent for parent in path.parents if parent.name == "blobs"), None)
+    return blobs is not None and (
+        (blobs.parent / "snapshots").is_dir() or (blobs / ".huggingface-shared-blobs").is_file()
+    )
+
+
 @dataclass(frozen=True)
 class TensorContent:
     """A tensor that is to be written: its bytes are asked for piece by piece, `pieces()` gives them in order."""
