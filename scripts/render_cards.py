@@ -1,50 +1,51 @@
-"""Write hub_cards/: the model cards of the paper's models and of the demo's model.
+"""Write hub_cards/: the model card of each of the paper's models, and that of the demo's model.
 
-    python scripts/render_cards.py                       # the demo's card from hub_cards/engram-tiny.json; 5 seconds
-    python scripts/render_cards.py --demo output/tiny    # first take its facts and curves from this folder
+    python scripts/render_cards.py                       # the demo's from the facts that lie there; 5 seconds
+    python scripts/render_cards.py --demo output/tiny    # its facts and curves from what train_tiny.py saved
 
-A test fails if the folder differs from what this script writes.
+A test fails when the folder is not what this script writes.
 """
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from engram_hf import CardFacts, EngramMoEConfig, gather_facts, render_card
+from engram_hf import CardFacts, EngramMoEConfig, gather_facts, read_facts, render_card
 from engram_hf.modeling.configuration_engram_moe import PRESETS
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "hub_cards"
 DEMO = "engram-tiny"
-# The paper prints neither, as the config says.
+# The paper prints neither; see the config.
 INFERRED = (
     "The ranks of MLA and the widths of the feed-forward layers are inferred: they fit every total the paper prints."
 )
 
 
 def take_demo(folder: Path) -> None:
-    """Keep the facts and the picture of a model that train_tiny.py has saved; the picture in 48 colours is smaller."""
-    facts = gather_facts(folder)
-    if facts.picture is None:
-        raise ValueError(f"The card in {folder} has no curves. Run `make demo` first, with matplotlib installed.")
-    Image.open(folder / facts.picture).convert("RGB").quantize(48).save(FOLDER / f"{DEMO}.png", optimize=True)
-    content = asdict(replace(facts, name=DEMO, picture=f"{DEMO}.png"))
+    """Facts and picture of a model that train_tiny.py has saved; the picture in few colours, which are a quarter."""
+    facts = read_facts(folder)
+    if facts is None or facts.picture is None:
+        raise ValueError(f"{folder} has no card with curves; run `make demo` first, with matplotlib installed.")
+    picture = f"{DEMO}.png"
+    Image.open(folder / facts.picture).convert("RGB").quantize(48).save(FOLDER / picture, optimize=True)
+    content = replace(facts, name=DEMO, picture=picture).as_dict()
     (FOLDER / f"{DEMO}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def rendered_cards() -> dict[str, str]:
-    """File name to content."""
-    demo = CardFacts(**json.loads((FOLDER / f"{DEMO}.json").read_text()))
+    """Name of each file, and what it must hold."""
+    demo = CardFacts.from_dict(json.loads((FOLDER / f"{DEMO}.json").read_text()))
     presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PRESETS]
     return {f"{facts.name}.md": render_card(facts) for facts in (demo, *presets)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, help="folder that train_tiny.py wrote")
+    parser.add_argument("--demo", type=Path, help="folder that train_tiny.py has written")
     arguments = parser.parse_args()
     if arguments.demo is not None:
         take_demo(arguments.demo)
