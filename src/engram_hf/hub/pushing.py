@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..checkpoints.verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 from ..insight.plotting import plot_training
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
-from ..modeling.disk_safetensors import read_header, read_index
+from ..modeling.disk_safetensors import read_header, read_index, read_json
 from .card import updated_card
 from .card_facts import facts_in, gather_facts, keep_known
 from .uploading import (
@@ -127,7 +127,7 @@ def push_engram(
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
             return Push({}, {})
         files = _files(folder, tokenizer, scratch)
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         _check_tables(folder, config, tables_repo)
         tables: list[UploadFile] = []
         if tables_repo is not None:

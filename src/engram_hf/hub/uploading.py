@@ -5,7 +5,6 @@ upload, files that arrived are not sent again.
 """
 
 import fnmatch
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, logging
 from transformers.utils.hub import hf_api
 
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, PROGRESS_BYTES, SINGLE_FILE, read_digests
-from ..modeling.disk_safetensors import read_header, read_index, read_weight_map, refuse_outside
+from ..modeling.disk_safetensors import read_header, read_index, read_json, read_weight_map, refuse_outside
 from ..modeling.table_blocks import CHANGED_KEY
 
 
@@ -141,10 +140,7 @@ def files_to_upload(folder: str | Path) -> list[UploadFile]:
             f"{folder} is no folder of a checkpoint: it needs config.json and safetensors files. Save the model with "
             "save_pretrained first."
         )
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({error}). Save or copy it again.") from error
+    read_json(folder / "config.json")
     if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
         raise ValueError(
             f"{folder} holds only a variant, and loaders ask for the weights without one first. Save the model there "
