@@ -17,7 +17,8 @@ from huggingface_hub.errors import (
 )
 
 from ..modeling.checkpoint_loading import BLOCK_KEY, find_checkpoint, read_headers
-from ..modeling.configuration_engram_moe import EngramMoEConfig
+from ..modeling.configuration_checks import check_source
+from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
 from ..modeling.disk_safetensors import NAMES
 from ..modeling.table_blocks import CHANGED_KEY, OLD_ROW_IDS, ROW_IDS, layer_of_table
 
@@ -115,6 +116,7 @@ def inspect_checkpoint(
 
 def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
     """Arguments that read a folder, or a repository at the commit that it is at; without a connection, the cache."""
+    check_source(where, PRESETS)
     if Path(where).is_dir():
         return {"local_files_only": True}
     try:
