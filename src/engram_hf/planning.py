@@ -263,7 +263,7 @@ def _bytes_of(max_memory: Mapping) -> dict[object, int]:
                 f'max_memory is a dict such as {{0: "80GB", "cpu": "64GB"}}, got {max_memory!r}.'
             ) from error
         limits["cpu" if device.type == "cpu" else device.index or 0] = nbytes
-    accelerators = sorted(key for key in limits if key != "cpu")
+    accelerators = sorted(key for key in limits if isinstance(key, int))
     return {key: limits[key] for key in [*accelerators, "cpu"] if key in limits}
 
 

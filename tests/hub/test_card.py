@@ -525,7 +525,7 @@ def test_the_training_log_is_told_as_it_is(folder, tokenizer):
 
 
 def test_the_cards_of_the_repository_are_fresh():
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "scripts" / "maintenance"))
     try:
         from render_cards import rendered_cards
     finally:
@@ -534,7 +534,7 @@ def test_the_cards_of_the_repository_are_fresh():
     assert {path.name for path in there.glob("*.md")} == {*cards, "template.md"}
     assert {"engram-tiny.md", "engram-27b.md", "engram-40b.md", "moe-27b.md", "dense-4b.md"} == set(cards)
     for name, card in cards.items():
-        assert (there / name).read_text() == card, f"{name} is stale: run scripts/render_cards.py"
+        assert (there / name).read_text() == card, f"{name} is stale: run scripts/maintenance/render_cards.py"
     demo = read_facts(there / "engram-tiny.md")
     assert (there / demo.picture).stat().st_size < 200_000 and demo.evaluation and demo.training and demo.data
     assert (there / "template.md").resolve() == (ROOT / "src/engram_hf/hub/card_template.md").resolve()

@@ -3,25 +3,33 @@
 transformers loads and saves the backbone, and never sees a block. Blocks are opened, placed and written here.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import hf_api
 
 from .checkpoint_loading import (
     HUB_ARGUMENTS,
     INDEX_FILE,
+    OLD_TOKEN_MAP,
+    TOKEN_MAP,
+    Checkpoint,
+    check_changes,
+    check_model,
+    check_sizes,
     find_checkpoint,
     match_blocks,
     open_changes,
     open_sources,
     read_headers,
     refuse_incomplete,
-    refuse_integers,
     refuse_missing,
 )
 from .checkpoint_saving import (
@@ -38,11 +46,11 @@ from .checkpoint_saving import (
 from .configuration_checks import check_source
 from .configuration_engram_moe import PRESETS, TABLE_DTYPES
 from .disk_reading import PageReader
-from .hot_rows import HotRows
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import block_name
+from .table_blocks import block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
+from .table_hot_rows import HotRows
 from .table_placement import (
     AUTOMATIC,
     Place,
@@ -62,8 +70,6 @@ from .table_placement import (
 logger = logging.get_logger(__name__)
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
-# Where the token map was in checkpoints before version 0.2, and where it is now.
-OLD_TOKEN_MAP, TOKEN_MAP = r"((?:model\.)?)token_map", r"\1ngram_hash.token_map"
 
 
 @dataclass(frozen=True)
@@ -169,9 +175,11 @@ class ModelWithTables:
             return (model, info) if output_loading_info else model
 
         places = read_headers(checkpoint)
-        renamed = any(re.fullmatch(OLD_TOKEN_MAP, name) for name in checkpoint.file_of)
+        cls._check_files(checkpoint, places, model_args, kwargs, may_lack=output_loading_info)
+        old_name = rf"^((?:{cls.base_model_prefix}\.)?){OLD_TOKEN_MAP}$"
+        renamed = any(re.match(old_name, name) for name in checkpoint.file_of)
         if renamed:
-            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), f"^{OLD_TOKEN_MAP}$": TOKEN_MAP}
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), old_name: rf"\1{TOKEN_MAP}"}
         with tables_without_blocks():
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=backbone_map, output_loading_info=True, **kwargs
@@ -181,8 +189,6 @@ class ModelWithTables:
             del model._weight_conversions
         named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
         check_backbone_keys(backbone_map, named, model._tables_prefix(), model.named_tables())
-        if getattr(model.config, "quantization_config", None) is None:
-            refuse_integers({n: p for n, p in places.items() if n not in info["unexpected_keys"]}, where)
         if not output_loading_info:
             prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
             is_same_class = cls.__name__ in (model.config.architectures or [])
@@ -203,6 +209,32 @@ class ModelWithTables:
         model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows)
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def _check_files(cls, checkpoint: Checkpoint, places, model_args, kwargs: Mapping, may_lack: bool) -> None:
+        """Compare config and headers before anything is made of them.
+
+        Raises:
+            ValueError: as `check_sizes` and `check_model`.
+        """
+        if kwargs.get("state_dict") is not None or kwargs.get("key_mapping") is not None:
+            # The tensors are other ones than those of the files, or have other names.
+            return
+        config, others = kwargs.get("config"), {k: value for k, value in kwargs.items() if k != "config"}
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+        else:
+            config, _ = cls.config_class.from_pretrained(
+                config or checkpoint.where, return_unused_kwargs=True, **others
+            )
+        backbone = {name: place for name, place in places.items() if not is_of_table(name)}
+        check_sizes(config, backbone, checkpoint.where, cls.base_model_prefix)
+        with torch.device("meta"), tables_without_blocks():
+            built = cast(Any, cls)(config, *model_args)
+        is_same_class = cls.__name__ in (config.architectures or [])
+        check_model(
+            built, backbone, checkpoint.where, is_same_class, may_lack, bool(kwargs.get("ignore_mismatched_sizes"))
+        )
+
     def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
         tables = self.base_model.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
@@ -213,6 +245,7 @@ class ModelWithTables:
                 (block_name(n, block.number) for n, t in tables.items() for block in t.block_records), checkpoint.where
             )
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, self.config))
+        check_changes(tables, checkpoint, places)
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
         entries = resolve_entries(entries, sizes, self._tables_prefix())
         default, main_device = self._default_places(tables)
@@ -222,7 +255,7 @@ class ModelWithTables:
         for name, table in tables.items():
             tiers, devices = [p.tier for p in planned[name]], [p.device for p in planned[name]]
             table.open_blocks(sources[name], tiers, devices, reader)
-            if (changed := open_changes(name, checkpoint)) is not None:
+            if (changed := open_changes(name, checkpoint, places)) is not None:
                 table.changes.bring(name, table, changed)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))

@@ -16,7 +16,6 @@ from torch import nn
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, pages_of_rows
-from .hot_rows import HotRows
 from .table_blocks import (
     DIGESTS,
     DISK,
@@ -33,6 +32,7 @@ from .table_blocks import (
 from .table_changes import ChangedRows, RowChanges, TrainingRun
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, RowGradients, group
+from .table_hot_rows import HotRows
 
 
 Watch = Callable[[torch.Tensor], AbstractContextManager]
