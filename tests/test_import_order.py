@@ -39,6 +39,7 @@ LEVELS = [
     ["hub.card_gathering"],
     ["hub.card"],
     ["hub."],
+    ["commands.inspecting"],
     ["commands.", ""],
 ]
 BROUGHT_BY_TORCH_AND_TRANSFORMERS = {
