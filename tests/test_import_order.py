@@ -35,10 +35,10 @@ LEVELS = [
     ["training.row_updates"],
     ["training."],
     ["adapters."],
-    ["hub.card_facts", "hub.card_metadata"],
-    ["hub.card_gathering"],
+    ["hub.card_facts"],
     ["hub.card"],
     ["hub."],
+    ["commands.inspecting"],
     ["commands.", ""],
 ]
 BROUGHT_BY_TORCH_AND_TRANSFORMERS = {

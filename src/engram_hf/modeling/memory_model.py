@@ -46,7 +46,8 @@ from .checkpoint_saving import (
     staging,
     write_tables,
 )
-from .configuration_engram_moe import TABLE_DTYPES
+from .configuration_checks import check_source
+from .configuration_engram_moe import PRESETS, TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
@@ -149,6 +150,8 @@ class ModelWithTables:
                 "folder. To make it smaller, quantize tables with quantize_tables and the backbone with a "
                 "quantization_config."
             )
+        if pretrained_model_name_or_path is not None:
+            check_source(pretrained_model_name_or_path, PRESETS, kwargs.get("cache_dir"))
         backbone_map, entries = split_device_map(device_map)
         limits = memory_limits(kwargs.get("max_memory")) if backbone_map in AUTOMATIC else None
         load = super().from_pretrained
