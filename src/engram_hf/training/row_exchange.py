@@ -29,12 +29,24 @@ def exchange_rows(keys: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Te
 
 
 def gather_padded(values: torch.Tensor) -> list[torch.Tensor]:
-    """The values of each process, (n, ...) with n of its own; they travel padded to the largest n."""
-    world = dist.get_world_size()
-    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
-    padded = values.new_zeros((max(int(count) for count in counts), *values.shape[1:]))
-    padded[: len(values)] = values
+    """The values of each process, (n, ...) with n of its own; they travel padded to the largest n.
+
+    They may be on any device, and come back there: NCCL sends from GPUs only.
+    """
+    world, device = dist.get_world_size(), device_of_collectives()
+    sent = values.to(device)
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(counts, torch.tensor([len(sent)], device=device))
+    padded = sent.new_zeros((max(int(count) for count in counts), *sent.shape[1:]))
+    padded[: len(sent)] = sent
     gathered = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(gathered, padded)
-    return [each[: int(count)] for each, count in zip(gathered, counts)]
+    return [each[: int(count)].to(values.device) for each, count in zip(gathered, counts)]
+
+
+def device_of_collectives() -> torch.device:
+    """Where tensors must be to be sent: on this process's accelerator, or on the CPU with gloo and MPI."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or dist.get_backend() in ("gloo", "mpi"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -140,20 +140,22 @@ class PrefetchingCollator:
 
 
 class EngramPrefetchCallback(EngramCallback):
-    """Reads the rows of coming batches from disk while the batches before them are trained on. Adds to the log:
+    """Reads the rows of coming batches from disk while earlier batches are trained on, and reports:
 
-    * `engram/prefetch_in_time`: share of the rows that were in memory when they were looked up;
-    * `engram/prefetch_waited_ms`: milliseconds a step spent on fetching rows from tables on disk;
-    * `engram/prefetch_bytes`: bytes that were read a step.
+    * `engram/prefetch_in_time`: share of the rows that were in memory when they were looked up (on the console too);
+    * `engram/prefetch_waited_ms`: milliseconds per step that were spent on fetching rows from tables on disk;
+    * `engram/prefetch_bytes`: bytes that were read per step.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramPrefetchCallback()])
     """
 
+    on_console = ("engram/prefetch_in_time",)
+
     def __init__(self, enabled: bool = True):
         """
         Args:
-            enabled: False only measures: the same figures without the callback's reading ahead.
+            enabled: False reports the same figures and reads nothing ahead.
         """
         self.enabled = enabled
         self._reset()
