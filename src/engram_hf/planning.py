@@ -13,7 +13,7 @@ import torch
 from .modeling.checkpoint_loading import BLOCK_KEY
 from .modeling.configuration_engram_moe import EngramMoEConfig
 from .modeling.modeling_engram_moe import EngramMoEForCausalLM
-from .modeling.table import DISK, HOST
+from .modeling.table_blocks import DISK, HOST
 from .modeling.table_placement import (
     AUTOMATIC,
     Place,
@@ -62,9 +62,9 @@ def count_parameters(config: EngramMoEConfig) -> ParameterCount:
     config.engram_table_dtype = None
     with torch.device("meta"):
         model = EngramMoEForCausalLM(config)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not n.endswith(".row_gradients.norm")}
     total = sum(sizes.values())
-    tables = sum(size for name, size in sizes.items() if ".engram.table." in name)
+    tables = sum(size for name, size in sizes.items() if ".table.blocks." in name)
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
     unused = routed - routed * config.num_experts_per_tok // config.n_routed_experts

@@ -115,7 +115,7 @@ def test_an_index_of_another_model(folder):
 
 
 def test_another_token_map(folder):
-    name = "model.token_map"
+    name = "model.ngram_hash.token_map"
     path = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
     tensors = load_file(path)
     tensors[name][100:] = torch.roll(tensors[name][100:], 1)

@@ -105,7 +105,7 @@ def test_facts_are_those_of_the_model(folder):
     assert facts.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
     assert facts.parameters["memory_share"] == numbers / (facts.parameters["total"] - facts.parameters["active"])
     assert facts.fingerprint == model.config.engram_fingerprint
-    assert facts.compressed_vocab_size == int(model.model.token_map.max()) + 1 < facts.vocab_size
+    assert facts.compressed_vocab_size == int(model.model.ngram_hash.token_map.max()) + 1 < facts.vocab_size
     saved = {**model.state_dict()}
     assert facts.backbone_nbytes == sum(t.nbytes for name, t in saved.items() if ".table." not in name)
     card = render_card(facts)

@@ -221,7 +221,7 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
         table.unlink()
     elif what == "of a training run":
         index = json.loads((folder / INDEX).read_text())
-        index["weight_map"]["model.layers.0.engram.table.changed.keys"] = table.name
+        index["weight_map"]["model.layers.0.engram.table.changed.row_ids"] = table.name
         (folder / INDEX).write_text(json.dumps(index))
     elif what == "another tokenizer":
         tokenizer = AutoTokenizer.from_pretrained(folder)

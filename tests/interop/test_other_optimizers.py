@@ -4,6 +4,7 @@ checkpoints, damaged and older states."""
 import copy
 import io
 import random
+import shutil
 import sys
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from engram_hf import engram_optimizers
@@ -400,3 +401,87 @@ def test_a_state_of_another_optimizer_is_refused(tmp_path):
     wider = tiny_model(tiny_config(intermediate_size=48))
     with pytest.raises(ValueError, match=r"exp_avg is .* where the parameter is"):
         made(wider, args).load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [1e-4, 1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("ways", [("value",), ("norm", "value"), ("value", "norm"), ("unscale", "value")])
+def test_rows_are_clipped_by_value_as_dense_gradients_are(tmp_path, value, ways):
+    """In any order with clipping by norm, and after a loss that was scaled; compared with the dense gradients."""
+    scale = 2.0**8
+    model, dense = tiny_model().train(), tiny_model().train()
+    optimizer = made(model, arguments(tmp_path, optim="sgd"), row_optimizer="sgd")
+    ids = tiny_ids(2, 9)
+    for each in (model, dense):
+        (scale * each(input_ids=ids, labels=ids).loss).backward()
+        for way in ways if "unscale" in ways else ("unscale", *ways):
+            if way == "unscale":
+                for parameter in each.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.div_(scale)
+            elif way == "value":
+                torch.nn.utils.clip_grad_value_(each.parameters(), value)
+            else:
+                torch.nn.utils.clip_grad_norm_(each.parameters(), 0.5)
+    for table, other in zip(model.model.tables(), dense.model.tables(), strict=True):
+        row_ids, gradients = table.row_gradients.take()
+        expected = torch.cat([block.grad for block in other.blocks])
+        assert gradients.abs().max() <= value * (1 + 1e-6)
+        torch.testing.assert_close(gradients, expected[row_ids], rtol=1e-5, atol=1e-9)
+        assert not expected[~torch.isin(torch.arange(len(expected)), row_ids)].any()
+    assert optimizer.rows
+
+
+def test_the_small_parameter_of_a_table_carries_the_norm_of_its_rows(tmp_path):
+    model, dense = tiny_model().train(), tiny_model().train()
+    made(model, arguments(tmp_path))
+    ids = tiny_ids(2, 9)
+    for each in (model, dense):
+        each(input_ids=ids, labels=ids).loss.backward()
+    norms = [torch.nn.utils.clip_grad_norm_(each.parameters(), 1e9) for each in (model, dense)]
+    torch.testing.assert_close(*norms)
+
+
+def test_a_run_that_clips_by_value_equals_a_dense_one(tmp_path):
+    """A loop of one's own; accelerate's `clip_grad_value_` is torch's."""
+    model, dense = (tiny_model(tiny_config(engram_table_dtype="float64")).double().train() for _ in range(2))
+    for each in (model, dense):
+        each.set_experts_implementation("eager")
+    args = arguments(tmp_path, optim="sgd", optim_args="momentum=0.9")
+    optimizer = made(model, args, row_optimizer="sgd", table_lr_scale=1.0)
+    stock = torch.optim.SGD(dense.parameters(), lr=args.learning_rate, momentum=0.9)
+    for step in range(4):
+        # The same rows each time: momentum moves dense rows without a gradient too.
+        ids = tiny_ids(2, 9)
+        for each, steps_it in ((model, optimizer), (dense, stock)):
+            each(input_ids=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_value_(each.parameters(), 1e-3 * (step + 1))
+            steps_it.step()
+            steps_it.zero_grad()
+    ours = dict(model.named_parameters())
+    for name, weight in dense.named_parameters():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_rows_and_optimizer_of_different_runs_are_refused(tmp_path):
+    """Two runs of one base have tables of the same shapes."""
+    tiny_model(tiny_config(engram_vocab_size=2003)).save_pretrained(tmp_path / "base")
+    fields = {"save_strategy": "steps", "save_steps": 2}
+    for name, seed in (("one", 1), ("two", 2)):
+        trained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), arguments(tmp_path / name, seed=seed, **fields)
+        )
+    mixed = tmp_path / "mixed" / "checkpoint-2"
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", mixed)
+    resumable = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trained(resumable, arguments(tmp_path / "mixed", **fields), resume=str(mixed))
+    for other in (tmp_path / "two" / "checkpoint-2", tmp_path / "one" / "checkpoint-4"):
+        shutil.copyfile(other / "optimizer.pt", mixed / "optimizer.pt")
+        with pytest.raises(ValueError, match="The rows of model.layers.0.engram.table were loaded from a checkpoint"):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+            trained(model, arguments(tmp_path / "mixed", **fields), resume=str(mixed))
+    # A new run may begin where another one has stopped, and be resumed itself.
+    begun = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint-4")
+    whole = trained(begun, arguments(tmp_path / "three", **fields)).model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint-4")
+    trained(again, arguments(tmp_path / "three", **fields), resume=str(tmp_path / "three" / "checkpoint-2"))
+    assert same(whole, again)

@@ -22,16 +22,17 @@ def test_binding_writes_map_number_and_fingerprint(tokenizer):
     model = bound_model(tokenizer)
     token_map = build_token_map(tokenizer)
     pad = token_map[model.config.engram_pad_token_id]
-    assert torch.equal(model.model.token_map[:600], token_map)
-    assert (model.model.token_map[600:] == pad).all()
+    assert torch.equal(model.model.ngram_hash.token_map[:600], token_map)
+    assert (model.model.ngram_hash.token_map[600:] == pad).all()
     assert model.config.engram_compressed_vocab_size == int(token_map.max()) + 1
     hashing = NgramHash.from_config(model.config, pad_id=int(pad))
-    assert model.config.engram_fingerprint == hashing.fingerprint(model.model.token_map)
+    fingerprint = hashing.fingerprint(model.model.ngram_hash.token_map)
+    assert {name: model.config.engram_fingerprint[name] for name in fingerprint} == fingerprint
     # The memory reads compressed ids: tokens that differ in case only have the same rows.
     context = [
-        model.model.ngram_context(torch.tensor([[tokenizer.convert_tokens_to_ids(c)]]), torch.zeros(1, 1)) for c in "aA"
+        model.model.ngram_hash(torch.tensor([[tokenizer.convert_tokens_to_ids(c)]]), torch.zeros(1, 1)) for c in "aA"
     ]
-    rows = [model.model.all_row_ids(c)[0] for c in context]
+    rows = [c.row_ids[0] for c in context]
     assert torch.equal(*rows)
     assert torch.equal(rows[0], hashing.row_ids(0, token_map[tokenizer.convert_tokens_to_ids("a")].view(1, 1)))
 
@@ -73,13 +74,13 @@ def test_what_does_not_fit_is_refused(tokenizer):
 def test_without_compression_the_fingerprint_is_there_at_once():
     model = EngramMoEForCausalLM(tiny_config())
     assert model.config.engram_fingerprint["map"] == "none"
-    assert model.model.token_map is None
+    assert model.model.ngram_hash.token_map is None
 
 
 def test_a_bound_model_survives_saving_without_its_tokenizer(tokenizer, tmp_path):
     model = bound_model(tokenizer)
     model.save_pretrained(tmp_path)
-    assert "model.token_map" in load_file(tmp_path / BACKBONE)
+    assert "model.ngram_hash.token_map" in load_file(tmp_path / BACKBONE)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(640, (2, 9))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -114,7 +115,7 @@ def test_a_seed_that_changed_without_compression_is_refused(tmp_path):
 def test_a_swapped_token_map_is_refused(tokenizer, tmp_path):
     bound_model(tokenizer).save_pretrained(tmp_path)
     weights = load_file(tmp_path / BACKBONE)
-    weights["model.token_map"][300:302] = weights["model.token_map"][300:302].flip(0)
+    weights["model.ngram_hash.token_map"][300:302] = weights["model.ngram_hash.token_map"][300:302].flip(0)
     save_file(weights, tmp_path / BACKBONE, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="differs in: map"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -129,7 +130,7 @@ def test_a_state_dict_of_another_tokenizer_is_refused(tokenizer):
     fresh.load_state_dict(state)
     ids = tiny_ids(2, 7)
     assert torch.equal(fresh(ids).logits, model(ids).logits)
-    state["model.token_map"] = state["model.token_map"].flip(0)
+    state["model.ngram_hash.token_map"] = state["model.ngram_hash.token_map"].flip(0)
     with pytest.raises(ValueError, match="the loaded state dict .* differs in: map"):
         fresh.load_state_dict(state)
 
@@ -139,12 +140,12 @@ def test_new_token_ids_count_as_padding_and_move_no_row(tokenizer, compressed, t
     model = bound_model(tokenizer) if compressed else tiny_model(tiny_config(vocab_size=640))
     ids = torch.randint(3, 600, (2, 9))
     positions = torch.arange(9).unsqueeze(0)
-    before = model.model.all_row_ids(model.model.ngram_context(ids, positions))[2]
+    before = model.model.ngram_hash(ids, positions).row_ids[2]
     model.resize_token_embeddings(700)
-    after = model.model.all_row_ids(model.model.ngram_context(ids, positions))[2]
+    after = model.model.ngram_hash(ids, positions).row_ids[2]
     assert torch.equal(before, after)
     pad, new = torch.full((1, 1), model.config.engram_pad_token_id), torch.full((1, 1), 650)
-    rows = [model.model.all_row_ids(model.model.ngram_context(token, positions[:, :1]))[2] for token in (pad, new)]
+    rows = [model.model.ngram_hash(token, positions[:, :1]).row_ids[2] for token in (pad, new)]
     assert torch.equal(*rows)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
@@ -173,7 +174,7 @@ def test_a_config_of_ones_own_must_be_that_of_the_checkpoint(tmp_path, fields, m
 
 def test_a_config_without_compression_does_not_fit_a_bound_checkpoint(tokenizer, tmp_path):
     bound_model(tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no place for: model.token_map"):
+    with pytest.raises(ValueError, match="has no place for: model.ngram_hash.token_map"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path, config=tiny_config(vocab_size=640, engram_compressed_vocab_size=None)
         )
@@ -191,7 +192,7 @@ def test_a_refused_state_dict_leaves_no_model_that_answers(tokenizer):
     model = bound_model(tokenizer)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     good = {name: tensor.clone() for name, tensor in state.items()}
-    state["model.token_map"] = state["model.token_map"].flip(0)
+    state["model.ngram_hash.token_map"] = state["model.ngram_hash.token_map"].flip(0)
     with pytest.raises(ValueError, match="differs in"):
         model.load_state_dict(state)
     with pytest.raises(ValueError, match="no row can be found"):
@@ -203,10 +204,10 @@ def test_a_refused_state_dict_leaves_no_model_that_answers(tokenizer):
 def test_the_base_model_resizes_its_map(tokenizer, tmp_path):
     base = bound_model(tokenizer).model
     base.resize_token_embeddings(700)
-    assert len(base.token_map) == 700
+    assert len(base.ngram_hash.token_map) == 700
     base(torch.tensor([[5, 690]]))
     base.save_pretrained(tmp_path)
-    assert len(AutoModel.from_pretrained(tmp_path).token_map) == 700
+    assert len(AutoModel.from_pretrained(tmp_path).ngram_hash.token_map) == 700
 
 
 def test_the_vocabulary_cannot_shrink_below_the_compressed_ids(tokenizer):
@@ -226,8 +227,11 @@ def test_a_model_from_meta_is_whole_after_its_state_dict():
     torch.testing.assert_close(twin.eval()(ids).logits, model(ids).logits)
 
 
-def test_drawing_a_bound_model_anew_unbinds_it(tokenizer):
-    model = bound_model(tokenizer)
+def test_drawing_a_bound_model_again_leaves_it_bound(tokenizer, tmp_path):
+    model, ids = bound_model(tokenizer), torch.randint(600, (1, 5))
+    before = model.model.ngram_hash(ids).row_ids[0]
     model.apply(model._init_weights)
-    with pytest.raises(ValueError, match="no row can be found"):
-        model(torch.randint(600, (1, 5)))
+    assert torch.equal(model.model.ngram_hash(ids).row_ids[0], before)
+    model.save_pretrained(tmp_path)
+    again = EngramMoEForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.model.ngram_hash(ids).row_ids[0], before)

@@ -26,11 +26,11 @@ def test_the_default_is_the_papers_engram_27b_and_presets_take_overrides():
 
 def test_derived_values_follow_from_the_fields():
     config = tiny_config(engram_max_ngram_size=4, engram_vocab_size=[53, 59, 61], engram_kernel_size=4)
-    assert config.layer_types == ["hybrid", "full_attention", "hybrid"]
+    assert config.layer_types == ["full_attention"] * 3
     assert config.engram_width == 3 * 2 * 8
-    assert (config.engram_conv_reach, config.number_of_conv_states) == (12, 2)
+    assert config.engram_conv_reach == 12
     without = tiny_config(engram_kernel_size=0)
-    assert (without.engram_conv_reach, without.number_of_conv_states) == (0, 1)
+    assert without.engram_conv_reach == 0
     assert tiny_config(pad_token_id=None, eos_token_id=[5, 6]).engram_pad_token_id == 5
 
 

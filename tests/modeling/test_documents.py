@@ -37,7 +37,7 @@ def test_a_document_that_begins_behind_a_cache_is_refused(model, length, mask):
     cache = DynamicCache(config=model.config)
     model(ids[:, :6], past_key_values=cache)
     options = {"attention_mask": torch.ones(1, 6 + length, dtype=torch.int64)} if mask else {}
-    with pytest.raises(ValueError, match="do not go on where the cache ends.*Leave the cache out"):
+    with pytest.raises(ValueError, match="do not continue where the cache ends.*Leave the cache out"):
         model(ids[:, 6 : 6 + length], past_key_values=cache, position_ids=torch.arange(length)[None], **options)
 
 

@@ -129,8 +129,8 @@ def test_a_token_without_memory_ends_what_others_see_also_across_a_cache(model):
     outputs = model(ids, engram_input_ids=memory_ids, output_engram_gates=True, use_cache=False)
     for gates in outputs.engram_gates:
         assert not gates[:, 6:8].any() and gates[:, 8:].all()
-    context = model.model.ngram_context(memory_ids, torch.arange(SEQ).unsqueeze(0))
-    alone = model.model.ngram_context(ids[:, 8:], torch.arange(SEQ - 8).unsqueeze(0))
+    context = model.model.ngram_hash(memory_ids, torch.arange(SEQ).unsqueeze(0))
+    alone = model.model.ngram_hash(ids[:, 8:], torch.arange(SEQ - 8).unsqueeze(0))
     assert torch.equal(context.reach[:, 8:], alone.reach)
     assert torch.equal(context.ngrams[..., 8:], alone.ngrams)
     for chunks in (CHUNKS, [(t, t + 1) for t in range(SEQ)]):
@@ -272,10 +272,19 @@ def test_the_forward_compiled_by_inductor_gives_the_same_logits():
 
 
 @torch.no_grad()
-def test_a_cache_without_room_for_ids_is_refused():
-    model = tiny_model()
-    with pytest.raises(ValueError, match=r"DynamicCache keeps no ids .* DynamicCache\(config=model.config\)"):
-        model(tiny_ids(1, 3), past_key_values=DynamicCache())
+@torch.no_grad()
+def test_a_cache_made_without_a_config_changes_nothing():
+    model, ids, cache = tiny_model(), tiny_ids(2, 9), DynamicCache()
+    pieces = [model(ids[:, start:end], past_key_values=cache).logits for start, end in ((0, 4), (4, 5), (5, 9))]
+    assert_same_logits(torch.cat(pieces, 1), model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_cache_that_holds_tokens_that_the_memory_has_not_read_is_refused():
+    model, plain = tiny_model(), tiny_model(tiny_config(engram_layer_ids=[]))
+    cache = plain(tiny_ids(1, 3), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 3 tokens that the memory has not read"):
+        model(tiny_ids(1, 1), past_key_values=cache)
 
 
 @torch.no_grad()

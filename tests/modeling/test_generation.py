@@ -5,7 +5,7 @@ import torch
 from tiny import SHAPES, shaped_config, tiny_ids, tiny_model
 from transformers import set_seed
 
-from engram_hf.modeling.engram_outputs import CACHE_NAME
+from engram_hf.modeling.modeling_engram_moe import CACHE_NAME
 
 
 NEW = {"max_new_tokens": 9, "min_new_tokens": 9}

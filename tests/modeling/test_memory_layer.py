@@ -15,8 +15,8 @@ def test_a_memory_layer_equals_the_naive_one(shape, elements):
     model = tiny_model(shaped_config(shape, engram_block_elements=elements))
     layer = model.model.layers[2].engram
     ids = tiny_ids(2, 13)
-    context = model.model.ngram_context(ids, torch.arange(13).unsqueeze(0))
-    row_ids, hashing = model.model.all_row_ids(context)[2], NgramHash.from_config(model.config)
+    context = model.model.ngram_hash(ids, torch.arange(13).unsqueeze(0))
+    row_ids, hashing = context.row_ids[2], NgramHash.from_config(model.config)
     hidden = torch.randn(2, 13, shape[0], 32)
     added, gates = layer(hidden, row_ids, context)
     assert gates.shape == (2, 13, shape[0]) and ((gates > 0) & (gates < 1)).all()

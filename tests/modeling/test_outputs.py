@@ -10,7 +10,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments, set_seed
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from engram_hf import EngramMoEForSequenceClassification, EngramMoEForTokenClassification
-from engram_hf.modeling.engram_outputs import CACHE_NAME
+from engram_hf.modeling.modeling_engram_moe import CACHE_NAME
 
 
 NAMES = ["cache", "past_key_values"]

@@ -20,6 +20,7 @@ from engram_hf.modeling.disk_files import PAGE, BlockSource, TableFile
 from engram_hf.modeling.disk_reading import PAGES_AT_A_TIME, PageReader, pages_of_rows
 from engram_hf.modeling.disk_safetensors import TensorContent, read_header, write_file
 from engram_hf.modeling.table import DISK, EngramTable, tables_without_blocks
+from engram_hf.modeling.table_formats import row_format
 from engram_hf.training.work_files import WorkFile
 
 
@@ -36,7 +37,7 @@ def table_on_disk(folder, rows=200_003, width=64, heads=2, seed=0):
         contents[f"blocks.{head}"] = TensorContent.of(block)
     write_file(folder / "table.safetensors", contents)
     with tables_without_blocks():
-        table = EngramTable([rows] * heads, width, 1, torch.float32)
+        table = EngramTable([rows] * heads, width, 1, row_format("float32"))
     file = TableFile(folder / "table.safetensors")
     sources = [BlockSource(file, f"blocks.{head}") for head in range(heads)]
     table.open_blocks(sources, [DISK] * heads, [None] * heads)

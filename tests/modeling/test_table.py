@@ -6,7 +6,9 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram_hf import EngramMoEForCausalLM
-from engram_hf.modeling.table import EngramTable, split_into_blocks
+from engram_hf.modeling.table import EngramTable
+from engram_hf.modeling.table_blocks import split_into_blocks
+from engram_hf.modeling.table_formats import row_format
 
 
 ROWS = [5, 7, 11, 13]
@@ -22,7 +24,7 @@ def test_blocks_are_runs_of_whole_heads(elements, blocks):
 
 @pytest.mark.parametrize("elements", [10**6, 96, 48, 1])
 def test_a_lookup_reads_the_rows_of_one_long_table(elements):
-    table = EngramTable(ROWS, 4, elements, torch.float32)
+    table = EngramTable(ROWS, 4, elements, row_format("float32"))
     for number, block in enumerate(table.blocks):
         torch.nn.init.normal_(block, mean=float(number))
     row_ids = torch.stack([torch.randint(rows, (2, 9)) for rows in ROWS], dim=-1)

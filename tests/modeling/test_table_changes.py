@@ -153,7 +153,11 @@ def test_resuming_leaves_tables_on_disk(folder, tmp_path):
     freeze(resumed)
     Trainer(resumed, arguments, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert tiers(resumed) == [{"disk"}] * 2
-    assert all(not source.was_written() for table in resumed.model.tables() for source in table.sources)
+    assert all(
+        not source.was_written()
+        for table in resumed.model.tables()
+        for source in (b.source for b in table.block_records)
+    )
     left, right = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(left[name], right[name]) for name in left)
 

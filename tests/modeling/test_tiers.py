@@ -9,7 +9,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from engram_hf.modeling.table import DISK, HOST, RESIDENT
+from engram_hf.modeling.table_blocks import DISK, HOST, RESIDENT
 from engram_hf.modeling.table_placement import Place, plan_places
 
 

@@ -142,8 +142,8 @@ def test_rows_are_counted_as_the_model_reads_them(tmp_path):
         table, layer_id = layer.engram.table, layer.engram.layer_idx
         counts[layer_id] = torch.zeros(table.num_rows, dtype=torch.int64)
         for ids in seen:
-            context = base.ngram_context(ids, torch.arange(ids.shape[1]).unsqueeze(0))
-            row_ids = base.all_row_ids(context)[layer_id]
+            context = base.ngram_hash(ids, torch.arange(ids.shape[1]).unsqueeze(0))
+            row_ids = context.row_ids[layer_id]
             for head, rows in enumerate(row_ids.flatten(0, 1).unbind(-1)):
                 for row in rows.tolist():
                     counts[layer_id][int(table.head_rows[:head].sum()) + row] += 1
@@ -181,8 +181,8 @@ def test_ngrams_per_row_are_those_of_a_plain_count(tmp_path):
     rows: dict[int, set] = {}
     orders = {}
     for ids in seen:
-        context = base.ngram_context(ids, torch.arange(ids.shape[1]).unsqueeze(0))
-        row_ids = base.all_row_ids(context)[0].flatten(0, 1)
+        context = base.ngram_hash(ids, torch.arange(ids.shape[1]).unsqueeze(0))
+        row_ids = context.row_ids[0].flatten(0, 1)
         read = context.ngrams.transpose(1, 2).flatten(0, 1)
         for head in range(row_ids.shape[1]):
             orders[head] = head // model.config.engram_n_heads + 2
@@ -262,7 +262,7 @@ def test_row_updates_without_a_gradient_are_named_while_they_run(tmp_path, caplo
 
 def drop_from_page_cache(model):
     """Pairs of a block of a table and its pages, none of which is in memory any more."""
-    blocks = [pair for table in model.model.tables() for pair in zip(table.sources, table.blocks, strict=True)]
+    blocks = [pair for table in model.model.tables() for pair in ((b.source, b.parameter) for b in table.block_records)]
     owned = [(s, np.arange(b.data_ptr() // PAGE, (b.data_ptr() + b.nbytes - 1) // PAGE + 1)) for s, b in blocks]
     for source, _ in owned:
         source.file.mapping.madvise(mmap.MADV_DONTNEED)
@@ -276,11 +276,12 @@ def drop_from_page_cache(model):
 def pages_of_a_forward(model, ids, positions=None):
     """Pairs of a block of a table and the pages of it that a forward reads."""
     positions = torch.arange(ids.shape[1]).unsqueeze(0) if positions is None else positions
-    row_ids = model.model.all_row_ids(model.model.ngram_context(ids, positions))
+    row_ids = model.model.ngram_hash(ids, positions).row_ids
     for layer in model.model.memory_layers():
         table = layer.engram.table
         heads = row_ids[layer.engram.layer_idx].flatten(0, 1).unbind(-1)
-        for block, source, rows in zip(table.blocks, table.sources, heads, strict=True):
+        for record, rows in zip(table.block_records, heads, strict=True):
+            block, source = record.parameter, record.source
             addresses = (block.data_ptr() + rows * 32).tolist()
             yield source, {byte // PAGE for address in addresses for byte in (address, address + 31)}
 
@@ -361,7 +362,7 @@ def test_a_prefetcher_reads_the_pages_that_a_forward_reads_and_no_other(tmp_path
 def test_a_worker_that_is_no_fork_collates_and_says_that_it_reads_nothing_ahead(caplog):
     collator = PrefetchingCollator(default_data_collator, RowPrefetcher(tiny_model()))
     there = pickle.loads(pickle.dumps(collator))
-    assert "workers that are not forks read no rows ahead" in caplog.text
+    assert "Prefetching needs forked DataLoader workers" in caplog.text
     assert torch.equal(there(DATA[:3])["input_ids"], collator(DATA[:3])["input_ids"])
 
 

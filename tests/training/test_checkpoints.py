@@ -153,9 +153,9 @@ def test_checkpoints_link_the_files_they_came_from_and_hold_changed_rows_alone(r
         names = sorted(name for name in expected if name.startswith(f"{start}.blocks."))
         then, now = (torch.cat([state[name] for name in names]) for state in (original, expected))
         changed = (then != now).any(1).nonzero().flatten()
-        assert set(changed.tolist()) <= set(rows[f"{start}.changed.keys"].tolist())
-        assert torch.equal(now[rows[f"{start}.changed.keys"]], rows[f"{start}.changed.rows"])
-        assert len(rows[f"{start}.changed.keys"]) < 0.2 * len(then)
+        assert set(changed.tolist()) <= set(rows[f"{start}.changed.row_ids"].tolist())
+        assert torch.equal(now[rows[f"{start}.changed.row_ids"]], rows[f"{start}.changed.rows"])
+        assert len(rows[f"{start}.changed.row_ids"]) < 0.2 * len(then)
 
 
 def test_where_most_rows_have_changed_blocks_are_written_whole_and_become_the_base(tmp_path):
@@ -375,7 +375,7 @@ def test_runs_that_are_killed_end_like_one_that_is_not():
 
 def test_a_checkpoint_says_in_its_index_what_it_holds(run):
     index = json.loads((run[0] / "run" / "checkpoint-8" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"]["model.layers.0.engram.table.changed.keys"] == "rows-layer-00.safetensors"
+    assert index["weight_map"]["model.layers.0.engram.table.changed.row_ids"] == "rows-layer-00.safetensors"
     assert "rows-layer-00.safetensors" in index["metadata"]["sha256"]
 
 

@@ -6,6 +6,7 @@ from dense_rows import DenseRows
 
 from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
 from engram_hf.modeling.table import EngramTable
+from engram_hf.modeling.table_formats import row_format
 from engram_hf.training.row_rules import round_stochastically
 from engram_hf.training.row_updates import RowUpdates
 
@@ -19,7 +20,7 @@ RULES = {
 
 
 def made_table(rows=23, width=6, dtype=torch.float32, blocks=2) -> EngramTable:
-    table = EngramTable([rows] * blocks, width, 1, dtype)
+    table = EngramTable([rows] * blocks, width, 1, row_format(dtype))
     with torch.no_grad():
         for number, block in enumerate(table.blocks):
             block.copy_(torch.randn(block.shape, generator=torch.Generator().manual_seed(number)))

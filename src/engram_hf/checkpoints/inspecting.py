@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from ..modeling.checkpoint_loading import BLOCK_KEY, find_checkpoint, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_safetensors import NAMES
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.table_blocks import CHANGED_KEY, OLD_ROW_IDS, ROW_IDS, layer_of_table
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ def _tables(found: Mapping[str, FoundTensor], config: EngramMoEConfig) -> tuple[
         if (match := BLOCK_KEY.match(name)) is not None:
             block = FoundBlock(name, tensor.shape[0], tensor.nbytes, tensor.file)
             blocks.setdefault(match[1], []).append((int(match[2]), block, tensor.dtype))
-        elif (match := CHANGED_KEY.match(name)) is not None and match[2] == "keys":
+        elif (match := CHANGED_KEY.match(name)) is not None and match[2] in (ROW_IDS, OLD_ROW_IDS):
             changed[match[1]] = tensor.shape[0]
     tables = []
-    for name, own in sorted(blocks.items(), key=lambda item: int(item[0].split(".")[1])):
+    for name, own in sorted(blocks.items(), key=lambda item: layer_of_table(item[0])):
         own.sort(key=lambda each: each[0])
         tables.append(
             FoundTable(

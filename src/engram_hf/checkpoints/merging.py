@@ -43,7 +43,7 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         brought = changes[table]
         if brought is None:
             return None
-        keys, rows, digests = brought
+        keys, rows, digests = brought.row_ids, brought.rows, brought.digests
         bounds = torch.tensor(first_rows[table][number : number + 2])
         start, end = torch.searchsorted(keys, bounds).tolist()
         if start == end:

@@ -10,7 +10,7 @@ from ..modeling.checkpoint_loading import BLOCK_KEY, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import TensorContent
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.table_blocks import CHANGED_KEY
 from ..modeling.table_formats import QUANTIZED_FORMATS, quantize_rows, row_bytes
 from .rewriting import open_folder, rewrite_blocks
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..hub.uploading import TRAINING_FILES
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, Checkpoint, find_checkpoint, read_headers
-from ..modeling.checkpoint_saving import link_file, publish, staging
+from ..modeling.checkpoint_saving import WrittenTables, link_file, publish, staging
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import TensorContent, write_file
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.table_blocks import CHANGED_KEY
 
 
 def open_folder(source: Path, target: Path) -> Checkpoint:
@@ -82,7 +82,7 @@ def rewrite_blocks(
             (table_map if blocks else backbone).update(dict.fromkeys(names, path.name))
         (stage / INDEX_FILE).write_text(json.dumps({"weight_map": backbone}))
         _copy_folders(source, target)
-        publish(stage, target, table_map, digests, config)
+        publish(stage, target, WrittenTables(table_map, digests), config)
 
 
 def _copy_folders(source: Path, target: Path) -> None:

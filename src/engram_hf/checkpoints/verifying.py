@@ -14,8 +14,7 @@ from ..modeling.checkpoint_loading import BLOCK_KEY, Checkpoint, find_checkpoint
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import TensorPlace, file_digest
-from ..modeling.engram_binding import expand_token_map
-from ..modeling.ids_hashing import NgramHash, check_fingerprint, digest
+from ..modeling.ids_hashing import NgramHash, check_fingerprint, digest, map_tokens
 from ..modeling.modeling_engram_moe import EngramMoEModel
 from ..modeling.table import tables_without_blocks
 from ..modeling.table_formats import QUANTIZED_FORMATS, dequantize_rows
@@ -146,8 +145,8 @@ def check_tokenizer(folder: str | Path, tokenizer) -> None:
     config = EngramMoEConfig.from_pretrained(folder)
     if config.engram_fingerprint is None or config.engram_fingerprint["map"] == "none":
         return
-    token_map = expand_token_map(tokenizer, config)
-    actual = {**config.engram_fingerprint, "map": digest(token_map.numpy().tobytes())}
+    token_map, identity = map_tokens(tokenizer, config)
+    actual = {**config.engram_fingerprint, "map": digest(token_map.numpy().tobytes()), **identity}
     check_fingerprint(config.engram_fingerprint, actual, f"the tokenizer for {folder}")
 
 
@@ -193,8 +192,7 @@ def _verify_parts(
     name = next((name for name in checkpoint.file_of if name.endswith("token_map")), None)
     if name is not None and declared is not None:
         token_map = TableFile(checkpoint.file_of[name]).tensor(name)
-        pad_id = int(token_map[config.engram_pad_token_id])
-        check_fingerprint(declared, NgramHash.from_config(config, pad_id).fingerprint(token_map), where)
+        check_fingerprint(declared, NgramHash.from_config(config).fingerprint(token_map), where)
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         check_tokenizer(folder, read_tokenizer(folder))
 

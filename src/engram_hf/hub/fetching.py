@@ -8,6 +8,7 @@ import torch
 from ..modeling.checkpoint_loading import BLOCK_KEY, HUB_ARGUMENTS, find_checkpoint
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
+from ..modeling.table_blocks import layer_of_table
 
 
 def fetch_blocks(
@@ -48,7 +49,7 @@ def fetch_blocks(
         match = BLOCK_KEY.match(name)
         if match is None:
             return False
-        layer, number = int(match[1].split(".")[1]), int(match[2])
+        layer, number = layer_of_table(match[1]), int(match[2])
         there.add((layer, number))
         return (layers is None or layer in layers) and (blocks is None or number in blocks)
 

@@ -271,7 +271,7 @@ def _tokenizer_of(model, tokenizer):
                 "push_engram(..., tokenizer=tokenizer)."
             )
             return None
-    if model.base_model.token_map is not None:
+    if model.config.engram_layer_ids and model.base_model.ngram_hash.token_map is not None:
         model.bind_tokenizer(tokenizer)
     return tokenizer
 

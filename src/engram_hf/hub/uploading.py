@@ -16,7 +16,7 @@ from transformers.utils.hub import hf_api
 
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, PROGRESS_BYTES, SINGLE_FILE, read_digests
 from ..modeling.disk_safetensors import read_header, read_index, read_weight_map
-from ..modeling.table_changes import CHANGED_KEY
+from ..modeling.table_blocks import CHANGED_KEY
 
 
 CARD_FILE = "README.md"

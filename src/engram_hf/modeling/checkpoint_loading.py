@@ -4,7 +4,6 @@ Holds no model code: it is given names, shapes and folders. transformers loads t
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,8 @@ from .disk_safetensors import (
     read_weight_map,
 )
 from .table import EngramTable
-from .table_changes import CHANGED_KEY
+from .table_blocks import BLOCK_KEY, CHANGED_KEY, parse_block_name, parse_changed_name
+from .table_changes import ChangedRows
 from .table_formats import QUANTIZED_FORMATS
 
 
@@ -34,7 +34,6 @@ PROGRESS_BYTES = 2**26
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MEMORY_NAMES = (".engram.", "token_map")
-BLOCK_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.blocks\.(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Checkpoint:
     commit: str | None = None
 
     def blocks(self) -> dict[tuple[str, int], str]:
-        """(table name inside the base model, number of the block) to tensor name."""
-        matches = ((name, BLOCK_KEY.match(name)) for name in self.file_of)
-        return {(match[1], int(match[2])): name for name, match in matches if match is not None}
+        """(name of the table as its tensors have it, number of the block) to tensor name."""
+        parsed = ((name, parse_block_name(name)) for name in self.file_of)
+        return {(block.table, block.number): name for name, block in parsed if block is not None}
 
 
 def find_checkpoint(
@@ -156,8 +155,9 @@ def match_blocks(
     Raises:
         ValueError: names what is missing, misshapen, of another type, or too much.
     """
-    found, where = checkpoint.blocks(), checkpoint.where
-    wanted = {(name, i): shape for name, table in tables.items() for i, shape in enumerate(table.block_shapes)}
+    found = {(name_inside(table, tables), i): tensor for (table, i), tensor in checkpoint.blocks().items()}
+    where = checkpoint.where
+    wanted = {(name, block.number): block.shape for name, table in tables.items() for block in table.block_records}
     missing = [f"{name}.blocks.{i}" for name, i in wanted if (name, i) not in found]
     if missing:
         refuse_missing(missing, where)
@@ -176,7 +176,7 @@ def match_blocks(
         refuse_shapes(wrong, where, config.engram_table_dtype)
     for key in wanted:
         check_block_type(found[key], places[found[key]].dtype, config.engram_table_dtype, where)
-    return {name: [found[name, i] for i in range(len(table.block_shapes))] for name, table in tables.items()}
+    return {name: [found[name, i] for i in range(len(table.block_records))] for name, table in tables.items()}
 
 
 def check_block_type(name: str, dtype: torch.dtype | None, declared: str | None, where: str) -> None:
@@ -271,26 +271,33 @@ def open_sources(checkpoint: Checkpoint, tensors: Mapping[str, list[str]]) -> di
     }
 
 
-def open_changes(table_name: str, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The changed rows that a training checkpoint holds beside the blocks of a table: keys, rows, digests.
+def name_inside(table: str, tables: Iterable[str]) -> str:
+    """The name that a table of a checkpoint has among those of a base model; the same name where it has none.
 
     Args:
-        table_name: inside the base model.
-        checkpoint: where they are.
+        table: as its tensors have it, with the prefix of the base model or without it.
+        tables: names inside the base model.
     """
-    names = {
-        match[2]: name for name in checkpoint.file_of if (match := CHANGED_KEY.match(name)) and match[1] == table_name
-    }
+    return next((name for name in tables if table == name or table.endswith(f".{name}")), table)
+
+
+def open_changes(table_name: str, checkpoint: Checkpoint) -> ChangedRows | None:
+    """The changed rows that a training checkpoint holds beside the blocks of a table; None where there are none.
+
+    Args:
+        table_name: with or without the prefix of the base model.
+        checkpoint: where they are.
+
+    Raises:
+        ValueError: a part is missing or damaged.
+    """
+    parsed = ((tensor, parse_changed_name(tensor)) for tensor in checkpoint.file_of)
+    names = {p[1]: tensor for tensor, p in parsed if p is not None and name_inside(p[0], [table_name]) == table_name}
     if not names:
         return None
-    parts = {"keys", "rows", "digests"}
-    if set(names) != parts:
-        raise ValueError(
-            f"{checkpoint.where} lacks the {' and '.join(sorted(parts - set(names)))} of the changed rows of "
-            f"{table_name}. Copy the whole folder of the checkpoint again."
-        )
-    file = TableFile(checkpoint.file_of[names["keys"]])
-    return file.tensor(names["keys"]), file.tensor(names["rows"]), file.tensor(names["digests"])
+    files = {path: TableFile(path) for path in {checkpoint.file_of[tensor] for tensor in names.values()}}
+    parts = {part: files[checkpoint.file_of[tensor]].tensor(tensor) for part, tensor in names.items()}
+    return ChangedRows.from_tensors(parts, table_name, checkpoint.where)
 
 
 def find_file(name: str | Path, filename: str, hub: Mapping) -> Path | None:

@@ -1,25 +1,45 @@
-"""A folder of weights that is replaced in one step, and the code that is saved beside the weights.
+"""Checkpoints on their way out: tables in files of their own, and a folder of weights that is replaced in one step.
 
-Everything is written beside the old checkpoint, and takes its place by renaming: new files have names that the folder
+Everything is written beside the old checkpoint, and takes its place by renaming. New files have names that the folder
 does not have yet, and the one file that names them is replaced when all of them are on the disk. A reader finds the old
-weights or the new ones, never a mixture.
+weights or the new ones, never a mixture. transformers writes the backbone; this file writes blocks and publishes.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE, read_digests, with_variant
+import torch
+from transformers.utils import logging
+from transformers.utils.hub import convert_file_size_to_int
+
+from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, with_variant
 from .configuration_engram_moe import AUTO_MAP
-from .disk_safetensors import file_digest, read_header, read_index, sync_folder, write_pieces
+from .disk_files import BlockSource, MappedFile
+from .disk_safetensors import (
+    TensorContent,
+    file_digest,
+    read_header,
+    read_index,
+    sync_folder,
+    write_file,
+    write_pieces,
+)
+from .table import EngramTable
+from .table_blocks import BLOCK_KEY, ROW_IDS, Block, block_name, changed_name, layer_of_table
 
 
+if sys.platform != "win32":
+    import fcntl
+
+# All modeling files: what is saved beside the weights.
 CODE_FILES = (
     "checkpoint_loading.py",
     "checkpoint_saving.py",
@@ -27,10 +47,6 @@ CODE_FILES = (
     "disk_files.py",
     "disk_reading.py",
     "disk_safetensors.py",
-    "engram_binding.py",
-    "engram_outputs.py",
-    "engram_refusals.py",
-    "engram_saving.py",
     "hot_rows.py",
     "ids_hashing.py",
     "ids_reach.py",
@@ -39,17 +55,146 @@ CODE_FILES = (
     "memory_model.py",
     "modeling_engram_moe.py",
     "table.py",
+    "table_blocks.py",
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
     "table_placement.py",
-    "table_rows.py",
 )
+# Tables below this size are written too fast to need a progress bar.
+PROGRESS_BYTES = 2**26
+# A system may refuse to map a file for the safetensors library that is larger than its RAM.
+LARGEST_FILE = 5 * 10**9
+# The file that Trainer writes last into a checkpoint.
+TRAINER_STATE = "trainer_state.json"
 STAGE_PREFIX = ".saving-"
 # Files that a save of this package or of transformers leaves, and a later one may remove.
 WEIGHT_FILE = re.compile(
     r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5}|rows-layer-\d+)(\.\d+)?\.safetensors"
 )
+
+
+@dataclass
+class WrittenTables:
+    """What a save has written of tables.
+
+    weight_map: tensor name to file name. digests: file name to SHA-256.
+    by_base: table name to the numbers of blocks that were left to the file they come from.
+    changed_rows: table name, as its tensors have it, to the number of changed rows beside its blocks.
+    stamp: of the run and step that the changed rows are of; empty where there are none.
+    """
+
+    weight_map: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    by_base: dict[str, list[int]] = field(default_factory=dict)
+    changed_rows: dict[str, int] = field(default_factory=dict)
+    stamp: str = ""
+
+
+def write_tables(
+    stage: Path,
+    blocks: Mapping[str, torch.Tensor],
+    tables: Mapping[str, EngramTable],
+    prefix: str,
+    max_shard_size: str | int,
+    is_checkpoint: bool = False,
+) -> WrittenTables:
+    """Write the blocks of tables into files of their own.
+
+    Args:
+        stage: folder to write in.
+        blocks: tensor name to block; in memory, or as a view of its file.
+        tables: by name inside the base model.
+        prefix: what tensor names have before these names.
+        max_shard_size: as in `save_pretrained`; a file is larger only where a single block is.
+        is_checkpoint: whether this is a checkpoint of the run that trains the tables: link the files that they came
+            from, and write the rows that have changed.
+    """
+    limit = min(convert_file_size_to_int(max_shard_size), LARGEST_FILE)
+    written = WrittenTables()
+    total = sum(block.nbytes for block in blocks.values())
+    is_short = total < PROGRESS_BYTES
+    with logging.tqdm(total=total, desc="Writing tables", unit="B", unit_scale=True, disable=is_short) as progress:
+        for name, table in tables.items():
+            full_name, layer = f"{prefix}{name}", layer_of_table(name)
+            own = {block: blocks.get(block_name(full_name, block.number)) for block in table.block_records}
+            given = {block: tensor for block, tensor in own.items() if tensor is not None}
+            if not given:
+                continue
+            by_rows = is_checkpoint and table.is_in_training
+            standing = {
+                block: table.changes.base_of(block) if by_rows else _source_on_disk(block, tensor)
+                for block, tensor in given.items()
+            }
+            groups = list(_group(given, standing, limit))
+            left: list[Block] = []
+            for number, group in enumerate(groups, 1):
+                filename = f"tables-layer-{layer:02d}-{number:05d}-of-{len(groups):05d}.safetensors"
+                names = {block: block_name(full_name, block.number) for block in group}
+                source = _whole_file({names[block]: standing[block] for block in group})
+                if source is not None:
+                    left += group if by_rows else []
+                    written.digests[filename] = link_file(source, stage / filename)
+                    progress.update(source.stat().st_size)
+                else:
+                    contents = {names[block]: _content(block, given[block]) for block in group}
+                    written.digests[filename] = write_file(stage / filename, contents, progress.update)
+                written.weight_map.update(dict.fromkeys(names.values(), filename))
+            if by_rows and table.changes.run is not None:
+                rows = table.changes.contents(full_name, table, left)
+                filename = f"rows-layer-{layer:02d}.safetensors"
+                written.digests[filename] = write_file(stage / filename, rows)
+                written.weight_map.update(dict.fromkeys(rows, filename))
+                written.by_base[name] = [block.number for block in left]
+                written.changed_rows[full_name] = rows[changed_name(full_name, ROW_IDS)].shape[0]
+                written.stamp = table.changes.run.stamp.hex()
+    return written
+
+
+def _source_on_disk(block: Block, tensor: torch.Tensor) -> BlockSource | None:
+    """The file of a block, where this is the table's own block, on disk and as its file has it."""
+    source = block.source
+    if source is None or not block.is_on_disk or not source.file.can_be_linked:
+        return None
+    return source if source.is_under(tensor) and source.holds(tensor) else None
+
+
+def _group(
+    given: Mapping[Block, torch.Tensor], standing: Mapping[Block, BlockSource | None], limit: int
+) -> Iterator[list[Block]]:
+    """Blocks of one file: those of a file that can be linked as it is, else as many as `limit` allows."""
+    group: list[Block] = []
+    size = 0
+    file: MappedFile | None = None
+    for block, tensor in given.items():
+        source = standing[block]
+        here = None if source is None else source.file
+        if group and (size + tensor.nbytes > limit or here is not file):
+            yield group
+            group, size = [], 0
+        group.append(block)
+        size, file = size + tensor.nbytes, here
+    if group:
+        yield group
+
+
+def _whole_file(standing: Mapping[str, BlockSource | None]) -> Path | None:
+    """The file that holds exactly these tensors, under these names."""
+    sources = [source for source in standing.values() if source is not None]
+    if len(sources) < len(standing) or any(source.file is not sources[0].file for source in sources):
+        return None
+    file = sources[0].file
+    file.check_unchanged()
+    # Where the file's name stands for another file by now, the open one is copied.
+    return file.path.resolve() if set(file.places) == set(standing) and file.is_at_its_path() else None
+
+
+def _content(block: Block, tensor: torch.Tensor) -> TensorContent:
+    source = block.source
+    if source is None or not source.is_under(tensor):
+        return TensorContent.of(tensor)
+    source.file.check_unchanged()
+    return TensorContent.of(tensor) if source.was_written() else source.file.content(source.name)
 
 
 def save_code(folder: str | Path) -> None:
@@ -79,10 +224,26 @@ def set_auto_map(config, with_code: bool) -> None:
 
 
 @contextmanager
-def staging(folder: str | Path) -> Iterator[Path]:
-    """A folder inside `folder` to write in, gone afterwards; what an interrupted save has left there is removed.
+def publishing(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for one save: another process that saves there waits, and then saves over it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
-    Whose stage it is says a lock on it, which ends with its process, also where process numbers are given again.
+
+@contextmanager
+def staging(folder: str | Path) -> Iterator[Path]:
+    """A folder inside `folder` to write in, gone afterwards. What an interrupted save has left there is removed.
+
+    A lock tells whether the process of a stage still runs: it ends with the process, and process numbers do not.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +262,9 @@ def staging(folder: str | Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder; False where another process does, or the folder is gone."""
+    if sys.platform == "win32":
+        yield False
+        return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -115,6 +279,11 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield is_ours
     finally:
         os.close(descriptor)
+
+
+def remove_marker(folder: Path) -> None:
+    """Called when a run begins a checkpoint in a folder: until Trainer has written it again, it is not whole."""
+    (folder / TRAINER_STATE).unlink(missing_ok=True)
 
 
 def refuse_model_in(folder: str | Path) -> None:
@@ -140,7 +309,7 @@ def link_file(source: Path, target: Path) -> str:
     return read_digests(source.parent).get(source.name) or file_digest(target)
 
 
-def publish(stage: Path, folder: Path, table_map: Mapping[str, str], digests, config, variant=None) -> dict[str, Path]:
+def publish(stage: Path, folder: Path, written: WrittenTables, config, variant: str | None = None) -> dict[str, Path]:
     """Give what lies in `stage` its place in `folder`, and remove the weights that it replaces.
 
     The replacement of the index is the one step in which the new weights take the place of the old. config.json is a
@@ -150,12 +319,12 @@ def publish(stage: Path, folder: Path, table_map: Mapping[str, str], digests, co
     Args:
         stage: with the files of transformers and of `write_tables`.
         folder: the checkpoint.
-        table_map, digests: as `write_tables` gives them.
+        written: as `write_tables` gives it.
         config: of the model.
         variant: in the names of the backbone's files.
 
     Returns:
-        name of each block to its file.
+        name of each tensor of a table to its file.
     """
     single, index = with_variant(SINGLE_FILE, variant), with_variant(INDEX_FILE, variant)
     if (stage / single).exists():
@@ -164,19 +333,32 @@ def publish(stage: Path, folder: Path, table_map: Mapping[str, str], digests, co
         backbone = dict.fromkeys(read_header(shard), shard.name)
     else:
         backbone = read_index(stage / index)["weight_map"] if (stage / index).exists() else {}
-    digests = {**digests, **{name: file_digest(stage / name) for name in {*backbone.values()}}}
-    names = _free_names(folder, sorted({*backbone.values(), *table_map.values()}))
-    weight_map = {tensor: names[name] for tensor, name in sorted({**backbone, **table_map}.items())}
-    headers = [read_header(stage / name) for name in names]
-    metadata = {
-        "total_size": sum(place.nbytes for header in headers for place in header.values()),
-        "sha256": {names[name]: digest for name, digest in digests.items()},
-        "engram_fingerprint": config.engram_fingerprint,
-    }
-    (stage / index).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+    digests = {**written.digests, **{name: file_digest(stage / name) for name in {*backbone.values()}}}
+    file_of = {**backbone, **written.weight_map}
+    headers = [read_header(stage / name) for name in {*file_of.values()}]
+    total_size = sum(place.nbytes for header in headers for place in header.values())
+
+    def write_index(names: Mapping[str, str]) -> None:
+        metadata = {
+            "total_size": total_size,
+            "sha256": {names[name]: digest for name, digest in digests.items()},
+            "engram_fingerprint": config.engram_fingerprint,
+        }
+        if written.changed_rows:
+            metadata |= {"changed_rows": written.changed_rows, "stamp": written.stamp}
+        weight_map = {tensor: names[name] for tensor, name in sorted(file_of.items())}
+        content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+        (stage / index).write_text(content)
+
+    names = _free_names(folder, sorted({*file_of.values()}))
+    write_index(names)
+    # Some libraries write files that only their owner may read.
+    mode = (stage / index).stat().st_mode & 0o777
     for path in stage.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        if path.stat().st_nlink == 1:
+            path.chmod(mode)
     for name, final in names.items():
         os.replace(stage / name, folder / final)
     sync_folder(folder)
@@ -187,7 +369,40 @@ def publish(stage: Path, folder: Path, table_map: Mapping[str, str], digests, co
         os.replace(path, folder / path.name)
     sync_folder(folder)
     remove_stale_weights(folder, set(names.values()), variant)
-    return {tensor: folder / names[name] for tensor, name in table_map.items()}
+    if any(name != final for name, final in names.items()) and _link_names(folder, names):
+        write_index({name: name for name in names})
+        with (stage / index).open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(stage / index, folder / index)
+        sync_folder(folder)
+        for name, final in names.items():
+            if name != final:
+                (folder / final).unlink()
+        names = {name: name for name in names}
+    return {tensor: folder / names[name] for tensor, name in written.weight_map.items()}
+
+
+def _link_names(folder: Path, names: Mapping[str, str]) -> bool:
+    """Give published files the names that every save has, beside those that they have now. A repository to which a
+    folder is pushed again and again then keeps no files of earlier saves.
+
+    Returns:
+        False where a name is taken (by a file of another variant), or where the system has no second names.
+    """
+    if any((folder / name).exists() for name, final in names.items() if name != final):
+        return False
+    linked = []
+    try:
+        for name, final in names.items():
+            if name != final:
+                os.link(folder / final, folder / name)
+                linked.append(folder / name)
+    except OSError:
+        for path in linked:
+            path.unlink()
+        return False
+    sync_folder(folder)
+    return True
 
 
 def _free_names(folder: Path, names: list[str]) -> dict[str, str]:

@@ -195,11 +195,8 @@ class EngramMoEConfig(DeepseekV3Config):
         if self.engram_pad_token_id is None:
             eos = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
             self.engram_pad_token_id = next((i for i in (self.pad_token_id, eos) if i is not None and i >= 0), 0)
-        # "hybrid" is transformers' word for a layer whose cache holds other states beside keys and values.
-        self.layer_types = [
-            "hybrid" if layer_id in self.engram_layer_ids else "full_attention"
-            for layer_id in range(self.num_hidden_layers)
-        ]
+        # All layers are of one type; checkpoints before version 0.2 name memory layers "hybrid".
+        self.layer_types = ["full_attention"] * self.num_hidden_layers
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -263,11 +260,6 @@ class EngramMoEConfig(DeepseekV3Config):
     def engram_conv_reach(self) -> int:
         """Tokens before the current one that the short convolution sees; its dilation is the largest order."""
         return max(self.engram_kernel_size - 1, 0) * self.engram_max_ngram_size
-
-    @property
-    def number_of_conv_states(self) -> int:
-        """States a hybrid cache layer keeps: the last ids, and the convolution's inputs where there is one."""
-        return 2 if self.engram_conv_reach else 1
 
     def validate_backbone(self):
         """Part of `@strict` validation: what would only fail, or be wrong, in a forward."""

@@ -30,6 +30,11 @@ class MappedFile:
     can_be_linked = False
     # Whether what is written to a tensor of it is written to the file.
     is_shared = False
+
+    def map_again(self) -> "MappedFile":
+        """The same open file under a mapping of its own, where what was written to the first one does not show."""
+        raise NotImplementedError
+
     path: Path
     places: dict[str, TensorPlace]
     file: BinaryIO
@@ -51,6 +56,8 @@ class MappedFile:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the file as a view of the mapping; nothing is read."""
         place, dtype = self.places[name], self.dtype_of(name)
+        if not place.nbytes:
+            return torch.empty(place.shape, dtype=dtype)
         count = place.nbytes // dtype.itemsize
         return torch.frombuffer(self.mapping, dtype=dtype, count=count, offset=place.start).view(place.shape)
 
@@ -191,12 +198,15 @@ class TableFile(MappedFile):
         except OSError:
             return False
 
-    def __deepcopy__(self, memo):
+    def map_again(self) -> "TableFile":
         """The same open file, under a mapping of its own."""
         twin = object.__new__(TableFile)
         twin.__dict__.update(self.__dict__)
         twin._map()
         return twin
+
+    def __deepcopy__(self, memo):
+        return self.map_again()
 
     def __reduce__(self):
         return _open_again, (self.path, self.state)

@@ -94,6 +94,7 @@ class PageReader:
         self._thread: ThreadPoolExecutor | None = None
         self._started: list[tuple[torch.Tensor, list[Future]]] = []
         self._lock = threading.Lock()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def remember(self, row_ids: torch.Tensor, futures: list[Future]) -> None:
         """Keep what has been started for a lookup, until `take`; of many that nobody takes the oldest are let go."""
@@ -134,6 +135,12 @@ class PageReader:
             self._bring(pages, file)
             return None
         return self.in_background(partial(self._bring, pages, file))
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The one stream of this reader on a GPU: memory that a stream has used is kept for that stream."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def in_background(self, work: Callable) -> Future:
         """Run in the one reading thread of this reader, in the order of calls."""

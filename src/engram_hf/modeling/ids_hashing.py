@@ -1,7 +1,7 @@
-"""Token ids to row ids: token compression, multipliers, primes and the hash itself. Integers only.
+"""Token ids to row ids: token compression, multipliers, primes, and the one module that hashes. Integers only.
 
-Every constant here is a contract: published tables are addressed by it, so a change makes them unreadable.
-This file knows nothing of tables or models. Source: arXiv 2601.07372, section 2.2, and DeepSeek's demo of it.
+Published tables are addressed by these constants, so a change here makes them unreadable. This file knows nothing of
+tables or models. Source: arXiv 2601.07372, section 2.2, and DeepSeek's demo of it.
 
 The hash of one n-gram that ends at position t, for one head:
 
@@ -11,25 +11,33 @@ where x are compressed ids (the compressed pad before the start of a document) a
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sympy import nextprime
 from tokenizers import Regex, normalizers
+from torch import nn
+from transformers.utils.import_utils import is_tracing
 
-from .ids_reach import NO_MEMORY, token_reach
+from .ids_reach import NO_MEMORY, document_positions, token_reach, unpack_history
 
 
 LAYER_SEED_STEP = 10007
 REPLACEMENT_CHARACTER = "\ufffd"
 # Stands for "one space" while Strip runs; a private-use character that no vocabulary contains.
 SPACE_SENTINEL = "\ue000"
+# What a tokenizer makes of this text tells its normalizer, its pre-tokenizer and its merges from those of others.
+PROBE_TEXT = "Zürich İSTANBUL ﬁnE\tnaïve  3.14159 10007\n\nWqxz_JKL(vB)≠Ωß 日本語がкЖ किताब 🙂🏽 e\u0301\u00a0 \u200bQ"
+# Parts of a fingerprint that say which tokenizer was bound; the others say which rows an n-gram reads.
+TOKENIZER_PARTS = ("tokens", "vocabulary", "text")
 
 
 def build_token_map(tokenizer) -> torch.Tensor:
-    """Compressed id of every token id: tokens that differ only in case, accents, width or white space share one.
+    """The compressed id of every token id. Tokens that differ only in case, accents, width or white space share one.
 
     Args:
         tokenizer: a fast tokenizer of transformers (one with a `backend_tokenizer`).
@@ -119,20 +127,8 @@ def stack_constants(
     multipliers: Sequence[Sequence[int]], primes: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Constants of several layers as `hash_layers` takes them, the multiplier of the oldest id first."""
-    of_shifts = torch.tensor(multipliers, dtype=torch.int64).flip(-1)
-    return of_shifts[:, None, :, None], torch.tensor(primes, dtype=torch.int64)[:, None, None]
-
-
-def layer_constants(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the hash of a config's memory layers needs: multipliers, zeros while the number of compressed ids is not
-    known, and primes."""
-    layer_ids, orders, ids = config.engram_layer_ids, config.engram_max_ngram_size, config.engram_id_space
-    primes = find_primes(layer_ids, config.engram_vocab_sizes, config.engram_n_heads)
-    if ids is None:
-        multipliers = [[0] * orders] * len(layer_ids)
-    else:
-        multipliers = [draw_multipliers(layer_id, orders, ids, config.engram_seed) for layer_id in layer_ids]
-    return stack_constants(multipliers, [primes[layer_id] for layer_id in layer_ids])
+    of_shifts = torch.tensor(multipliers, dtype=torch.int64, device="cpu").flip(-1)
+    return of_shifts[:, None, :, None], torch.tensor(primes, dtype=torch.int64, device="cpu")[:, None, None]
 
 
 def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: int, seed: int) -> list[int]:
@@ -163,50 +159,66 @@ def find_primes(layer_ids: Sequence[int], vocab_sizes: Sequence[int], n_heads: i
     return primes
 
 
-class NgramHash:
-    """The hash of one model: multipliers and primes of each memory layer, and the row ids they give.
+class HashedTokens(NamedTuple):
+    """What a forward needs to know of its tokens.
 
-    Build it with `NgramHash.from_config`. All numbers follow from the config; nothing is drawn at run time.
+    ids: (batch, seq) compressed ids; a negative id carries no memory.
+    reach: (batch, seq) tokens directly before it that each token may see; -1 for a token without memory.
+    ngrams: (batch, N, seq) ids of the longest n-gram that ends at each token, the oldest first.
+    row_ids: layer id to (batch, seq, heads) row ids, each in [0, rows of its head).
     """
 
-    def __init__(
-        self,
-        layer_ids: Sequence[int],
-        vocab_sizes: Sequence[int],
-        n_heads: int,
-        compressed_vocab_size: int,
-        pad_id: int,
-        seed: int,
-    ):
+    ids: torch.Tensor
+    reach: torch.Tensor
+    ngrams: torch.Tensor
+    row_ids: dict[int, torch.Tensor]
+
+
+class NgramHash(nn.Module):
+    """Everything between token ids and row ids: the token map of a tokenizer, the constants, the hash.
+
+    `token_map`, (vocab_size,) int64, is a buffer, so that checkpoints hold it; it is None without token compression.
+    Multipliers and primes follow from the config and are no buffers. Lookups use a copy of the token map that is no
+    buffer either, so averaging, casting or quantizing the buffers of a model cannot change which rows it reads.
+
+    Example:
+        >>> from engram_hf import EngramMoEConfig
+        >>> config = EngramMoEConfig(vocab_size=1000, num_hidden_layers=2, engram_layer_ids=[0], engram_vocab_size=101,
+        ...     engram_n_heads=2, engram_compressed_vocab_size=None)
+        >>> NgramHash.from_config(config).primes(0)
+        [[101, 103], [107, 109]]
+    """
+
+    token_map: torch.Tensor | None
+
+    def __init__(self, config):
         """
         Args:
-            layer_ids: zero-based ids of the memory layers.
-            vocab_sizes: least number of rows of a head, for the orders 2, 3, ...
-            n_heads: heads per order.
-            compressed_vocab_size: number of different ids that may come in.
-            pad_id: compressed pad id, in [0, compressed_vocab_size).
-            seed: seed of the multipliers.
+            config: an `EngramMoEConfig`, or any object with its `engram_*` fields and `vocab_size`. Binding a tokenizer
+                writes to it.
         """
-        if not 0 <= pad_id < compressed_vocab_size:
-            raise ValueError(f"The compressed pad id must lie in [0, {compressed_vocab_size}), got {pad_id}.")
-        self.layer_ids = list(layer_ids)
-        self.max_ngram_size = len(vocab_sizes) + 1
-        self.compressed_vocab_size = compressed_vocab_size
-        self.pad_id = pad_id
-        self._multipliers = {
-            layer_id: draw_multipliers(layer_id, self.max_ngram_size, compressed_vocab_size, seed)
-            for layer_id in self.layer_ids
-        }
-        self._primes = find_primes(self.layer_ids, vocab_sizes, n_heads)
+        super().__init__()
+        self.config = config
+        self.layer_ids = list(config.engram_layer_ids)
+        self.max_ngram_size = config.engram_max_ngram_size
+        self._primes = find_primes(self.layer_ids, config.engram_vocab_sizes, config.engram_n_heads)
+        compresses = config.engram_compressed_vocab_size is not None
+        token_map = torch.full((config.vocab_size,), NO_MEMORY, dtype=torch.int64) if compresses else None
+        self.register_buffer("token_map", token_map)
+        self._bound_map: torch.Tensor | None = None
+        self._given_pad_id: int | None = None
+        # Whether rows are addressed as the fingerprint in the config says.
+        self.is_confirmed = False
+        self._draw_constants()
 
     @classmethod
     def from_config(cls, config, pad_id: int | None = None) -> "NgramHash":
         """The hash that a config declares.
 
         Args:
-            config: an `EngramMoEConfig`, or any object with its `engram_*` fields.
-            pad_id: the *compressed* pad id; by default `config.engram_pad_token_id` as it stands, which is right for
-                ids that are compressed already and for models without compression.
+            config: as for the constructor.
+            pad_id: the *compressed* pad id for `row_ids`; by default `config.engram_pad_token_id` as it stands, which
+                is right for models without compression.
 
         Raises:
             ValueError: `engram_compressed_vocab_size` is still "auto".
@@ -216,14 +228,43 @@ class NgramHash:
                 'engram_compressed_vocab_size is "auto", so the multipliers are not known yet. '
                 "Bind a tokenizer first: model.bind_tokenizer(tokenizer)."
             )
-        return cls(
-            layer_ids=config.engram_layer_ids,
-            vocab_sizes=config.engram_vocab_sizes,
-            n_heads=config.engram_n_heads,
-            compressed_vocab_size=config.engram_id_space,
-            pad_id=config.engram_pad_token_id if pad_id is None else pad_id,
-            seed=config.engram_seed,
-        )
+        if pad_id is not None and not 0 <= pad_id < config.engram_id_space:
+            raise ValueError(f"The compressed pad id must lie in [0, {config.engram_id_space}), got {pad_id}.")
+        made = cls(config)
+        made._given_pad_id = pad_id
+        return made
+
+    def _draw_constants(self) -> None:
+        """Make the constants from the config; the multipliers are zeros while the number of compressed ids is unknown.
+
+        They stay on the device on which the hash was.
+        """
+        size, orders = self.config.engram_id_space, self.max_ngram_size
+        self._multipliers = {
+            i: [0] * orders if size is None else draw_multipliers(i, orders, size, self.config.engram_seed)
+            for i in self.layer_ids
+        }
+        constants = stack_constants(list(self._multipliers.values()), list(self._primes.values()))
+        self._constants = tuple(constant.to(self.device) for constant in constants)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the constants are."""
+        constants = self.__dict__.get("_constants")
+        return torch.device("cpu") if constants is None else constants[0].device
+
+    @property
+    def compressed_vocab_size(self) -> int | None:
+        """Number of different ids that the hash can meet; None before a tokenizer is bound."""
+        return self.config.engram_id_space
+
+    @property
+    def pad_id(self) -> int:
+        """The compressed id that stands for everything before the start of a document."""
+        raw = self.config.engram_pad_token_id
+        if self._bound_map is not None:
+            return int(self._bound_map[raw])
+        return raw if self._given_pad_id is None else self._given_pad_id
 
     def multipliers(self, layer_id: int) -> list[int]:
         """The N odd multipliers of a layer, for shifts 0 to N - 1."""
@@ -237,10 +278,65 @@ class NgramHash:
         """Rows of all heads of a layer together."""
         return sum(sum(heads) for heads in self._primes[self._known(layer_id)])
 
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
+    ) -> HashedTokens:
+        """Row ids of all memory layers, and what the layers need to know of the tokens.
+
+        Args:
+            token_ids: (batch, seq) raw ids; a negative id carries no memory.
+            position_ids: (batch or 1, seq) position of each token in its document; 0, 1, ... by default.
+            token_mask: (batch, seq), 0 for padding.
+            history: (batch, kept) what a cache keeps of the tokens before these, from `pack_history`.
+            seen: (batch, seq) how many tokens directly before it a mask lets each token see; None for all.
+
+        Raises:
+            ValueError: no tokenizer is bound yet, or an id is not in the vocabulary.
+        """
+        if not self.is_confirmed:
+            raise ValueError(
+                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer) on "
+                "a new model. A trained model brings its map: load it with from_pretrained."
+            )
+        # Products of ids and multipliers need 64 bits, and a data set may hold 32.
+        token_ids = ids = token_ids.long()
+        vocab_size = self.config.vocab_size
+        if ids.device.type == "cpu" and not is_tracing(ids) and bool((ids >= vocab_size).any()):
+            raise ValueError(f"Token ids must be below vocab_size ({vocab_size}), got {int(ids.max())}.")
+        pad_id: int | torch.Tensor = self.config.engram_pad_token_id
+        if self._bound_map is not None:
+            token_map = self._bound_map.to(ids.device)
+            ids = torch.where(token_ids >= 0, token_map[token_ids.clamp_min(0)], NO_MEMORY)
+            pad_id = token_map[pad_id]
+        elif vocab_size > self.config.engram_id_space:
+            # The vocabulary has grown since the tables were made.
+            ids = torch.where(token_ids < self.config.engram_id_space, token_ids, pad_id)
+        if token_mask is not None:
+            ids = torch.where(token_mask.to(ids.device) > 0, ids, NO_MEMORY)
+        read, run_before = ids, None
+        if history is not None:
+            past_ids, run_before = unpack_history(history.to(ids.device))
+            read = torch.cat([past_ids[:, 1 - self.max_ngram_size :], ids], dim=1)
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+            if run_before is not None:
+                position_ids = position_ids + run_before.unsqueeze(1)
+        reach = token_reach(ids, document_positions(position_ids.to(ids.device)), run_before)
+        if seen is not None:
+            reach = torch.minimum(reach, seen.to(ids.device))
+        ngrams = find_ngrams(read, reach, self.max_ngram_size, pad_id)
+        rows = hash_layers(ngrams, *(constant.to(ids.device) for constant in self._constants))
+        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows, strict=True)))
+
     def row_ids(
         self, layer_id: int, compressed_ids: torch.Tensor, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Row of every head for every token.
+        """Row ids of ids that are compressed already, for one layer.
 
         Args:
             layer_id: a memory layer.
@@ -256,40 +352,213 @@ class NgramHash:
         Raises:
             ValueError: an unknown layer, or an id that no compressed vocabulary of this size contains.
         """
-        self._known(layer_id)
-        if compressed_ids.numel() and int(compressed_ids.max()) >= self.compressed_vocab_size:
+        place = self.layer_ids.index(self._known(layer_id))
+        size = self.config.engram_id_space
+        if compressed_ids.numel() and int(compressed_ids.max()) >= size:
             raise ValueError(
-                f"Compressed ids must be below {self.compressed_vocab_size}, got {int(compressed_ids.max())}. "
+                f"Compressed ids must be below {size}, got {int(compressed_ids.max())}. "
                 "Map raw token ids through the token map first."
             )
-        # Products of ids and multipliers need 64 bits, also where a data set holds 32.
-        compressed_ids, device = compressed_ids.long(), compressed_ids.device
+        compressed_ids = compressed_ids.long()
         if positions is None:
-            positions = torch.arange(compressed_ids.shape[1], device=device).unsqueeze(0)
+            positions = torch.arange(compressed_ids.shape[1], device=compressed_ids.device).unsqueeze(0)
         reach = token_reach(compressed_ids, positions)
         ngrams = find_ngrams(compressed_ids, reach, self.max_ngram_size, self.pad_id)
-        multipliers, primes = stack_constants([self._multipliers[layer_id]], [self._primes[layer_id]])
-        return hash_layers(ngrams, multipliers.to(device), primes.to(device))[0]
+        multipliers, primes = (constant[place : place + 1].to(ngrams.device) for constant in self._constants)
+        return hash_layers(ngrams, multipliers, primes)[0]
 
-    def fingerprint(self, token_map: torch.Tensor | None) -> dict[str, str]:
-        """What a table depends on, one short digest per part, so that a difference can be named.
+    # Binding: which tokenizer and which hash the tables belong to.
+
+    def bind(self, tokenizer) -> None:
+        """Write the tokenizer's compression into `token_map`, and what follows from it into the config.
+
+        Tokens that were added to a tokenizer after it was bound stay padding for the memory.
 
         Args:
-            token_map: (vocab_size,) int64, or None for a model without compression.
+            tokenizer: a fast tokenizer with at most `config.vocab_size` ids.
+
+        Raises:
+            ValueError: the model has no use for a map, another tokenizer is bound already, or the tokenizer does not
+                fit the config.
         """
+        config = self.config
+        if self.token_map is None:
+            raise ValueError(
+                "This model hashes raw token ids (no compression), so there is no tokenizer to bind; use it as it is."
+            )
+        full_map, identity = map_tokens(tokenizer, config)
+        size = int(full_map.max()) + 1
+        fingerprint = self._fingerprint(full_map, identity, size)
+        if config.engram_fingerprint is not None:
+            where = "this tokenizer (another one is bound)" if self._bound_map is not None else "this tokenizer"
+            check_fingerprint(config.engram_fingerprint, fingerprint, where)
+        if config.engram_compressed_vocab_size not in ("auto", size):
+            raise ValueError(
+                f"The tokenizer compresses to {size} ids, the config's engram_compressed_vocab_size is "
+                f"{config.engram_compressed_vocab_size}. Bind the tokenizer that the model was made for."
+            )
+        config.engram_compressed_vocab_size = size
+        self._take(full_map, {**(config.engram_fingerprint or {}), **fingerprint})
+
+    def resize(self, vocab_size: int) -> None:
+        """Follow a change of `vocab_size`. New ids count as padding, and all others keep their rows."""
+        if self.token_map is None or len(self.token_map) == vocab_size:
+            return
+        source = self.token_map if self._bound_map is None else self._bound_map
+        fill = NO_MEMORY if self._bound_map is None else int(source[self.config.engram_pad_token_id])
+        resized = torch.full((vocab_size,), fill, dtype=torch.int64, device=self.token_map.device)
+        resized[: min(len(source), vocab_size)] = source[:vocab_size]
+        self.token_map = torch.empty_like(resized)
+        if self._bound_map is None:
+            self.token_map.copy_(resized)
+        else:
+            self._take(resized, {**self.config.engram_fingerprint, **self._fingerprint(resized)})
+
+    def confirm(self, where: str) -> None:
+        """Compare token map and constants with the config's fingerprint, or write it where it is known only now.
+
+        Args:
+            where: what was loaded, for the message.
+
+        Raises:
+            ValueError: the fingerprints differ. Nothing can be looked up until a right map is loaded.
+        """
+        config = self.config
+        self.is_confirmed = False
+        if self.token_map is None:
+            fingerprint = self._fingerprint(None)
+            if config.engram_fingerprint is not None:
+                check_fingerprint(config.engram_fingerprint, fingerprint, where)
+            return self._take(None, {**(config.engram_fingerprint or {}), **fingerprint})
+        if self.token_map.is_meta:
+            return
+        is_bound = bool((self.token_map >= 0).any())
+        if config.engram_compressed_vocab_size == "auto" or not is_bound:
+            if config.engram_fingerprint is not None or is_bound:
+                raise ValueError(
+                    f"{where}: config and token map do not belong together: the config says "
+                    f"engram_compressed_vocab_size={config.engram_compressed_vocab_size!r} and "
+                    f"engram_fingerprint={config.engram_fingerprint}, and the token map of the checkpoint is "
+                    f"{'bound' if is_bound else 'not bound'}. Load both from one checkpoint."
+                )
+            return
+        out_of_range = (self.token_map < 0) | (self.token_map >= config.engram_compressed_vocab_size)
+        if out_of_range.any():
+            raise ValueError(
+                f"The token map of {where} holds {int(self.token_map[out_of_range][0])}, and its ids must lie in [0, "
+                f"{config.engram_compressed_vocab_size}). The file is damaged; download it again."
+            )
+        fingerprint = self._fingerprint(self.token_map)
+        check_fingerprint(config.engram_fingerprint, fingerprint, where)
+        self._take(self.token_map, {**config.engram_fingerprint, **fingerprint})
+
+    def fingerprint(self, token_map: torch.Tensor | None = None) -> dict[str, str]:
+        """What the rows of a table depend on, one short digest per part, so that a difference can be named.
+
+        Args:
+            token_map: (vocab_size,) int64; by default the bound one, None for a model without compression.
+        """
+        return self._fingerprint(self._bound_map if token_map is None else token_map)
+
+    def _fingerprint(
+        self, token_map: torch.Tensor | None, identity: dict[str, str] | None = None, size: int | None = None
+    ) -> dict[str, str]:
+        config, multipliers = self.config, self._multipliers
+        if size is not None:
+            multipliers = {
+                i: draw_multipliers(i, self.max_ngram_size, size, config.engram_seed) for i in self.layer_ids
+            }
+        pad_id = config.engram_pad_token_id if token_map is None else int(token_map[config.engram_pad_token_id])
         return {
             "map": "none" if token_map is None else digest(token_map.cpu().to(torch.int64).numpy().tobytes()),
-            "multipliers": digest(str([self._multipliers[layer_id] for layer_id in self.layer_ids]).encode()),
+            "multipliers": digest(str([multipliers[layer_id] for layer_id in self.layer_ids]).encode()),
             "primes": digest(str([self._primes[layer_id] for layer_id in self.layer_ids]).encode()),
-            "ids": str(self.compressed_vocab_size),
+            "ids": str(config.engram_id_space if size is None else size),
             "orders": f"2-{self.max_ngram_size}",
-            "pad": str(self.pad_id),
+            "pad": str(pad_id),
+            **(identity or {}),
         }
+
+    @torch.no_grad()
+    def _take(self, token_map: torch.Tensor | None, fingerprint: dict[str, str]) -> None:
+        """Look rows up by this map from now on."""
+        self.config.engram_fingerprint = fingerprint
+        if token_map is not None:
+            self.token_map.copy_(token_map)
+            self._bound_map = self.token_map.clone()
+        self._draw_constants()
+        self.is_confirmed = True
+
+    def _apply(self, fn, recurse=True):
+        """Move the constants with the module; never convert them."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.device)).device
+        if device.type != "meta":
+            self._constants = tuple(constant.to(device) for constant in self._constants)
+            self._bound_map = None if self._bound_map is None else self._bound_map.to(device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._bound_map is not None:
+            destination[f"{prefix}token_map"] = self._bound_map
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}token_map" in state_dict:
+            self.confirm("the loaded state dict")
 
     def _known(self, layer_id: int) -> int:
         if layer_id not in self._multipliers:
             raise ValueError(f"Layer {layer_id} has no memory; memory layers (zero-based) are {self.layer_ids}.")
         return layer_id
+
+    def extra_repr(self) -> str:
+        return f"layers={self.layer_ids}, orders=2-{self.max_ngram_size}, ids={self.config.engram_id_space}"
+
+
+def map_tokens(tokenizer, config) -> tuple[torch.Tensor, dict[str, str]]:
+    """The compression of a tokenizer for a model, and what tells this tokenizer from others.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        config: of the model. Where its fingerprint says how many tokens were known when a tokenizer was bound, tokens
+            that were added since count as padding.
+
+    Returns:
+        (vocab_size,) int64 with the compressed pad for ids that the tokenizer does not have, and the parts of a
+        fingerprint that describe the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the config, or none for padding, or lacks tokens that were bound.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}. "
+            "Build the model with vocab_size of at least len(tokenizer), or call resize_token_embeddings."
+        )
+    token_map = build_token_map(tokenizer)
+    known = int((config.engram_fingerprint or {}).get("tokens", len(token_map)))
+    if known > len(token_map):
+        raise ValueError(
+            f"The tokenizer has {len(token_map)} ids, and the one that the memory was bound to has {known}. Use the "
+            "tokenizer of the checkpoint."
+        )
+    if config.engram_pad_token_id >= known:
+        raise ValueError(
+            f"engram_pad_token_id is {config.engram_pad_token_id}, the tokenizer's ids end at {known - 1}."
+        )
+    full_map = torch.full((config.vocab_size,), int(token_map[config.engram_pad_token_id]), dtype=torch.int64)
+    full_map[:known] = token_map[:known]
+    tokens = tokenizer.convert_ids_to_tokens(list(range(known)))
+    encoding = tokenizer.backend_tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
+    encoded = [i for i, is_text in zip(encoding.ids, encoding.attention_mask) if is_text and i < known]
+    identity = {
+        "tokens": str(known),
+        "vocabulary": digest(json.dumps(tokens).encode()),
+        "text": digest(str(encoded).encode()),
+    }
+    return full_map, identity
 
 
 def digest(content: bytes) -> str:
@@ -297,15 +566,24 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def check_fingerprint(declared: dict[str, str] | None, actual: dict[str, str], where: str) -> None:
-    """Raise unless the fingerprint that a config declares is the one that its map and constants have.
+def check_fingerprint(declared: dict[str, Any] | None, actual: dict[str, str], where: str) -> None:
+    """Raise unless the fingerprint that a config declares is the one that a map, a tokenizer and the constants have.
+
+    The parts that describe a tokenizer are compared where both fingerprints have them: older checkpoints do not, and a
+    token map alone does not either.
 
     Raises:
         ValueError: names both fingerprints and the parts that differ.
     """
-    if declared == actual:
+    known = declared if isinstance(declared, dict) else {}
+    differing = sorted(
+        name
+        for name in {*actual, *known}
+        if known.get(name) != actual.get(name)
+        and not (name in TOKENIZER_PARTS and (name not in known or name not in actual))
+    )
+    if not differing:
         return
-    differing = sorted(name for name in {*actual, *(declared or {})} if (declared or {}).get(name) != actual.get(name))
     raise ValueError(
         f"The hash of {where} is not the one its tables were made with; it differs in: {', '.join(differing)}. "
         f"Config declares engram_fingerprint={declared}, the token map and the hash constants give {actual}. "

@@ -1,29 +1,48 @@
 """Which earlier tokens each token may see: padding, packed documents, masks, and what a cache keeps of the past.
 
-Knows ids, positions and masks; nothing of hashing.
+An n-gram and a tap of the convolution both look at tokens directly before the current one. The *reach* of a token says
+how many of those it may see. This file knows ids, positions and masks; it knows nothing of hashing or tables.
 """
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 
 # A compressed id below zero carries no memory: padding, image spans, everything before the start.
 NO_MEMORY = -1
-# In a cache, the bits from this one on hold the run of real tokens, those below it the id.
+# In a cache, the bits from this one on hold the run of real tokens; those below hold the id.
 RUN_SHIFT = 32
+# A number below this one, added to a score, leaves a weight of 0.
+HIDING_SCORE = -1e3
+
+BESIDE_PADDING = (
+    "Packed documents (position_ids that do not count up by one) need attention_mask=None: transformers does not keep "
+    "documents apart beside a mask with padding, and a compiled forward cannot see whether a mask hides anything. Give "
+    "padding at the end of a row position 0 and leave the mask out."
+)
+BESIDE_A_CACHE = (
+    "Packed documents (position_ids that do not count up by one, or do not continue where the cache ends) cannot share "
+    "a cache: transformers' attention would mix them. Leave the cache out."
+)
+NOT_THE_ONE_BEFORE = (
+    "attention_mask lets a token see earlier tokens but not the one directly before it, as masks of a shared prefix "
+    "with several answers do. An n-gram needs neighbours, so the memory cannot read such a row. Give every answer a "
+    "row of its own, with the prefix before it."
+)
 
 
 def token_reach(ids: torch.Tensor, positions: torch.Tensor, run_before: torch.Tensor | None = None) -> torch.Tensor:
     """How many tokens directly before it each token may see: the one rule behind padding, packing and chunks.
 
-    A token sees its predecessor `j` where its own position is at least `j` (so documents in one row stay apart) and
-    where every id from `t - j` to `t` is a real one (so it never looks past padding or a token without memory).
+    A token sees its predecessor `j` if its own position is at least `j` (documents in one row stay apart) and if every
+    id from `t - j` to `t` is a real one (a token never looks past padding or past a token without memory).
 
     Args:
         ids: (batch, history + seq) compressed ids, negative for "no memory".
         positions: (batch or 1, seq) position of each token in its own document, from 0 on.
-        run_before: (batch,) how many real tokens without a gap end right before `ids`; none by default.
+        run_before: (batch,) how many real tokens in a row end right before `ids`; none by default.
 
     Returns:
         (batch, seq) int64; -1 for a token without memory.
@@ -40,11 +59,11 @@ def token_reach(ids: torch.Tensor, positions: torch.Tensor, run_before: torch.Te
 def pack_history(ids: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """What a cache keeps of each token: its id, and how many real tokens in a row end with it.
 
-    The zeros of a cache that is new, padded or reset then mean "nothing before the start".
+    A cache that is new, padded or reset holds zeros, and zeros mean "nothing before the start".
 
     Args:
         ids: (batch, seq) compressed ids below 2**32 - 1.
-        reach: (batch, seq) as `token_reach` gives it.
+        reach: (batch, seq), from `token_reach`.
 
     Returns:
         (batch, seq) int64, 0 for a token without memory.
@@ -64,34 +83,31 @@ def positions_in_documents(cumulative_lengths: torch.Tensor, seq: int) -> torch.
     return (places - cumulative_lengths[document]).unsqueeze(0)
 
 
-BESIDE_PADDING = (
-    "Packed documents (position_ids that do not count up by one) need attention_mask=None: transformers does not keep "
-    "them apart beside a mask with padding, and a compiled forward cannot look whether a mask hides anything. Give "
-    "padding at the end of a row position 0 and leave the mask out."
-)
-BESIDE_A_CACHE = (
-    "Packed documents (position_ids that do not count up by one, or do not go on where the cache ends) cannot share a "
-    "cache: transformers' attention would mix them. Leave the cache out."
-)
+def document_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """(batch or 1, seq), none negative: the same positions, but a piece that does not continue by one starts at 0."""
+    begins = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    start = (places * begins).cummax(-1)[0]
+    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids.clamp_min(0))
 
 
 def find_documents(
     position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: int | torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, bool]:
-    """Whether a row holds several documents, and the mask to go on with: transformers keeps documents apart only where
-    there is none, so one that hides nothing is dropped.
+    """Whether a row holds several documents, and the mask to go on with.
 
-    A traced forward cannot look: there a row without mask and cache may hold several, and elsewhere an assertion in
+    transformers keeps documents apart only where there is no mask, so a mask that hides nothing is dropped. A traced
+    forward cannot look: there a row without mask and cache may hold several documents, and elsewhere an assertion in
     the graph refuses them.
 
     Args:
         position_ids: (batch or 1, seq).
-        attention_mask: (batch, seen), 0 for padding; masks of other shapes are their maker's affair.
+        attention_mask: (batch, seen), 0 for padding. A mask of another shape is returned as it is.
         past_seen: tokens in the caller's cache; None for no cache.
 
     Raises:
-        ValueError: several documents beside real padding, which transformers' masks cannot express, or with a cache;
-            RuntimeError of the same text from a traced forward.
+        ValueError: several documents beside real padding, which transformers' masks cannot express, or with a cache. A
+            traced forward raises RuntimeError with the same text.
     """
     has_cache = past_seen is not None
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -100,10 +116,10 @@ def find_documents(
         if attention_mask is not None:
             torch._assert_async(~_restarts_beside_padding(position_ids, attention_mask).any(), BESIDE_PADDING)
         elif has_cache:
-            torch._assert_async(~_does_not_go_on(position_ids, past_seen).any(), BESIDE_A_CACHE)
+            torch._assert_async(~_does_not_continue(position_ids, past_seen).any(), BESIDE_A_CACHE)
         return attention_mask, attention_mask is None and not has_cache and position_ids.shape[1] > 1
     if attention_mask is None or bool((attention_mask > 0).all()):
-        if has_cache and _does_not_go_on(position_ids, past_seen).any():
+        if has_cache and _does_not_continue(position_ids, past_seen).any():
             raise ValueError(BESIDE_A_CACHE)
         return None, not has_cache and find_packed_sequence_indices(position_ids) is not None
     if _restarts_beside_padding(position_ids, attention_mask).any():
@@ -111,13 +127,13 @@ def find_documents(
     return attention_mask, False
 
 
-def _does_not_go_on(position_ids: torch.Tensor, past_seen) -> torch.Tensor:
+def _does_not_continue(position_ids: torch.Tensor, past_seen) -> torch.Tensor:
     places = torch.arange(position_ids.shape[1], device=position_ids.device)
     return position_ids != places + past_seen
 
 
 def _restarts_beside_padding(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """(batch, seq) bool: where a document begins behind another one. Padding between tokens may count or not."""
+    """(batch, seq) bool: where a document begins behind another one. Positions may or may not count padding."""
     is_token = attention_mask > 0
     rank = is_token.long().cumsum(-1)[:, -position_ids.shape[1] :]
     here = is_token[:, -position_ids.shape[1] :]
@@ -126,27 +142,51 @@ def _restarts_beside_padding(position_ids: torch.Tensor, attention_mask: torch.T
     return here & (rank > 1) & (jumps | (position_ids == 0))
 
 
-def document_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """(batch or 1, seq), none negative: the same positions, but counted from where a piece begins that does not go on
-    by one."""
-    begins = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
-    places = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    start = (places * begins).cummax(-1)[0]
-    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids.clamp_min(0))
+def reach_under_mask(
+    mask: torch.Tensor | BlockMask, seq: int, past_seen: int | torch.Tensor, furthest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a mask with a row for each token says: which positions hold tokens, and how far back each may look.
 
-
-def positions_under_mask(mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Positions of tokens under a mask that says for each whom it sees: one that does not see the token before it
-    begins a document.
+    A position that does not see itself is padding.
 
     Args:
-        mask: (batch, 1, seq, seen), bool with True for "sees", or floats that are added to scores.
-        position_ids: (batch or 1, seq), as they would be without the mask.
+        mask: (batch, heads or 1, seq, seen), bool with True for "sees", or floats that are added to scores; or the
+            `BlockMask` of flex attention.
+        seq: number of tokens.
+        past_seen: tokens in the cache before these.
+        furthest: how far back anything looks.
+
+    Returns:
+        (batch, seq) bool, and (batch, seq) int64, at most `furthest`: how many tokens directly before it each sees.
+
+    Raises:
+        ValueError: a token sees earlier tokens, but not the one directly before them. A traced forward raises
+            RuntimeError with the same text.
     """
-    seq = position_ids.shape[1]
-    sees = mask if mask.dtype == torch.bool else mask == 0
-    before = sees[:, 0, 1:, :].diagonal(sees.shape[-1] - seq, dim1=1, dim2=2)  # (batch, seq - 1)
-    begins = torch.nn.functional.pad(~before, (1, 0))
-    places = torch.arange(seq, device=mask.device).expand_as(begins)
-    start = (places * begins).cummax(-1)[0]
-    return torch.where(begins.long().cumsum(-1) > 0, places - start, position_ids)
+    sees = _seen_columns(mask, seq)  # (batch, seq, seen)
+    lags = torch.arange(furthest + 1, device=sees.device)
+    columns = (torch.arange(seq, device=sees.device) + past_seen).unsqueeze(1) - lags  # (seq, 1 + furthest)
+    near = sees.gather(-1, columns.clamp_min(0).expand(len(sees), -1, -1)) & (columns >= 0)
+    run = near[..., 1:].long().cumprod(-1).sum(-1)  # (batch, seq)
+    # The first token that it does not see, if that is one of these and no padding, hides everything before it.
+    hidden = columns[:, 0] - 1 - run - past_seen
+    is_token = near[..., 0]
+    hides_a_token = is_token.gather(-1, hidden.clamp_min(0)) & (hidden >= 0) & (run < furthest)
+    first_seen = torch.where(sees.any(-1), sees.to(torch.uint8).argmax(-1), sees.shape[-1])
+    is_wrong = is_token & hides_a_token & (first_seen < hidden + past_seen)
+    if is_tracing(sees):
+        torch._assert_async(~is_wrong.any(), NOT_THE_ONE_BEFORE)
+    elif is_wrong.any():
+        raise ValueError(NOT_THE_ONE_BEFORE)
+    return is_token, run
+
+
+def _seen_columns(mask: torch.Tensor | BlockMask, seq: int) -> torch.Tensor:
+    """(batch, seq, seen) bool, of the first head."""
+    if not isinstance(mask, BlockMask):
+        return (mask if mask.dtype == torch.bool else mask > HIDING_SCORE)[:, 0]
+    batch, _, _, seen = mask.shape
+    rows = torch.arange(batch, device=mask.kv_num_blocks.device).view(-1, 1, 1)
+    queries = torch.arange(seq, device=rows.device).view(1, -1, 1)
+    keys = torch.arange(seen, device=rows.device).view(1, 1, -1)
+    return mask.mask_mod(rows, torch.zeros_like(rows), queries, keys).expand(batch, seq, seen)

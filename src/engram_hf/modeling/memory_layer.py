@@ -1,38 +1,189 @@
-"""The memory layer: rows of the token's n-grams -> a gate per residual stream -> a short convolution -> what is added.
+"""Rows to a change of the residual stream: the gate, the short convolution, and their state in the cache.
 
-Knows nothing of attention, experts or where rows live. Source: arXiv 2601.07372, sections 2.3 and 2.4.
-Every fast form here has its slow twin in tests/naive.py.
+The table gives rows; this file never asks where they live. Every fast form has its slow twin in tests/naive.py. Source:
+arXiv 2601.07372, section 2.3.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer, StaticLayer
 
-from .ids_hashing import find_primes
+from .ids_hashing import HashedTokens, find_primes
 from .ids_reach import pack_history
 from .table import EngramTable
-from .table_formats import QUANTIZED_FORMATS
+from .table_formats import row_format
 
 
-# States of a hybrid cache layer.
-IDS_STATE = 0
-CONV_STATE = 1
+# Tokens that `crop` can always take back (candidates of assisted decoding that were refused, for one).
+CROPPABLE_TOKENS = 64
+IDS = "ids"
 
 
-class NgramContext(NamedTuple):
-    """What a memory layer needs to know of the tokens: the same for all memory layers of a forward.
+class StateWindow:
+    """The last tokens of one state, (batch, time, ...). Zeros stand for "before the start".
 
-    ids: (batch, seq) compressed ids; negative carries no memory.
-    reach: (batch, seq) tokens directly before it that each token may see; -1 for a token without memory.
-    ngrams: (batch, N, seq) ids of the longest n-gram that ends at each token, the oldest first.
+    A dynamic window is written in place until it is full. A static one is shifted, so that its address never changes
+    and a compiled forward can use it.
     """
 
-    ids: torch.Tensor
-    reach: torch.Tensor
-    ngrams: torch.Tensor
+    def __init__(self, first: torch.Tensor, kept_tokens: int, is_static: bool):
+        """
+        Args:
+            first: (batch, time, ...) any tokens of this state, for their shape, type and device.
+            kept_tokens: how many tokens the next forward needs.
+            is_static: whether the cache is one that compiled forwards use.
+        """
+        self.kept_tokens, self.is_static = kept_tokens, is_static
+        self.records_all = False
+        length = kept_tokens + CROPPABLE_TOKENS * (1 if is_static else 2)
+        self.buffer = first.new_zeros(first.shape[0], length, *first.shape[2:])
+        self.end = length if is_static else kept_tokens
+        self.seen_tokens = self._cropped_tokens = 0
+        if is_static and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.buffer)
+
+    def past(self) -> torch.Tensor:
+        """(batch, kept tokens, ...)."""
+        return self.buffer[:, self.end - self.kept_tokens : self.end]
+
+    @torch.no_grad()
+    def append(self, new: torch.Tensor) -> None:
+        """Add tokens, (batch, time, ...)."""
+        length, seq = self.buffer.shape[1], new.shape[1]
+        self.seen_tokens += seq
+        if self.is_static:
+            self.buffer.copy_(torch.cat([self.buffer, new], 1)[:, -length:])
+            self._cropped_tokens = 0
+            return
+        if self.end + seq <= length:
+            self.buffer[:, self.end : self.end + seq] = new
+            self.end += seq
+            return
+        kept = torch.cat([self.buffer[:, : self.end], new], 1)
+        if not self.records_all:
+            kept = kept[:, -(self.kept_tokens + CROPPABLE_TOKENS) :]
+        self.end = kept.shape[1]
+        self.buffer = _pad_time(kept, 0, self.end)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            ValueError: more than can be taken back.
+        """
+        self.seen_tokens -= tokens
+        self._cropped_tokens += tokens
+        most = CROPPABLE_TOKENS if self.is_static else self.end - self.kept_tokens
+        if (self._cropped_tokens if self.is_static else tokens) > most:
+            raise ValueError(
+                f"The cache cannot be cropped by {tokens} tokens: the memory can take back at most {most}. Call "
+                "cache.activate_past_recording() after the first forward to be able to take back all, or compute the "
+                "tokens again from an empty cache."
+            )
+        if self.is_static:
+            self.buffer.copy_(_pad_time(self.buffer, tokens, 0)[:, : self.buffer.shape[1]])
+        else:
+            self.end -= tokens
+
+    def reset(self) -> None:
+        self.buffer.zero_()
+        self.seen_tokens = 0
+        self.end = self.end if self.is_static else self.kept_tokens
+
+
+def _pad_time(states: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """Zeros around (batch, time, ...) in time."""
+    return F.pad(states, (*(0, 0) * (states.ndim - 2), before, after))
+
+
+class MemoryCacheLayer(DummyLayer):
+    """What the memory of a model keeps while decoding: the last ids, and for each memory layer the last inputs of its
+    convolution. It stands behind the model's own cache layers, and follows the batch through beams and crops."""
+
+    is_compileable = True
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, is_static: bool = False):
+        super().__init__()
+        self.is_static = is_static
+        self.windows: dict[str | int, StateWindow] = {}
+
+    def past(self, name: str | int) -> torch.Tensor | None:
+        """(batch, kept tokens, ...) of a state; None before its first tokens."""
+        return self.windows[name].past() if name in self.windows else None
+
+    def append(self, name: str | int, new: torch.Tensor, kept_tokens: int) -> None:
+        """Add tokens, (batch, time, ...), to a state."""
+        if name not in self.windows:
+            self.windows[name] = StateWindow(new, kept_tokens, self.is_static)
+        self.windows[name].append(new)
+
+    def _replace(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for window in self.windows.values():
+            window.buffer = select(window.buffer)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._replace(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._replace(lambda buffer: buffer[indices.to(buffer.device), ...])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in transformers: a number below zero removes as many tokens. Releases before 5.24 give the length that is
+        to stay, which is above zero."""
+        for window in self.windows.values():
+            window.crop(-tokens_to_remove if tokens_to_remove <= 0 else window.seen_tokens - tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        for window in self.windows.values():
+            window.records_all = not window.is_static
+
+    def reset(self) -> None:
+        for window in self.windows.values():
+            window.reset()
+
+
+def memory_cache_layer(cache: Cache, num_model_layers: int) -> MemoryCacheLayer:
+    """The memory's layer of a cache, appended behind the layers of the model where it is missing.
+
+    Args:
+        cache: the caller's.
+        num_model_layers: cache layers that the model itself needs.
+
+    Raises:
+        ValueError: it is no `Cache`, or it holds tokens that the memory has not read.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"The memory keeps its state in a transformers Cache, and got {type(cache).__name__}. Give "
+            "DynamicCache(config=model.config), or leave the cache out."
+        )
+    for layer in reversed(cache.layers):
+        if isinstance(layer, MemoryCacheLayer):
+            return layer
+    if int(cache.get_seq_length()):
+        raise ValueError(
+            f"The cache holds {int(cache.get_seq_length())} tokens that the memory has not read, so n-grams across its "
+            "end would be wrong. Start from an empty cache."
+        )
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < num_model_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+    added = MemoryCacheLayer(any(isinstance(layer, StaticLayer) for layer in cache.layers))
+    cache.layers.append(added)
+    return added
+
+
+def keep_ids(state: MemoryCacheLayer, hashed: HashedTokens) -> None:
+    """Keep the ids of a forward for the n-grams of the next one."""
+    state.append(IDS, pack_history(hashed.ids, hashed.reach), hashed.ngrams.shape[1] - 1)
 
 
 class EngramRMSNorm(nn.Module):
@@ -53,7 +204,7 @@ class EngramRMSNorm(nn.Module):
 
 
 class ShortConvolution(nn.Conv1d):
-    """Depthwise, causal and dilated, tap by tap, since each token has its own reach."""
+    """Depthwise, causal and dilated. It works tap by tap, since each token has its own reach."""
 
     def forward(self, channels: torch.Tensor, history: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
         """
@@ -84,14 +235,12 @@ class EngramLayer(nn.Module):
         self.kernel_size = config.engram_kernel_size
         self.conv_reach = config.engram_conv_reach
 
-        is_quantized = config.engram_table_dtype in QUANTIZED_FORMATS
         primes = find_primes(config.engram_layer_ids, config.engram_vocab_sizes, config.engram_n_heads)[layer_idx]
         self.table = EngramTable(
             [rows for order in primes for rows in order],
             config.engram_head_dim,
             config.engram_block_elements,
-            dtype=getattr(torch, config.engram_table_dtype or "", None),
-            row_format=config.engram_table_dtype if is_quantized else None,
+            row_format(config.engram_table_dtype),
         )
         self.value_proj = nn.Linear(config.engram_width, self.hidden_size, bias=False)
         self.key_proj = nn.Linear(config.engram_width, self.streams * self.hidden_size, bias=False)
@@ -109,50 +258,47 @@ class EngramLayer(nn.Module):
         self,
         hidden_streams: torch.Tensor,
         row_ids: torch.Tensor,
-        context: NgramContext,
-        cache: Cache | None = None,
+        hashed: HashedTokens,
+        state: MemoryCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_streams: (batch, seq, streams, hidden).
             row_ids: (batch, seq, heads).
-            context: ids and reach of the tokens.
-            cache: a cache whose layer `layer_idx` is hybrid.
+            hashed: ids and reach of the tokens.
+            state: what the cache keeps for the memory.
 
         Returns:
             what is added to the residual streams, (batch, seq, streams, hidden), and the gates, (batch, seq, streams)
             in float32, 0 for a token without memory.
         """
-        weight = self.value_proj.weight
-        # Quantized by bitsandbytes, the weight is of integers.
-        dtype = weight.dtype if weight.is_floating_point() else hidden_streams.dtype
-        rows = self.table(row_ids).to(dtype)  # (batch, seq, heads * head_dim)
+        rows = self.table(row_ids).to(self._compute_dtype(hidden_streams))  # (batch, seq, heads * head_dim)
         value = self.value_proj(rows)  # (batch, seq, hidden)
         key = self.key_proj(rows).unflatten(-1, (self.streams, self.hidden_size))
         score = (self.key_norm(key).float() * self.query_norm(hidden_streams).float()).sum(-1) * self.hidden_size**-0.5
         score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
-        gates = torch.sigmoid(score) * (context.ids >= 0).unsqueeze(-1)  # (batch, seq, streams)
+        gates = torch.sigmoid(score) * (hashed.ids >= 0).unsqueeze(-1)  # (batch, seq, streams)
         gated = gates.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)  # (batch, seq, streams, hidden)
-
-        if cache is not None:
-            cache.update_conv_state(
-                pack_history(context.ids, context.reach),
-                self.layer_idx,
-                state_idx=IDS_STATE,
-                conv_kernel_size=self.max_ngram_size - 1,
-            )
         if self.conv is None:
             return gated, gates
-        return gated + F.silu(self.short_convolution(self.conv_norm(gated), context.reach, cache)), gates
+        return gated + F.silu(self.short_convolution(self.conv_norm(gated), hashed.reach, state)), gates
 
-    def short_convolution(self, normed: torch.Tensor, reach: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Depthwise, causal, dilated; tap by tap, since each token has its own reach: (batch, seq, streams, hidden)."""
+    def _compute_dtype(self, hidden_streams: torch.Tensor) -> torch.dtype:
+        """The type of the projections; where their weights are quantized, the type of what comes in."""
+        weight = getattr(self.value_proj, "weight", None)
+        is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+        return weight.dtype if is_plain else hidden_streams.dtype
+
+    def short_convolution(
+        self, normed: torch.Tensor, reach: torch.Tensor, state: MemoryCacheLayer | None
+    ) -> torch.Tensor:
+        """Depthwise, causal and dilated: (batch, seq, streams, hidden) to the same."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
-        if cache is not None and self.conv_reach:
-            states = cache.update_conv_state(
-                channels.transpose(1, 2), self.layer_idx, state_idx=CONV_STATE, conv_kernel_size=self.conv_reach
-            )
-            history = states.transpose(1, 2)
+        past = None if state is None else state.past(self.layer_idx)
+        if past is None:
+            history = F.pad(channels, (0, 0, self.conv_reach, 0))
         else:
-            history = channels
-        return self.conv(channels, F.pad(history, (0, 0, self.conv_reach, 0)), reach).unflatten(-1, normed.shape[2:])
+            history = torch.cat([past.to(channels), channels], dim=1)
+        if state is not None and self.conv_reach:
+            state.append(self.layer_idx, channels, self.conv_reach)
+        return self.conv(channels, history, reach).unflatten(-1, normed.shape[2:])

@@ -1,14 +1,16 @@
-"""Loading and moving a model whose tables live on tiers: the part of `EngramMoEPreTrainedModel` that does it.
+"""What any model with tables can do: load with its tables on tiers, save, move tables, prefetch, bind a tokenizer.
 
-transformers loads the backbone and never sees a block; the blocks are opened and placed here.
+transformers loads and saves the backbone, and never sees a block. Blocks are opened, placed and written here.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.utils import cached_file, logging
+from transformers.utils.hub import hf_api
 
 from .checkpoint_loading import (
     HUB_ARGUMENTS,
@@ -22,11 +24,24 @@ from .checkpoint_loading import (
     refuse_integers,
     refuse_missing,
 )
+from .checkpoint_saving import (
+    publish,
+    publishing,
+    refuse_model_in,
+    remove_code,
+    remove_marker,
+    save_code,
+    set_auto_map,
+    staging,
+    write_tables,
+)
+from .configuration_engram_moe import TABLE_DTYPES
 from .disk_reading import PageReader
-from .engram_refusals import refuse_gguf
 from .hot_rows import HotRows
-from .ids_hashing import check_fingerprint
+from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
+from .table_blocks import block_name
+from .table_formats import QUANTIZED_FORMATS
 from .table_placement import (
     AUTOMATIC,
     Place,
@@ -43,6 +58,8 @@ from .table_placement import (
 logger = logging.get_logger(__name__)
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
+# Where the token map was in checkpoints before version 0.2, and where it is now.
+OLD_TOKEN_MAP, TOKEN_MAP = r"((?:model\.)?)token_map", r"\1ngram_hash.token_map"
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,11 @@ class TableInfo:
         return {tier: sum(b.nbytes for b in self.blocks if b.tier == tier) for tier in {b.tier for b in self.blocks}}
 
 
-class TablesOnTiers:
-    """Part of `EngramMoEPreTrainedModel`."""
+class ModelWithTables:
+    """Part of a `PreTrainedModel` whose base model has tables and an `ngram_hash`."""
 
     # Blocks are opened, not loaded, so transformers finds them in a checkpoint and not in the model.
-    _keys_to_ignore_on_load_unexpected = [r"\.engram\.table\.(blocks|changed)\."]
+    _keys_to_ignore_on_load_unexpected = [r"\.table\.(blocks|changed)\."]
 
     @classmethod
     def from_pretrained(
@@ -113,7 +130,12 @@ class TablesOnTiers:
                 table or part of a layer; weights are in GGUF.
         """
         where = str(pretrained_model_name_or_path)
-        refuse_gguf(kwargs.get("gguf_file"))
+        if kwargs.get("gguf_file") is not None:
+            raise ValueError(
+                f"GGUF has no memory layers, so {kwargs['gguf_file']} cannot hold this model. Load its safetensors "
+                "folder. To make it smaller, quantize tables with quantize_tables and the backbone with a "
+                "quantization_config."
+            )
         backbone_map, entries = split_device_map(device_map)
         limits = memory_limits(kwargs.get("max_memory")) if backbone_map in AUTOMATIC else None
         load = super().from_pretrained
@@ -136,14 +158,20 @@ class TablesOnTiers:
             )
             if pretrained_model_name_or_path is not None and not output_loading_info:
                 refuse_incomplete(info, where, "", is_same_class=False)
-            model.base_model.confirm_hash(where)
+            model._confirm_hash(where)
             return (model, info) if output_loading_info else model
 
         places = read_headers(checkpoint)
+        renamed = any(re.fullmatch(OLD_TOKEN_MAP, name) for name in checkpoint.file_of)
+        if renamed:
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), f"^{OLD_TOKEN_MAP}$": TOKEN_MAP}
         with tables_without_blocks():
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=backbone_map, output_loading_info=True, **kwargs
             )
+        if renamed:
+            # The next save writes the names of today.
+            del model._weight_conversions
         named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
         check_backbone_keys(backbone_map, named, model._tables_prefix(), model.named_tables())
         if getattr(model.config, "quantization_config", None) is None:
@@ -164,7 +192,7 @@ class TablesOnTiers:
                     cached_file(tables_from, INDEX_FILE, **{k: value for k, value in hub.items() if value is not None})
                 raise FileNotFoundError(f"{str(tables_from)!r} holds no safetensors files with tables of this model.")
             tables, places = found, read_headers(found)
-        model.base_model.confirm_hash(where)
+        model._confirm_hash(where)
         model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows)
         return (model, info) if output_loading_info else model
 
@@ -175,7 +203,7 @@ class TablesOnTiers:
             check_fingerprint(self.config.engram_fingerprint, fingerprint, f"the tables of {checkpoint.where}")
         if tables and not checkpoint.blocks():
             refuse_missing(
-                (f"{n}.blocks.{i}" for n, t in tables.items() for i in range(len(t.block_shapes))), checkpoint.where
+                (block_name(n, block.number) for n, t in tables.items() for block in t.block_records), checkpoint.where
             )
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, self.config))
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
@@ -185,12 +213,39 @@ class TablesOnTiers:
         planned = plan_places(sizes, entries, default, free)
         reader = PageReader()
         for name, table in tables.items():
-            table.reader = reader
-            table.open_blocks(sources[name], [p.tier for p in planned[name]], [p.device for p in planned[name]])
-            if (changes := open_changes(name, checkpoint)) is not None:
-                table.row_changes.bring(table, *changes)
+            tiers, devices = [p.tier for p in planned[name]], [p.device for p in planned[name]]
+            table.open_blocks(sources[name], tiers, devices, reader)
+            if (changed := open_changes(name, checkpoint)) is not None:
+                table.changes.bring(name, table, changed)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
+
+    def _confirm_hash(self, where: str) -> None:
+        """See that rows are addressed as the config says, after everything is loaded."""
+        if self._hash() is not None:
+            self._hash().confirm(where)
+            device = self.base_model.get_input_embeddings().weight.device
+            if device.type != "meta":
+                self._hash().to(device)
+
+    def _hash(self) -> NgramHash | None:
+        """The hash of the memory layers; None for a model without them."""
+        return self.base_model.ngram_hash
+
+    def bind_tokenizer(self, tokenizer) -> None:
+        """Write a tokenizer's compression into a new model, or see that it is the tokenizer of a trained one.
+
+        Args:
+            tokenizer: a fast tokenizer with at most `config.vocab_size` ids.
+
+        Raises:
+            ValueError: the model has no use for a tokenizer, it is another one than the one that is bound, or it does
+                not fit the config.
+        """
+        ngram_hash = self._hash()
+        if ngram_hash is None:
+            raise ValueError("This model has no memory, so there is no tokenizer to bind; use it as it is.")
+        ngram_hash.bind(tokenizer)
 
     def _tables_prefix(self) -> str:
         return "" if self.base_model is self else f"{self.base_model_prefix}."
@@ -232,14 +287,14 @@ class TablesOnTiers:
             name = f"{self._tables_prefix()}{name}"
             blocks = tuple(
                 BlockInfo(
-                    name=f"{name}.blocks.{number}",
-                    rows=block.shape[0],
-                    nbytes=block.nbytes,
-                    tier=table.tiers[number],
-                    device=block.device,
-                    file=None if table.sources[number] is None else table.sources[number].file.path,
+                    name=block_name(name, block.number),
+                    rows=block.num_rows,
+                    nbytes=block.parameter.nbytes,
+                    tier=block.tier,
+                    device=block.parameter.device,
+                    file=None if block.source is None else block.source.file.path,
                 )
-                for number, block in enumerate(table.blocks)
+                for block in table.block_records
             )
             infos.append(
                 TableInfo(
@@ -306,12 +361,159 @@ class TablesOnTiers:
             position_ids: (batch or 1, seq), where documents are packed.
         """
         base = self.base_model
-        tables = [layer.engram.table for layer in base.memory_layers()]
-        if all(table.is_resident for table in tables):
+        if all(table.is_resident for table in self.named_tables().values()):
             return
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        context = base.ngram_context(input_ids, position_ids, attention_mask)
-        row_ids = base.all_row_ids(context)
+        row_ids = base.ngram_hash(input_ids, position_ids, attention_mask).row_ids
         for layer in base.memory_layers():
             layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        *args,
+        with_code: bool = True,
+        tables_to=None,
+        **kwargs,
+    ):
+        """As `PreTrainedModel.save_pretrained`, with blocks in files of their own; also writes the modeling code and an
+        `auto_map` of all classes. A save that fails or is killed leaves the checkpoint that was there.
+
+        In a run with `engram_optimizers`, its checkpoints (`checkpoint-N` in `args.output_dir`) hold the file that a
+        table came from, which is linked, and its changed rows. Loading puts them together, and `merge_changed_rows`
+        does it for good.
+
+        As in transformers, every process of a distributed run calls this, and one of them writes.
+
+        Args:
+            save_directory: folder to write.
+            is_main_process: whether this process may write.
+            state_dict: tensors to write instead of the model's own.
+            push_to_hub: also upload the folder, as transformers does. `engram_hf.push_engram` is the careful way, with
+                a card, and with tables in a repository of their own if you like.
+            max_shard_size: most bytes of a file; a block that is larger has a file of its own.
+            variant: written into the names of the backbone's files and of the index.
+            token: of the Hub.
+            with_code: False leaves code and `auto_map` out; the checkpoint then loads only with this package.
+            tables_to: folder for the tables, where they are not to lie beside the backbone; `tables_from` reads them.
+
+        Raises:
+            OSError: no space left, for one; nothing has changed then.
+        """
+        tables, prefix = self.named_tables(), self._tables_prefix()
+        state = self.state_dict() if state_dict is None else state_dict
+        names = {block_name(f"{prefix}{n}", block.number) for n, t in tables.items() for block in t.block_records}
+        blocks = {name: state[name] for name in names if name in state}
+        backbone = {name: tensor for name, tensor in state.items() if name not in names}
+        shared = {"max_shard_size": max_shard_size, "variant": variant, "token": token, **kwargs}
+        is_plain = not kwargs.get("distributed_checkpoint") and not getattr(self, "_hf_peft_config_loaded", False)
+        if not is_plain:
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **shared)
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file; save_pretrained needs a folder.")
+        if not is_main_process or _is_other_rank():
+            # Processes gather together what is sharded over them. This one writes nothing.
+            return super().save_pretrained(save_directory, False, backbone, False, **shared)
+        table_dtype = self._check_blocks(tables, blocks, names)
+        apart = tables_to is not None and Path(tables_to).resolve() != folder.resolve()
+        if apart:
+            refuse_model_in(tables_to)
+        self._warn_unbound()
+        run = next((table.changes.run for table in tables.values() if table.changes.run is not None), None)
+        is_checkpoint = run is not None and state_dict is None and not apart and run.has_checkpoint(folder)
+        if table_dtype is not None:
+            self.config.engram_table_dtype = table_dtype
+        set_auto_map(self.config, with_code)
+        # They are saved beside the backbone, or where `tables_from` will be told.
+        self.config.engram_tables_repo = self.config.engram_tables_revision = None
+        repository = self._open_repository_to_push(folder, token, kwargs) if push_to_hub else None
+        saved, by_base = {}, {}
+        if apart:
+            with publishing(tables_to), staging(tables_to) as stage:
+                written = write_tables(stage, blocks, tables, prefix, max_shard_size)
+                saved = publish(stage, Path(tables_to), written, self.config)
+        with publishing(folder), staging(folder) as stage:
+            if is_checkpoint and run.begins_checkpoint(folder):
+                remove_marker(folder)
+            if with_code:
+                save_code(stage)
+            super().save_pretrained(stage, True, backbone, False, **shared)
+            if not with_code:
+                remove_code(stage)
+            written = write_tables(stage, {} if apart else blocks, tables, prefix, max_shard_size, is_checkpoint)
+            by_base = written.by_base
+            saved |= publish(stage, folder, written, self.config, variant)
+            if not with_code:
+                remove_code(folder)
+        if is_checkpoint:
+            run.last_checkpoint = (folder.resolve(), run.steps)
+        if state_dict is None:
+            for name, table in tables.items():
+                for block in table.block_records:
+                    full_name = block_name(f"{prefix}{name}", block.number)
+                    block.saved_in = (saved[full_name], full_name)
+                table.follow_save(by_base.get(name, ()))
+        if repository is not None:
+            self._upload_modified_files(folder, token=token, **repository)
+        return None
+
+    def _warn_unbound(self) -> None:
+        ngram_hash = self._hash()
+        if ngram_hash is not None and ngram_hash.token_map is not None and not ngram_hash.is_confirmed:
+            logger.warning(
+                "No tokenizer was bound to this model, so its memory can read nothing, and neither can the checkpoint. "
+                "Call model.bind_tokenizer(tokenizer) before saving."
+            )
+
+    def _open_repository_to_push(self, folder: Path, token, kwargs: dict) -> dict:
+        """What transformers' upload takes: the repository, made where there is none, and the files as they are now."""
+        found = {
+            "commit_message": kwargs.pop("commit_message", None),
+            "create_pr": kwargs.pop("create_pr", False),
+            "revision": kwargs.pop("revision", None),
+            "files_timestamps": self._get_files_timestamps(folder) if folder.is_dir() else {},
+        }
+        repo_id = kwargs.pop("repo_id", folder.name)
+        private = kwargs.pop("private", None)
+        found["repo_id"] = hf_api().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        return found
+
+    def _check_blocks(
+        self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor], names: set[str]
+    ) -> str | None:
+        """The type of the blocks that are saved, as the config names it; None for a model without tables.
+
+        Raises:
+            ValueError: a block is missing, or they are of several types, or of one that tables cannot have.
+        """
+        missing = sorted(names - set(blocks))
+        if missing:
+            raise ValueError(
+                f"The state_dict lacks {len(missing)} blocks of the tables, such as {missing[0]}; without them what "
+                "is saved could not be loaded. Give all of model.state_dict()."
+            )
+        dtypes = {str(block.dtype).removeprefix("torch.") for block in blocks.values()}
+        if not dtypes:
+            return None
+        if len(dtypes) > 1:
+            raise ValueError(f"The blocks of the tables must be of one type, got {sorted(dtypes)}.")
+        dtype, plain = next(iter(dtypes)), [name for name in TABLE_DTYPES if name not in QUANTIZED_FORMATS]
+        row_format = next(iter(tables.values())).row_format
+        if row_format is None and dtype not in plain:
+            raise ValueError(
+                f"Tables are saved in {', '.join(plain)}, got {dtype}, whose numbers have no scales. Cast the tables "
+                "back, save the model, and make them smaller with engram_hf.quantize_tables(source, target)."
+            )
+        return row_format or dtype
+
+
+def _is_other_rank() -> bool:
+    """Whether another process of a distributed run is the one that saves."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0

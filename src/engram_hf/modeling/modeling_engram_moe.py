@@ -17,10 +17,13 @@ Attention, experts, router and hyper-connections are transformers' own (deepseek
 memory enters: before the attention of its layer, and its row ids before anything else. Source: arXiv 2601.07372.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+from transformers import __version__ as transformers_version
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -28,6 +31,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
@@ -43,28 +47,61 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_engram_moe import EngramMoEConfig
-from .engram_binding import TokenizerBinding
-from .engram_outputs import CACHE_NAME, EngramMoECausalLMOutputWithPast, EngramMoEModelOutputWithPast, find_cache
-from .engram_refusals import WithoutContinuousBatching
-from .engram_saving import SavesTables
-from .ids_hashing import find_ngrams, hash_layers, layer_constants
-from .ids_reach import (
-    NO_MEMORY,
-    document_positions,
-    find_documents,
-    positions_in_documents,
-    positions_under_mask,
-    token_reach,
-    unpack_history,
-)
+from .ids_hashing import HashedTokens, NgramHash
+from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, reach_under_mask
 from .ids_recovery import recover_token_ids
-from .memory_layer import IDS_STATE, EngramLayer, NgramContext, ShortConvolution
-from .memory_model import TablesOnTiers
+from .memory_layer import IDS, EngramLayer, MemoryCacheLayer, ShortConvolution, keep_ids, memory_cache_layer
+from .memory_model import ModelWithTables
 from .table import EngramTable
+
+
+# What transformers calls the cache in forwards, outputs and `generate`; ours accept both.
+CACHE_NAME = "cache" if tuple(map(int, transformers_version.split(".")[:2])) >= (5, 24) else "past_key_values"
+
+
+def find_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, under whichever of its names it was given.
+
+    Raises:
+        ValueError: it was given under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "Both `cache` and `past_key_values` were given, which are names of one argument. Give one of them to a "
+            f"forward; to generate() of transformers {transformers_version} give `{CACHE_NAME}`."
+        )
+    return past_key_values if cache is None else cache
+
+
+@dataclass
+class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
+    r"""
+    [`MoeModelOutputWithPast`] with the gates of the memory.
+
+    Args:
+        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+            enters each residual stream, in [0, 1].
+    """
+
+    engram_gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    r"""
+    [`MoeCausalLMOutputWithPast`] with the gates of the memory.
+
+    Args:
+        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+            enters each residual stream, in [0, 1].
+    """
+
+    engram_gates: tuple[torch.FloatTensor, ...] | None = None
 
 
 class HiddenStateTap(nn.Module):
@@ -93,18 +130,20 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_streams: torch.Tensor,
         row_ids: torch.Tensor | None = None,
-        context: NgramContext | None = None,
+        hashed: HashedTokens | None = None,
+        memory_state: MemoryCacheLayer | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Args:
             hidden_streams: (batch, seq, streams, hidden).
             row_ids: (batch, seq, heads), where the layer has a memory.
-            context: ids and reach of the tokens, where the layer has a memory.
-            kwargs: what attention takes; the cache among it, which the memory shares.
+            hashed: ids and reach of the tokens, where the layer has a memory.
+            memory_state: what the cache keeps for the memory.
+            kwargs: what attention takes.
         """
         if self.engram is not None:
-            memory, _ = self.engram(hidden_streams, row_ids, context, kwargs.get(CACHE_NAME))
+            memory, _ = self.engram(hidden_streams, row_ids, hashed, memory_state)
             hidden_streams = hidden_streams + memory
 
         collapsed, merge = self.collapse(hidden_streams, self.attn_hc)
@@ -130,7 +169,7 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
+class EngramMoEPreTrainedModel(ModelWithTables, PreTrainedModel):
     config: EngramMoEConfig
     config_class = EngramMoEConfig
     base_model_prefix = "model"
@@ -174,22 +213,12 @@ class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
             init.zeros_(module.hc_base)
             init.ones_(module.hc_scale)
         elif isinstance(module, EngramTable):
-            module.draw_rows(std)
-            init.copy_(module.head_offsets, module.make_head_offsets())
-            init.copy_(module.head_rows, module.make_head_rows())
+            module.init_weights(std)
         elif isinstance(module, ShortConvolution):
             # The memory starts without its convolution, and learns it.
             init.zeros_(module.weight)
-        # CODEPATH: engram-27b and engram-40b have a memory, moe-27b and dense-4b none.
-        elif isinstance(module, EngramMoEModel) and self.config.engram_layer_ids:
-            multipliers, primes = layer_constants(self.config)
-            init.copy_(module.hash_multipliers, multipliers)
-            init.copy_(module.hash_primes, primes)
-            if module.token_map is not None:
-                init.constant_(module.token_map, NO_MEMORY)
-                module.hash_is_confirmed = module.hash_is_confirmed and (
-                    module.token_map.is_meta or bool((module.token_map >= 0).any())
-                )
+        elif isinstance(module, NgramHash) and module.token_map is not None:
+            init.constant_(module.token_map, NO_MEMORY)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
@@ -210,16 +239,14 @@ class EngramMoEPreTrainedModel(TablesOnTiers, SavesTables, PreTrainedModel):
                 "different ones."
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.base_model.resize_token_map(embeddings.num_embeddings)
+        self.base_model.vocab_size = embeddings.num_embeddings
+        if self.base_model.ngram_hash is not None:
+            self.base_model.ngram_hash.resize(embeddings.num_embeddings)
         return embeddings
-
-    def bind_tokenizer(self, tokenizer) -> None:
-        """Give a new model the token map of its tokenizer; see `EngramMoEModel.bind_tokenizer`."""
-        self.base_model.bind_tokenizer(tokenizer)
 
 
 @auto_docstring
-class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
+class EngramMoEModel(EngramMoEPreTrainedModel):
     def __init__(self, config: EngramMoEConfig):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
@@ -234,14 +261,17 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.hidden_state_tap = HiddenStateTap()
         self.gradient_checkpointing = False
+        # CODEPATH: engram-27b and engram-40b have a memory, moe-27b and dense-4b none.
+        self.ngram_hash = NgramHash(config) if config.engram_layer_ids else None
         self._keep_in_fp32_modules_strict = self.single_precision_modules()
-
-        self.init_hash()
+        for name, parameter in self.named_parameters():
+            if parameter.dtype.itemsize < 4 and any(part in name for part in self._keep_in_fp32_modules_strict):
+                parameter.data = parameter.data.float()
 
         # Initialize weights and apply final processing
         self.post_init()
-        if self.token_map is None:
-            self.confirm_hash("a model with this config")
+        if self.ngram_hash is not None and self.ngram_hash.token_map is None:
+            self.ngram_hash.confirm("a model with this config")
 
     def single_precision_modules(self) -> list[str]:
         """Names of what no half-precision `dtype=` changes: as in deepseek_v3 and deepseek_v4 the router and the mixing
@@ -251,7 +281,7 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         return (
             ["e_score_correction_bias", "gate.weight"] * has_experts
             + ["attn_hc", "ffn_hc", "hc_head"] * (config.hc_mult > 1)
-            + ["table"] * (bool(config.engram_layer_ids) and config.engram_table_dtype == "float32")
+            + ["table.blocks"] * (bool(config.engram_layer_ids) and config.engram_table_dtype == "float32")
         )
 
     def tables(self) -> list[EngramTable]:
@@ -261,74 +291,6 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
     def memory_layers(self) -> list[EngramMoEDecoderLayer]:
         """The decoder layers that have a memory."""
         return [layer for layer in self.layers if layer.engram is not None]
-
-    def ngram_context(
-        self,
-        token_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        token_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> NgramContext:
-        """Compressed ids of these tokens, and what each may see of those before it.
-
-        Args:
-            token_ids: (batch, seq) raw ids; a negative id carries no memory.
-            position_ids: (batch or 1, seq) position of each token in its document.
-            token_mask: (batch, seq), 0 for padding.
-            cache: where the ids before these are kept.
-
-        Raises:
-            ValueError: no tokenizer is bound yet, an id is none of the vocabulary, or the cache keeps no ids.
-        """
-        config = self.config
-        if not self.hash_is_confirmed:
-            raise ValueError(
-                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer) on "
-                "a new model; a trained one brings its map: load it with from_pretrained."
-            )
-        # Products of ids and multipliers need 64 bits, also where a data set holds 32.
-        token_ids = ids = token_ids.long()
-        if ids.device.type == "cpu" and not is_tracing(ids) and bool((ids >= config.vocab_size).any()):
-            raise ValueError(f"Token ids must be below vocab_size ({config.vocab_size}), got {int(ids.max())}.")
-        pad_id = config.engram_pad_token_id
-        if self.token_map is not None:
-            token_map = self.token_map.to(token_ids.device)
-            ids = torch.where(token_ids >= 0, token_map[token_ids.clamp_min(0)], NO_MEMORY)
-            pad_id = token_map[pad_id]
-        # CODEPATH: a model without compression whose vocabulary has grown since its tables were made; others never.
-        elif config.vocab_size > config.engram_id_space:
-            ids = torch.where(token_ids < config.engram_id_space, token_ids, pad_id)
-        if token_mask is not None:
-            ids = torch.where(token_mask.to(ids.device) > 0, ids, NO_MEMORY)
-        seen, run_before = ids, None
-        history = self._past_ids(cache)
-        if history is not None:
-            past_ids, run_before = unpack_history(history.to(ids.device))
-            seen = torch.cat([past_ids[:, 1 - config.engram_max_ngram_size :], ids], dim=1)
-        positions = document_positions(position_ids.to(ids.device))
-        reach = token_reach(ids, positions, run_before)
-        return NgramContext(ids, reach, find_ngrams(seen, reach, config.engram_max_ngram_size, pad_id))
-
-    def all_row_ids(self, context: NgramContext) -> dict[int, torch.Tensor]:
-        """Layer id to the row ids, (batch, seq, heads), that its memory will read: one hash for all layers."""
-        device = context.ngrams.device
-        row_ids = hash_layers(context.ngrams, self.hash_multipliers.to(device), self.hash_primes.to(device))
-        return dict(zip(self.config.engram_layer_ids, row_ids, strict=True))
-
-    def _past_ids(self, cache: Cache | None) -> torch.Tensor | None:
-        """(batch, kept) packed history of the tokens before these; None before the first forward."""
-        if cache is None:
-            return None
-        layer_id = self.config.engram_layer_ids[0]
-        layers = cache.layers
-        if layer_id >= len(layers) or not isinstance(layers[layer_id], LinearAttentionCacheLayerMixin):
-            raise ValueError(
-                f"{type(cache).__name__} keeps no ids for the memory of layer {layer_id}. Build the cache "
-                "from the config, as in DynamicCache(config=model.config)."
-            )
-        # Cache.get_conv_state says the same, from transformers 5.21 on.
-        layer = layers[layer_id]
-        return layer.conv_states[IDS_STATE] if layer.has_previous_state[IDS_STATE] else None
 
     @merge_with_config_defaults
     @capture_outputs
@@ -372,17 +334,13 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
         cache_of_caller = cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        memory_positions = position_ids
+        past_seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
-            past_seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = memory_positions = (torch.arange(seq, device=inputs_embeds.device) + past_seen).unsqueeze(0)
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-                memory_positions = positions_under_mask(attention_mask, position_ids)
+            position_ids = (torch.arange(seq, device=inputs_embeds.device) + past_seen).unsqueeze(0)
 
-        token_mask = None
         if isinstance(attention_mask, dict):
             # Masks that `generate` prepared, by layer type.
-            causal_mask, token_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
+            attention_mask = causal_mask = attention_mask["full_attention"]
         else:
             causal_mask = create_causal_mask(
                 config=self.config,
@@ -391,12 +349,11 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE_NAME: cache_of_caller},
             )
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                token_mask = attention_mask[:, -seq:]
 
-        context, row_ids = None, {}
+        hashed, row_ids, state = None, {}, None
         # CODEPATH: engram-27b and engram-40b have a memory, moe-27b and dense-4b none.
-        if self.config.engram_layer_ids:
+        if self.ngram_hash is not None:
+            refuse_other_engines(self.config)
             token_ids = engram_input_ids if engram_input_ids is not None else input_ids
             if token_ids is None:
                 token_ids = recover_token_ids(inputs_embeds, self.embed_tokens.weight)
@@ -405,8 +362,18 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
                     f"engram_input_ids must have one id per position, {tuple(inputs_embeds.shape[:2])}, "
                     f"got {tuple(token_ids.shape)}."
                 )
-            context = self.ngram_context(token_ids, memory_positions, token_mask, cache)
-            row_ids = self.all_row_ids(context)
+            token_mask, seen = None, None
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                token_mask = attention_mask[:, -seq:]
+            elif attention_mask is not None:
+                furthest = max(self.config.engram_max_ngram_size - 1, self.config.engram_conv_reach)
+                token_mask, seen = reach_under_mask(attention_mask, seq, past_seen, furthest)
+            state = None if cache is None else memory_cache_layer(cache, self.config.num_hidden_layers)
+            history = None if state is None else state.past(IDS)
+            hashed = self.ngram_hash(token_ids, position_ids, token_mask, history, seen)
+            row_ids = hashed.row_ids
+            if state is not None:
+                keep_ids(state, hashed)
             for layer in self.memory_layers():
                 layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
 
@@ -417,7 +384,8 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             hidden_streams = decoder_layer(
                 hidden_streams,
                 row_ids=row_ids.get(layer_idx),
-                context=context,
+                hashed=hashed,
+                memory_state=state,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
@@ -438,6 +406,54 @@ class EngramMoEModel(TokenizerBinding, EngramMoEPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             **{CACHE_NAME: cache if use_cache else cache_of_caller},
         )
+
+
+def refuse_other_engines(config) -> None:
+    """
+    Raises:
+        NotImplementedError: another engine runs the model, and gives it no cache to keep ids in.
+    """
+    if str(config._attn_implementation).startswith("vllm"):
+        raise NotImplementedError(
+            "vLLM's Transformers backend calls a model without a cache, so the memory would read n-grams without their "
+            "past and decode wrongly. Serve this model with `transformers serve` or `generate`."
+        )
+
+
+class WithoutContinuousBatching:
+    """Part of `EngramMoEForCausalLM`: transformers pages keys and values only, and a memory also keeps the last ids."""
+
+    @property
+    def init_continuous_batching(self):
+        # `transformers serve` looks for this name, and where it is missing answers one request after another.
+        if self.config.engram_layer_ids:
+            raise AttributeError(f"{type(self).__name__} has no continuous batching.")
+        return super().init_continuous_batching
+
+    def generate_batch(self, *args, **kwargs):
+        """As in transformers, for a model without memory layers.
+
+        Raises:
+            NotImplementedError: there are memory layers.
+        """
+        self._refuse_continuous_batching()
+        return super().generate_batch(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """As in transformers, for a model without memory layers.
+
+        Raises:
+            NotImplementedError: there are memory layers.
+        """
+        self._refuse_continuous_batching()
+        return super().continuous_batching_context_manager(*args, **kwargs)
+
+    def _refuse_continuous_batching(self) -> None:
+        if self.config.engram_layer_ids:
+            raise NotImplementedError(
+                "Continuous batching pages keys and values, and a memory layer also keeps the last ids, which have no "
+                "pages. Call generate with a batch of prompts padded on the left: it gives what each gives alone."
+            )
 
 
 @auto_docstring

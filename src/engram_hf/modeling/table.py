@@ -1,42 +1,31 @@
-"""All rows of one memory layer, in blocks. The one seam between a model and its rows: row ids in, rows out.
+"""All rows of one memory layer. The one seam between a model and its rows: row ids in, rows out.
 
-A block is a run of whole hash heads: one parameter, one tensor in the checkpoint. Blocks are independent, so they are
-mapped, placed, sharded and saved one by one, and each has a tier of its own:
-
-* `resident`: on the device that computes (on a CPU that is the file's mapping, as in any transformers model);
-* `host`: in RAM, pinned where there is a GPU;
-* `disk`: in its file; a lookup reads the pages of its rows, and nothing else.
-
-A tier never changes a row. This file knows nothing of models, hashing or gates.
+A table is a list of blocks (table_blocks.py), each on a tier of its own. A tier never changes a row. This file knows
+nothing of models, hashing or gates.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.utils import logging
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, pages_of_rows
-from .engram_refusals import refuse_export
 from .hot_rows import HotRows
-from .table_changes import DIGESTS, KEYS, ROWS, RowChanges
-from .table_formats import QUANTIZED_FORMATS, dequantize_rows, quantize_rows, row_bytes
-from .table_gradients import RowGradients
-from .table_rows import DISK, HOST, RESIDENT, ROW_GRADIENT_NORM, RowsByNumber
+from .table_blocks import DIGESTS, DISK, OLD_ROW_IDS, RESIDENT, ROW_IDS, ROWS, STAMP, Block, make_blocks, put_rows
+from .table_changes import ChangedRows, RowChanges, TrainingRun
+from .table_formats import RowFormat, row_format
+from .table_gradients import Exchange, RowGradients, group
 
 
 DRAWN_BYTES = 2**26
-
-logger = logging.get_logger(__name__)
+Watch = Callable[[torch.Tensor], AbstractContextManager]
 
 _BUILDS_BLOCKS: ContextVar[bool] = ContextVar("engram_table_builds_blocks", default=True)
 
@@ -51,26 +40,12 @@ def tables_without_blocks() -> Iterator[None]:
         _BUILDS_BLOCKS.reset(token)
 
 
-def split_into_blocks(rows_of_head: Sequence[int], head_dim: int, block_elements: int) -> list[list[int]]:
-    """Rows of the heads of each block: consecutive whole heads while they fit into `block_elements`, at least one.
-
-    Example:
-        >>> split_into_blocks([101, 103, 211], head_dim=4, block_elements=1000)
-        [[101, 103], [211]]
-    """
-    blocks: list[list[int]] = [[]]
-    for rows in rows_of_head:
-        if blocks[-1] and (sum(blocks[-1]) + rows) * head_dim > block_elements:
-            blocks.append([])
-        blocks[-1].append(rows)
-    return blocks
-
-
-class EngramTable(RowsByNumber, nn.Module):
+class EngramTable(nn.Module):
     """Rows of all heads of one memory layer, each (head_dim,).
 
-    Parameters: `blocks.0`, `blocks.1`, ..., each (rows of its heads, row width), in the table's own dtype. A row is
-    head_dim numbers wide, or the bytes of a quantized row.
+    Parameters: `blocks.0`, `blocks.1`, ..., each (rows of its heads, row width), in the table's own type. A row is
+    head_dim numbers wide, or the bytes of a quantized row. A *row id* of a head counts from the head's first row, as
+    the hash gives it; a row id of the table counts through all heads, block by block.
     """
 
     def __init__(
@@ -78,52 +53,53 @@ class EngramTable(RowsByNumber, nn.Module):
         rows_of_head: Sequence[int],
         head_dim: int,
         block_elements: int,
-        dtype: torch.dtype | None = None,
-        row_format: str | None = None,
+        stored_as: RowFormat | None = None,
+        reader: PageReader | None = None,
     ):
         """
         Args:
             rows_of_head: rows of each head, in the order of the last axis of row ids.
             head_dim: width of a row.
             block_elements: most elements of a block that holds more than one head.
-            dtype: type of the rows; None is torch's default at this moment.
-            row_format: one of QUANTIZED_FORMATS for rows of 8 or 4 bits; `dtype` is then of no account.
+            stored_as: format of the rows; None is torch's default type at this moment.
+            reader: brings pages of blocks on disk; several tables may share one.
         """
         super().__init__()
         self.head_dim = head_dim
-        self.row_format = row_format
-        self.row_width = head_dim if row_format is None else row_bytes(row_format, head_dim)
-        self.rows_of_block = split_into_blocks(rows_of_head, head_dim, block_elements)
-        self.first_rows = list(accumulate((rows for rows, _ in self.block_shapes[:-1]), initial=0))
-        storage = dtype if row_format is None else torch.uint8
-        shapes = self.block_shapes if _BUILDS_BLOCKS.get() else []
-        self.blocks = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, dtype=storage), requires_grad=row_format is None) for shape in shapes
-        )
-        self.tiers = [RESIDENT] * len(shapes)
-        self.sources: list[BlockSource | None] = [None] * len(shapes)
-        # Where the last save put a block: a file that may stand for it later.
-        self.saved_in: dict[int, tuple[Path, str]] = {}
-        self.reader = PageReader()
+        self.stored_as = row_format(None) if stored_as is None else stored_as
+        self.row_width = self.stored_as.row_elements(head_dim)
+        self.blocks = nn.ParameterList()
+        self.block_records = make_blocks(self.blocks, rows_of_head, head_dim, block_elements, self.row_width)
+        if _BUILDS_BLOCKS.get():
+            self.blocks.extend(
+                nn.Parameter(
+                    torch.empty(block.shape, dtype=self.stored_as.storage), requires_grad=self.stored_as.is_trainable
+                )
+                for block in self.block_records
+            )
+        self.row_gradients = RowGradients()
+        self.changes = RowChanges()
         self.hot_rows: HotRows | None = None
-        # Where it is trained row by row.
-        self.row_gradients: RowGradients | None = None
-        self.row_changes = RowChanges()
-        # Put around the reading of a lookup in training, with the numbers of its rows.
-        self.watch: Callable[[torch.Tensor], AbstractContextManager] | None = None
-        self.given_blocks: list[int] = []
-        self.register_load_state_dict_post_hook(_write_changed_rows)
-        # First row of each head inside its block, and the number of its rows: where the model is, and for lookups on
-        # the CPU.
-        offsets = [offset for rows in self.rows_of_block for offset in accumulate(rows[:-1], initial=0)]
-        self.offsets_on_cpu, self.rows_on_cpu = np.array(offsets), np.array(rows_of_head)
-        self.head_offsets = nn.Buffer(self.make_head_offsets(), persistent=False)
-        self.head_rows = nn.Buffer(self.make_head_rows(), persistent=False)
+        self._reader = PageReader() if reader is None else reader
+        self._watch: Watch | None = None
+        # First row of each head inside its block, and the number of its rows: on the CPU, and where the model is.
+        offsets = [i for block in self.block_records for i in accumulate(block.rows_of_head[:-1], initial=0)]
+        self._offsets_on_cpu, self._rows_on_cpu = np.array(offsets), np.array(rows_of_head)
+        # No buffers: what averages or casts the buffers of a model must not change where a head begins.
+        self.head_offsets = torch.tensor(self._offsets_on_cpu, device="cpu")
+        self.head_rows = torch.tensor(self._rows_on_cpu, device="cpu")
+        self._loaded: list[Block] = []
+        self.register_load_state_dict_post_hook(_write_arrived_rows)
 
     @property
-    def block_shapes(self) -> list[tuple[int, int]]:
-        """(rows, row width) of each block, whether it is here yet or not."""
-        return [(sum(rows), self.row_width) for rows in self.rows_of_block]
+    def reader(self) -> PageReader:
+        """What brings pages of blocks on disk."""
+        return self._reader
+
+    @property
+    def row_format(self) -> str | None:
+        """Name of the format of quantized rows; None for floating numbers."""
+        return None if self.stored_as.is_trainable else self.stored_as.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +108,7 @@ class EngramTable(RowsByNumber, nn.Module):
 
     @property
     def num_rows(self) -> int:
-        return sum(rows for rows, _ in self.block_shapes)
+        return sum(block.num_rows for block in self.block_records)
 
     @property
     def row_nbytes(self) -> int:
@@ -141,37 +117,38 @@ class EngramTable(RowsByNumber, nn.Module):
 
     @property
     def is_resident(self) -> bool:
-        return all(tier == RESIDENT for tier in self.tiers)
+        return all(block.tier == RESIDENT for block in self.block_records)
 
     @property
     def is_trainable(self) -> bool:
         """Whether rows are to be trained, on whatever tier; frozen by `requires_grad_(False)`."""
         return any(block.requires_grad for block in self.blocks)
 
-    def make_head_offsets(self) -> torch.Tensor:
-        """(heads,) int64: first row of each head inside its block."""
-        return torch.tensor(self.offsets_on_cpu)
+    @property
+    def is_in_training(self) -> bool:
+        """Whether an optimizer updates the table row by row."""
+        return self.row_gradients.is_collecting
 
-    def make_head_rows(self) -> torch.Tensor:
-        """(heads,) int64: rows of each head."""
-        return torch.tensor(self.rows_on_cpu)
+    @property
+    def home(self) -> torch.device:
+        """Where rows are gathered and updated: the device of a resident table, else the CPU."""
+        return self.blocks[0].device if self.is_resident else torch.device("cpu")
+
+    @property
+    def first_rows_of_heads(self) -> torch.Tensor:
+        """(heads,) int64: the row id in the table of the first row of each head."""
+        return self.head_rows.cumsum(0) - self.head_rows
 
     @torch.no_grad()
-    def write_heads(self) -> None:
-        """Write what no checkpoint holds: where heads begin, and how many rows they have."""
-        self.head_offsets.copy_(self.make_head_offsets())
-        self.head_rows.copy_(self.make_head_rows())
-
-    @torch.no_grad()
-    def draw_rows(self, std: float) -> None:
+    def init_weights(self, std: float) -> None:
         """Draw all rows from a normal distribution, in place."""
         for block in self.blocks:
-            if self.row_format is None:
+            if self.stored_as.is_trainable:
                 init.normal_(block, mean=0.0, std=std)
             elif not block.is_meta and not getattr(block, "_is_hf_initialized", False):
                 for part in block.split(max(1, DRAWN_BYTES // self.row_nbytes)):
                     rows = torch.empty(part.shape[0], self.head_dim, device=block.device).normal_(0.0, std)
-                    part.copy_(quantize_rows(rows, self.row_format))
+                    part.copy_(self.stored_as.encode(rows))
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look rows up.
@@ -185,17 +162,17 @@ class EngramTable(RowsByNumber, nn.Module):
 
         Raises:
             IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
-            ValueError: a block's file has changed, a block was moved away by something that does not know tables, a
-                trainable table off the device has nobody who updates its rows, or torch exports what it cannot.
+            ValueError: a block's file has changed; something that does not know tables has moved a block; a trainable
+                table off the device has nobody who updates its rows; torch exports what it cannot.
         """
         refuse_export(self.is_resident)
-        if self.row_gradients is not None and torch.is_grad_enabled():
+        if self.is_in_training and torch.is_grad_enabled():
             return self._look_up_to_train(row_ids).flatten(-2)
         if self.is_resident:
             self._check_row_ids(row_ids)
             if not torch.compiler.is_compiling():
                 self._check_files()
-            rows = [F.embedding(ids, self._block(i, row_ids)) for i, ids in enumerate(self._rows_of_blocks(row_ids))]
+            rows = [self._look_up(block, ids) for block, ids in zip(self.block_records, self._split(row_ids))]
         else:
             if self.training and torch.is_grad_enabled() and self.is_trainable:
                 raise ValueError(
@@ -205,24 +182,19 @@ class EngramTable(RowsByNumber, nn.Module):
                 )
             rows = self._read(row_ids)
         found = torch.cat(rows, dim=-2)  # (..., heads, row width)
-        if self.row_format is not None:
-            found = dequantize_rows(found, self.row_format, self.head_dim)
-        return found.flatten(-2)
+        return self.stored_as.decode(found, self.head_dim).flatten(-2)
 
-    def _rows_of_blocks(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """For each block the rows that are asked of it, (..., heads of the block), in [0, rows of the block)."""
-        block_rows = row_ids + self.head_offsets.to(row_ids.device)
-        return block_rows.split([len(rows) for rows in self.rows_of_block], dim=-1)
+    def _split(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For each block the rows that are asked of it, (..., heads of the block), counted from its first."""
+        rows = row_ids + self.head_offsets.to(row_ids.device)
+        return rows.split([len(block.rows_of_head) for block in self.block_records], dim=-1)
 
-    def _block(self, number: int, row_ids: torch.Tensor) -> torch.Tensor:
-        block = self.blocks[number]
-        if block.is_meta and not row_ids.is_meta:
-            raise ValueError(
-                f"Block {number} of this table has no memory: accelerate's hooks, which move whole weights in every "
-                "forward, cannot serve a table. Load the model with from_pretrained(folder, device_map={...}), where "
-                'a table or a block has an entry of its own, such as "model.layers.1.engram.table": "disk".'
-            )
-        return block
+    @staticmethod
+    def _look_up(block: Block, rows: torch.Tensor) -> torch.Tensor:
+        """(..., heads of the block, row width) on the device of the ids, which may be another one than the block's."""
+        if not rows.is_meta:
+            block.require_memory()
+        return F.embedding(rows.to(block.parameter.device), block.parameter).to(rows.device)
 
     def _check_row_ids(self, row_ids: torch.Tensor) -> None:
         # On an accelerator looking would wait for it, and the kernel looks by itself.
@@ -230,19 +202,18 @@ class EngramTable(RowsByNumber, nn.Module):
             return
         # As unsigned numbers negative ones are too large.
         numbers = row_ids.detach().numpy().astype(np.int64, copy=False).view(np.uint64)
-        bounds = self.rows_on_cpu.view(np.uint64)
+        bounds = self._rows_on_cpu.view(np.uint64)
         if (numbers.max(axis=tuple(range(numbers.ndim - 1)), initial=0) >= bounds).any():
             where = np.argwhere(numbers >= bounds)[0].tolist()
             raise IndexError(
                 f"Row id {int(row_ids[tuple(where)])} at {where} is out of range: head {where[-1]} has "
-                f"{self.rows_on_cpu[where[-1]]} rows. Row ids come from this layer's own hash."
+                f"{self._rows_on_cpu[where[-1]]} rows. Row ids come from this layer's own hash."
             )
 
     def _check_files(self) -> None:
         """Every file that a block is still mapped from is what it was when it was opened."""
-        self.row_changes.settle(self)
-        sources = zip(self.blocks, self.sources)
-        for file in {source.file for block, source in sources if source is not None and source.is_under(block)}:
+        self.changes.settle()
+        for file in {block.mapped_file() for block in self.block_records} - {None}:
             file.check_unchanged()
 
     # Lookups that leave the device. Every one is right without a prefetch, which only brings pages closer.
@@ -259,75 +230,75 @@ class EngramTable(RowsByNumber, nn.Module):
 
     @torch.compiler.disable
     def _prefetch(self, row_ids: torch.Tensor) -> None:
-        block_rows = self._rows_on_cpu(row_ids)
-        if row_ids.is_cuda and self.row_gradients is None:
-            started = [self.reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
+        block_rows = self._split_on_cpu(row_ids)
+        if row_ids.is_cuda and not self.is_in_training:
+            started = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
-            started = [self.reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
-        self.reader.remember(row_ids, [future for future in started if future is not None])
+            started = [self._reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
+        self._reader.remember(row_ids, [future for future in started if future is not None])
 
-    def _rows_on_cpu(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
-        """As `_rows_of_blocks`, on the CPU, of ids and files that have been checked. In few steps: beside a busy thread
-        each one may wait for the interpreter."""
+    def _split_on_cpu(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
+        """As `_split`, on the CPU, of ids and files that have been checked. It takes few steps, since each one may wait
+        for the interpreter beside a busy thread."""
         self._check_files()
         on_cpu = row_ids if row_ids.device.type == "cpu" else row_ids.cpu()
         self._check_row_ids(on_cpu)
-        rows, ends = on_cpu.numpy() + self.offsets_on_cpu, list(accumulate(map(len, self.rows_of_block), initial=0))
+        rows = on_cpu.numpy() + self._offsets_on_cpu
+        ends = list(accumulate((len(block.rows_of_head) for block in self.block_records), initial=0))
         return [torch.from_numpy(rows[..., start:end]) for start, end in zip(ends, ends[1:])]
 
     def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, MappedFile]]:
-        for number, rows in enumerate(block_rows):
-            if self.tiers[number] != DISK:
+        for block, rows in zip(self.block_records, block_rows):
+            if not block.is_on_disk or block.source is None:
                 continue
-            file, block = self.sources[number].file, self._block(number, rows)
-            wanted = rows.reshape(-1).numpy()
-            if self.hot_rows is not None:
-                start = self.first_rows[number]
-                wanted = self.hot_rows.missing(wanted + start) - start
-            yield pages_of_rows(block.data_ptr() + wanted * self.row_nbytes, self.row_nbytes), file
+            block.require_memory()
+            wanted, hot = rows.reshape(-1).numpy(), self.hot_rows
+            if hot is not None:
+                wanted = hot.missing(wanted + block.first_row) - block.first_row
+            yield pages_of_rows(block.addresses(wanted), self.row_nbytes), block.source.file
 
     @torch.compiler.disable
     def _read(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
         """For each block (..., heads of the block, row width), on the device of `row_ids`."""
-        started = self.reader.take(row_ids)
+        started = self._reader.take(row_ids)
         if started is not None:
             results = [future.result() for future in started]
-            if row_ids.is_cuda and self.row_gradients is None:
+            if row_ids.is_cuda and not self.is_in_training:
                 rows, event = results[0]
                 return self._arrived(rows, event, torch.cuda.current_stream(row_ids.device))
-        block_rows = self._rows_on_cpu(row_ids)
+        block_rows = self._split_on_cpu(row_ids)
         if started is None:
             for pages, file in self._pages_on_disk(block_rows):
-                self.reader.read(pages, file)
-        return [self._gather(number, rows, row_ids.device) for number, rows in enumerate(block_rows)]
+                self._reader.read(pages, file)
+        return [self._gather(block, rows, row_ids.device) for block, rows in zip(self.block_records, block_rows)]
 
-    def _gather(self, number: int, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """(..., heads of the block) CPU row numbers to (..., heads of the block, row width) on a device."""
-        block = self._block(number, rows)
-        if self.tiers[number] == RESIDENT:
-            return F.embedding(rows.to(block.device), block.detach()).to(device)
-        if self.hot_rows is None:
+    def _gather(self, block: Block, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """(..., heads of the block) rows on the CPU to (..., heads of the block, row width) on a device."""
+        block.require_memory()
+        hot = self.hot_rows
+        if block.tier == RESIDENT:
+            return F.embedding(rows.to(block.rows.device), block.rows).to(device)
+        if hot is None:
             return self._copy_out(block, rows, device)
-        start = self.first_rows[number]
-        found = self.hot_rows.lookup(
-            rows.reshape(-1).numpy() + start,
-            lambda missing: self._copy_out(block, torch.from_numpy(missing - start), self.hot_rows.rows.device),
+        found = hot.lookup(
+            rows.reshape(-1).numpy() + block.first_row,
+            lambda missing: self._copy_out(block, torch.from_numpy(missing - block.first_row), hot.rows.device),
         )
         return found.view(*rows.shape, -1).to(device)
 
-    def _copy_out(self, block: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def _copy_out(self, block: Block, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         if device.type != "cuda":
-            return F.embedding(rows, block.detach()).to(device)
-        staging = torch.empty((rows.numel(), self.row_width), dtype=block.dtype, pin_memory=True)
-        torch.index_select(block.detach(), 0, rows.reshape(-1), out=staging)
+            return F.embedding(rows, block.rows).to(device)
+        staging = torch.empty((rows.numel(), self.row_width), dtype=self.dtype, device="cpu", pin_memory=True)
+        torch.index_select(block.rows, 0, rows.reshape(-1), out=staging)
         return staging.view(*rows.shape, -1).to(device, non_blocking=True)
 
     def _stage(self, block_rows: Sequence[torch.Tensor], device: torch.device):
-        """In the reading thread: all rows, on their way to the GPU on a stream of their own, and their arrival."""
+        """In the reading thread: all rows on their way to the GPU, on the reader's own stream, and their arrival."""
         for pages, file in self._pages_on_disk(block_rows):
-            self.reader.read(pages, file)
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(device)):
-            rows = [self._gather(number, ids, device) for number, ids in enumerate(block_rows)]
+            self._reader.read(pages, file)
+        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(self._reader.stream(device)):
+            rows = [self._gather(block, ids, device) for block, ids in zip(self.block_records, block_rows)]
             return rows, torch.cuda.current_stream(device).record_event()
 
     @staticmethod
@@ -337,22 +308,134 @@ class EngramTable(RowsByNumber, nn.Module):
             tensor.record_stream(stream)
         return rows
 
-    # Placing.
+    # Rows by their ids in the table: what training, checkpoints and instruments use.
 
-    def open_blocks(self, sources: Sequence[BlockSource], tiers: Sequence[str], devices: Sequence) -> None:
+    def parts(self, row_ids: torch.Tensor) -> Iterator[tuple[Block, slice, torch.Tensor]]:
+        """For each block that is asked for: the block, which of the row ids, and their rows counted from its first.
+
+        Args:
+            row_ids: (n,) int64 row ids of the table, ascending.
+        """
+        firsts = torch.tensor([block.first_row for block in self.block_records], device=row_ids.device)
+        bounds = torch.searchsorted(row_ids, firsts).tolist() + [len(row_ids)]
+        for block, start, end in zip(self.block_records, bounds, bounds[1:]):
+            if end > start:
+                yield block, slice(start, end), row_ids[start:end] - block.first_row
+
+    @torch.no_grad()
+    def gather_rows(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
+        """Rows by their ids in the table.
+
+        Args:
+            row_ids: (n,) int64, ascending, on `home`.
+            are_read: whether their pages have been asked for already.
+
+        Returns:
+            (n, row width) in the type of the table, on `home`; a copy.
+        """
+        self.changes.settle()
+        rows = torch.empty(len(row_ids), self.row_width, dtype=self.dtype, device=row_ids.device)
+        for block, part, wanted in self.parts(row_ids):
+            block.require_memory()
+            if block.is_on_disk and block.source is not None and not are_read:
+                self._reader.read(pages_of_rows(block.addresses(wanted.numpy()), self.row_nbytes), block.source.file)
+            if block.rows.device == rows.device:
+                torch.index_select(block.rows, 0, wanted, out=rows[part])
+            else:
+                rows[part] = block.rows.index_select(0, wanted.to(block.rows.device)).to(rows.device)
+        return rows
+
+    @torch.no_grad()
+    def write_rows(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Replace rows, where they live.
+
+        Args:
+            row_ids: (n,) int64, ascending and distinct, on `home`.
+            rows: (n, row width) in the type of the table.
+        """
+        for block, part, wanted in self.parts(row_ids):
+            block.require_memory()
+            before = block.parameter._version
+            put_rows(block.rows, wanted, rows[part], is_mapped=block.is_on_disk)
+            if block.base is not None and block.base.version == before:
+                block.base = block.base._replace(version=block.parameter._version)
+        self.changes.mark(row_ids)
+        if self.hot_rows is not None:
+            self.hot_rows.forget(row_ids.cpu().numpy())
+
+    # Training.
+
+    def collect_row_gradients(self, run: TrainingRun | None = None, exchange: Exchange | None = None) -> RowGradients:
+        """From now on, leave gradients of rows behind for whoever updates them; blocks get no gradient any more.
+
+        Args:
+            run: the training run, whose checkpoints hold the changed rows of this table beside its blocks. A later
+                run takes the place of an earlier one.
+            exchange: makes the rows of all processes out of those of this one.
+        """
+        if not self.is_in_training:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            self.row_gradients.begin(self.blocks[0].device, dtype, self.row_width)
+            self.changes.settle()
+            self.changes.begin(self, TrainingRun() if run is None else run)
+        elif run is not None:
+            self.changes.run = run
+        self.row_gradients.exchange = exchange
+        return self.row_gradients
+
+    def watch_lookups(self, watch: Watch | None) -> None:
+        """Put a context around the reading of every lookup in training; it gets the distinct row ids. None ends it."""
+        self._watch = watch
+
+    @torch.compiler.disable
+    def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
+        self._check_files()
+        home = row_ids.to(self.home)
+        self._check_row_ids(home)
+        groups = group((home + self.first_rows_of_heads.to(home.device)).flatten())
+        with nullcontext() if self._watch is None else self._watch(groups.distinct):
+            started = self._reader.take(row_ids)
+            for future in started or []:
+                future.result()
+            rows = self.gather_rows(groups.distinct, are_read=started is not None)
+        rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
+        looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
+        return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
+
+    def _are_trained(self, row_ids: torch.Tensor) -> torch.Tensor | None:
+        """Which rows are of blocks that are not frozen; None for all."""
+        if all(block.requires_grad for block in self.blocks):
+            return None
+        bounds = torch.tensor([block.first_row for block in self.block_records[1:]], device=row_ids.device)
+        is_trained = torch.tensor([block.requires_grad for block in self.blocks], device=row_ids.device)
+        return is_trained[torch.bucketize(row_ids, bounds, right=True)]
+
+    # Placing, saving, loading, copying.
+
+    def open_blocks(
+        self, sources: Sequence[BlockSource], tiers: Sequence[str], devices: Sequence, reader: PageReader | None = None
+    ) -> None:
         """Give a table that was built without blocks its own.
 
         Args:
             sources: the tensor of each block; dtype and shape have been compared with this table.
             tiers: one per block.
             devices: where a resident block goes.
+            reader: as for the constructor.
         """
-        self.blocks = nn.ParameterList(
-            nn.Parameter(source.tensor(), requires_grad=self.row_format is None) for source in sources
+        self._reader = self._reader if reader is None else reader
+        self.blocks.extend(
+            nn.Parameter(source.tensor(), requires_grad=self.stored_as.is_trainable) for source in sources
         )
-        self.sources, self.tiers = list(sources), [RESIDENT] * len(sources)
-        for number, (tier, device) in enumerate(zip(tiers, devices, strict=True)):
-            self.place(number, tier, device)
+        for block, source, tier, device in zip(self.block_records, sources, tiers, devices, strict=True):
+            block.source = source
+            block.place(tier, device)
+        self._move_heads(self.blocks[0].device)
+
+    def _move_heads(self, device: torch.device) -> None:
+        if device.type != "meta":
+            self.head_offsets, self.head_rows = self.head_offsets.to(device), self.head_rows.to(device)
 
     def place(self, number: int, tier: str, device: torch.device | str | int | None = None) -> None:
         """Move a block to a tier.
@@ -366,132 +449,75 @@ class EngramTable(RowsByNumber, nn.Module):
             ValueError: to disk, and no file holds these rows; or the table is in training, where its file would be
                 another one with every step.
         """
-        if tier == DISK and self.row_gradients is not None and self.tiers[number] != DISK:
+        block = self.block_records[number]
+        self.changes.settle()
+        if tier == DISK and self.is_in_training and not block.is_on_disk:
             raise ValueError(
                 f"Block {number} is in training and cannot move to disk now. Place tables before Trainer makes its "
-                "optimizer, with engram_optimizers(args, work_folder=...), or load the trained model anew."
+                "optimizer, with engram_optimizers(args, work_folder=...), or load the trained model again."
             )
-        if tier == DISK:
-            source = self._source_that_holds(number)
-            moved = source.tensor() if not source.is_under(self.blocks[number]) else self.blocks[number].detach()
-            source.file.expect_random_reads(source.name)
-        else:
-            moved = self._in_memory(number) if tier == HOST else self.blocks[number].detach().to(device)
-        self.blocks[number] = nn.Parameter(moved, requires_grad=self.blocks[number].requires_grad)
-        self.tiers[number] = tier
-
-    def _in_memory(self, number: int) -> torch.Tensor:
-        """A block in host memory of its own, as it is; it is not copied where it has that already."""
-        block, source = self.blocks[number].detach(), self.sources[number]
-        is_mapped = source is not None and source.is_under(block)
-        if block.device.type == "cpu" and not is_mapped:
-            return block
-        copied = torch.empty(block.shape, dtype=block.dtype, pin_memory=torch.cuda.is_available())
-        if not is_mapped:
-            return copied.copy_(block)
-        source.file.check_unchanged()
-        if source.was_written():
-            return copied.copy_(block)
-        source.file.read_into(source.name, copied)
-        return copied
-
-    def _source_that_holds(self, number: int) -> BlockSource:
-        """The file that a block comes from, or that the last save has put it in, whichever has its rows."""
-        block, sources = self.blocks[number], [self.sources[number]]
-        if number in self.saved_in and self.saved_in[number][0].exists():
-            path, name = self.saved_in[number]
-            sources.append(BlockSource(TableFile(path), name))
-        known = [source for source in sources if source is not None]
-        if not known:
-            raise ValueError(
-                f"Block {number} comes from no file, so it cannot live on disk. Save the model with save_pretrained "
-                "and load it again, or place the tables of a loaded model."
-            )
-        for source in known:
-            source.file.check_unchanged()
-            if source.holds(block):
-                self.sources[number] = source
-                return source
-        raise ValueError(
-            f"Block {number} has other rows than {known[0].file.path}, so that file cannot stand for it: it was "
-            "changed, or comes from a training checkpoint, which holds changed rows apart. Save the model with "
-            "save_pretrained, which makes a file that can."
-        )
-
-    def follow_save(self, saved_in: dict[int, tuple[Path, str]]) -> None:
-        """Know where a save has put each block, and read those on disk from there if their own file is gone.
-
-        Args:
-            saved_in: number of a block to the file that holds it now, and its name there.
-        """
-        self.saved_in = saved_in
-        opened: dict[Path, TableFile] = {}
-        is_trained = self.row_gradients is not None
-        for number, (path, name) in saved_in.items():
-            is_gone = self.tiers[number] == DISK and not self.sources[number].file.is_at_its_path()
-            # The file of a base lacks the rows that have changed.
-            is_gone = is_gone and not (is_trained and number in self.row_changes.kept)
-            if is_gone or is_trained:
-                source = BlockSource(opened.setdefault(path, TableFile(path)), name)
-                if is_gone:
-                    self.read_from(number, source)
-                if is_trained:
-                    self.row_changes.follow_save(self, number, source)
-
-    def read_from(self, number: int, source: BlockSource) -> None:
-        """Have a block on disk read from another file that holds its rows."""
-        self.sources[number] = source
-        self.blocks[number] = nn.Parameter(source.tensor(), requires_grad=self.blocks[number].requires_grad)
-        source.file.expect_random_reads(source.name)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.row_changes.settle(self)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + ROW_GRADIENT_NORM, None)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
-        """As in any module, but a block on disk that gets its own rows again stays there, unwritten; one that gets
-        other rows has them in host memory."""
-        fresh: dict[MappedFile, MappedFile] = {}
-        for number, block in enumerate(self.blocks):
-            name = f"{prefix}blocks.{number}"
-            given, source = state_dict.get(name), self.sources[number]
-            is_here = given is not None and given.shape == block.shape and self.tiers[number] == DISK
-            if not is_here or source.file.is_shared:
-                continue
-            if given.dtype == block.dtype and source.holds(given):
-                if not source.holds(block):
-                    # What was written is under the old mapping.
-                    if source.file not in fresh:
-                        fresh[source.file] = copy.deepcopy(source.file)
-                    self.read_from(number, BlockSource(fresh[source.file], source.name))
-                state_dict[name] = self.blocks[number]
-            else:
-                logger.warning(
-                    f"{name} gets other rows than its file has, and moves from disk to host memory. To resume a run on "
-                    "disk, load the model from the checkpoint that is resumed."
-                )
-                self.blocks[number] = nn.Parameter(torch.empty_like(block), requires_grad=block.requires_grad)
-                self.tiers[number] = HOST
-        if self.hot_rows is not None:
-            self.hot_rows.clear()
-        self.given_blocks = [n for n in range(len(self.blocks)) if f"{prefix}blocks.{n}" in state_dict]
-        for number in self.given_blocks:
-            self.row_changes.bases.pop(number, None)
-        changes = [state_dict.pop(prefix + name, None) for name in (KEYS, ROWS, DIGESTS)]
-        if all(part is not None for part in changes):
-            self.row_changes.expect(self, *changes)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
-        if prefix + ROW_GRADIENT_NORM in missing_keys:
-            missing_keys.remove(prefix + ROW_GRADIENT_NORM)
+        block.place(tier, device)
+        self._move_heads(self.blocks[0].device)
 
     def keep_hot_rows(self, size: int, device: torch.device | str) -> None:
         """Keep a cache of `size` rows in front of the blocks that are not resident; 0 keeps none."""
         self.hot_rows = HotRows(size, self.row_width, self.dtype, device) if size else None
 
+    def follow_save(self, saved_by_base: Sequence[int] = ()) -> None:
+        """A save has put every block where its `saved_in` says: read those on disk from there if their own file is
+        gone.
+
+        Args:
+            saved_by_base: numbers of the blocks that were left to the file they come from, changed rows beside it.
+        """
+        opened: dict[str, TableFile] = {}
+        for block in self.block_records:
+            if block.saved_in is None:
+                continue
+            path, name = block.saved_in
+            by_base = block.number in saved_by_base
+            # The file of a base lacks the rows that have changed.
+            is_gone = block.is_on_disk and block.source is not None and not block.source.file.is_at_its_path()
+            if (is_gone and not by_base) or self.is_in_training:
+                if str(path) not in opened:
+                    opened[str(path)] = TableFile(path)
+                source = BlockSource(opened[str(path)], name)
+                if is_gone and not by_base:
+                    block.read_from(source)
+                if self.is_in_training:
+                    self.changes.follow_save(block, source, by_base)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.changes.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As in any module. Changed rows of a checkpoint are written over the blocks, in whatever order they come."""
+        loaded = []
+        for block in self.block_records[: len(self.blocks)]:
+            name = f"{prefix}blocks.{block.number}"
+            if name in state_dict:
+                state_dict[name] = block.load(state_dict[name], name)
+                block.base = None
+                loaded.append(block)
+        if self.hot_rows is not None:
+            self.hot_rows.clear()
+        parts = {part: state_dict.pop(f"{prefix}changed.{part}", None) for part in (ROWS, DIGESTS, STAMP)}
+        row_ids = [state_dict.pop(f"{prefix}changed.{part}", None) for part in (ROW_IDS, OLD_ROW_IDS)]
+        parts[ROW_IDS] = next((each for each in row_ids if each is not None), None)
+        found = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        if found:
+            name = prefix.removesuffix(".")
+            self.changes.arrive(name, self, ChangedRows.from_tensors(found, name, "the loaded state dict"))
+        elif loaded:
+            self.changes.forget_stamp()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # The blocks themselves are loaded after this, by their ParameterList.
+        self._loaded = loaded
+
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
-        staying = {id(block) for block, tier in zip(self.blocks, self.tiers) if tier != RESIDENT}
+        staying = {id(block.parameter) for block in self._present() if block.tier != RESIDENT}
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device)) if len(self.blocks) else None
         converts = probe is not None and probe.dtype != self.dtype
 
@@ -500,44 +526,70 @@ class EngramTable(RowsByNumber, nn.Module):
                 return tensor
             return tensor.to(probe.device) if converts else fn(tensor)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if probe is not None:
+            self._move_heads(probe.device)
+        return self
+
+    def _present(self) -> list[Block]:
+        """The blocks that are there; none of a table that waits for `open_blocks`."""
+        return self.block_records[: len(self.blocks)]
 
     def __getstate__(self) -> dict:
-        """For copies and pickles, which nobody trains: blocks on disk are opened there again, unless they were written;
-        those are copied, and so are blocks of a file that only this run has."""
-        on_disk = [
-            tier == DISK and source.file.can_be_linked and source.holds(block)
-            for tier, source, block in zip(self.tiers, self.sources, self.blocks)
-        ]
-        kept = [nn.Parameter(b[:0].clone(), b.requires_grad) if d else b for d, b in zip(on_disk, self.blocks)]
+        """For copies and pickles, which nobody trains."""
+        self.changes.settle()
+        kept, records = nn.ParameterList(), []
+        for block in self.block_records:
+            copied = object.__new__(Block)
+            copied.__dict__.update(block.state_to_copy() if len(self.blocks) else block.__dict__)
+            copied._parameters = kept
+            records.append(copied)
+        for block, copied in zip(self._present(), records):
+            # A block that stays on disk is opened there again; its rows are not copied.
+            rows = block.rows[:0].clone() if copied.is_on_disk else block.rows
+            kept.append(nn.Parameter(rows, requires_grad=block.parameter.requires_grad))
         return {
             **self.__dict__,
-            "tiers": [HOST if t == DISK and not d else t for t, d in zip(self.tiers, on_disk)],
-            "sources": [s if s is None or s.file.can_be_linked else None for s in self.sources],
-            "row_gradients": None,
-            "row_changes": RowChanges(),
-            "watch": None,
-            "_parameters": {name: p for name, p in self._parameters.items() if name != ROW_GRADIENT_NORM},
-            "_modules": {**self._modules, "blocks": nn.ParameterList(kept)},
+            "block_records": records,
+            "changes": RowChanges(),
+            "_watch": None,
+            "_modules": {**self._modules, "blocks": kept},
         }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for number, source in enumerate(self.sources):
-            if self.tiers[number] == DISK and source is not None:
-                self.read_from(number, source)
+        for block in self._present():
+            if block.is_on_disk and block.source is not None:
+                block.read_from(block.source)
 
     def extra_repr(self) -> str:
-        parts = [f"rows={self.num_rows}, head_dim={self.head_dim}, blocks={len(self.rows_of_block)}"]
+        parts = [f"rows={self.num_rows}, head_dim={self.head_dim}, blocks={len(self.block_records)}"]
         parts.append(self.row_format or (str(self.dtype) if len(self.blocks) else "no blocks yet"))
-        parts += sorted(set(self.tiers) - {RESIDENT})
+        parts += sorted({block.tier for block in self.block_records} - {RESIDENT})
         return ", ".join(parts)
 
 
-def _write_changed_rows(table: EngramTable, incompatible_keys) -> None:
-    """After a state dict has been loaded: rows of it that are changes of blocks, in whatever order they come."""
-    table.row_changes.follow_blocks(table, table.given_blocks)
-    table.given_blocks = []
+def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
+    """After a state dict was loaded, with the blocks in it: write the rows that are changes of blocks."""
+    table.changes.follow_load(table, table._loaded)
+    table._loaded = []
 
 
-__all__ = ["DISK", "HOST", "RESIDENT", "QUANTIZED_FORMATS", "EngramTable", "tables_without_blocks"]
+def refuse_export(is_resident: bool) -> None:
+    """
+    Raises:
+        ValueError: torch is exporting the model in a way that cannot hold this table.
+    """
+    # Where `torch.onnx.export` fails it tries `strict=True`, under which nothing tells that it is asking.
+    is_strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+    if torch.onnx.is_in_onnx_export() or is_strict:
+        raise ValueError(
+            "torch.onnx.export knows no cummax and no grouped products, which this model needs. transformers' own "
+            "exporter does: OnnxExporter().export(model, inputs), from transformers.exporters.exporter_onnx. "
+            "torch.export.export works with strict=False."
+        )
+    if not is_resident and torch.compiler.is_exporting():
+        raise ValueError(
+            "A table in host memory or on disk cannot be exported: its rows are read outside of the graph. Load the "
+            "model without entries for tables in device_map, and the graph holds them."
+        )

@@ -1,208 +1,318 @@
 """Rows that differ from a file: how a table in training is saved without writing it whole, and read again.
 
-A checkpoint of such a table holds the file of an earlier one (a second name for it, no copy) and a small file with the
-rows that have changed since: `<table>.changed.keys`, (n,) int64, their numbers in the table; `<table>.changed.rows`,
-(n, row width); and `<table>.changed.digests`, (blocks, 32) uint8, the SHA-256 of each block that they are written over.
+A checkpoint of a training run holds the file that a block came from (a second name for it, no copy) and a small file
+with the rows that have changed since. That file has, for each table:
+
+* `<table>.changed.row_ids`, (n,) int64, ascending;
+* `<table>.changed.rows`, (n, row width);
+* `<table>.changed.digests`, (blocks, 32) uint8, the SHA-256 of each block that the rows are written over;
+* `<table>.changed.stamp`, (16,) uint8, of the run and its step, which the optimizer's state has too.
 """
 
 import hashlib
-import re
+import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .disk_files import BlockSource
 from .disk_safetensors import PIECE_BYTES, TensorContent
+from .table_blocks import DIGESTS, ROW_IDS, ROWS, STAMP, Base, Block, changed_name
 
 
-CHANGED_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)\.changed\.(keys|rows|digests)$")
-KEYS, ROWS, DIGESTS = "changed.keys", "changed.rows", "changed.digests"
-DIGEST_BYTES = 32
+DIGEST_BYTES, STAMP_BYTES = 32, 16
 SAMPLED_ROWS = 512
 # Where more of a block has changed than this, it is written whole, and what follows is changes of that.
 LARGEST_SHARE = 0.5
 
 
-@dataclass
-class Base:
-    """A tensor of a file that a block has come from. digest: its SHA-256, once all unchanged rows were compared."""
+class RowStore(Protocol):
+    """What this file needs of a table."""
 
-    source: BlockSource
-    digest: bytes | None = None
-    # Of the block, as torch counts what is written to it.
-    version: int = -1
+    block_records: list[Block]
+    row_width: int
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def home(self) -> torch.device: ...
+    def parts(self, row_ids: torch.Tensor) -> Iterator[tuple[Block, slice, torch.Tensor]]: ...
+    def gather_rows(self, row_ids: torch.Tensor) -> torch.Tensor: ...
+    def write_rows(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None: ...
+
+
+@dataclass
+class TrainingRun:
+    """A run that trains tables row by row. Its optimizer makes it, and gives it to every table.
+
+    folder: `args.output_dir`; checkpoints of the run lie in it.
+    steps: of the optimizer, in this run.
+    """
+
+    folder: Path | None = None
+    steps: int = 0
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    last_checkpoint: tuple[Path, int] | None = None
+
+    @property
+    def stamp(self) -> bytes:
+        """What ties rows and optimizer state to each other: this run at this step."""
+        return hashlib.sha256(f"{self.run_id} {self.steps}".encode()).digest()[:STAMP_BYTES]
+
+    def has_checkpoint(self, folder: Path) -> bool:
+        """Whether a folder is the place of one of this run's checkpoints."""
+        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if self.folder is None or not number.isdigit() or number == folder.name:
+            return False
+        # A search of hyperparameters gives each trial a folder of its own.
+        return self.folder.resolve() in folder.resolve().parents
+
+    def begins_checkpoint(self, folder: Path) -> bool:
+        """Whether a save into a folder makes a new checkpoint there; False where it only saves the same again."""
+        return self.has_checkpoint(folder) and self.last_checkpoint != (folder.resolve(), self.steps)
+
+
+class ChangedRows(NamedTuple):
+    """What a checkpoint holds of a table's changed rows; see the top of this file. stamp: None in older files."""
+
+    row_ids: torch.Tensor
+    rows: torch.Tensor
+    digests: torch.Tensor
+    stamp: bytes | None = None
+
+    @classmethod
+    def from_tensors(cls, parts: dict[str, torch.Tensor], table: str, where: str) -> "ChangedRows":
+        """
+        Args:
+            parts: by the last part of their names.
+            table: its name, for messages.
+            where: the checkpoint, for messages.
+
+        Raises:
+            ValueError: a part is missing, of another type or shape, or the row ids are not ascending.
+        """
+        missing = sorted({ROW_IDS, ROWS, DIGESTS} - set(parts))
+        if missing:
+            raise ValueError(
+                f"{where} lacks the {' and '.join(missing)} of the changed rows of {table}. Copy the whole folder of "
+                "the checkpoint again."
+            )
+        row_ids, rows, digests = parts[ROW_IDS], parts[ROWS], parts[DIGESTS]
+        wrong = None
+        if row_ids.dtype != torch.int64 or row_ids.ndim != 1:
+            wrong = f"row_ids are {tuple(row_ids.shape)} {row_ids.dtype}, and must be (n,) torch.int64"
+        elif rows.ndim != 2 or len(rows) != len(row_ids):
+            wrong = f"rows are {tuple(rows.shape)}, and must be ({len(row_ids)}, row width)"
+        elif digests.dtype != torch.uint8 or digests.ndim != 2 or digests.shape[1] != DIGEST_BYTES:
+            wrong = f"digests are {tuple(digests.shape)} {digests.dtype}, and must be (blocks, 32) torch.uint8"
+        elif len(row_ids) and int(row_ids[0]) < 0:
+            wrong = f"row_ids begin with {int(row_ids[0])}, and must not be negative"
+        elif (row_ids[1:] <= row_ids[:-1]).any():
+            wrong = "row_ids are not ascending and distinct"
+        stamp = parts.get(STAMP)
+        if stamp is not None and (stamp.dtype != torch.uint8 or stamp.shape != (STAMP_BYTES,)):
+            wrong = f"stamp is {tuple(stamp.shape)} {stamp.dtype}, and must be ({STAMP_BYTES},) torch.uint8"
+        if wrong is not None:
+            raise ValueError(f"The changed rows of {table} in {where} are damaged: {wrong}. Copy the checkpoint again.")
+        return cls(row_ids, rows, digests, None if stamp is None else bytes(stamp.tolist()))
+
+    def check_fit(self, table: str, num_rows: int, row_width: int, dtype: torch.dtype | None, blocks: int) -> None:
+        """
+        Raises:
+            ValueError: the rows are those of a table of another size or type.
+        """
+        is_fit = len(self.digests) == blocks and self.rows.shape[1] == row_width and self.rows.dtype == dtype
+        if not is_fit or (len(self.row_ids) and int(self.row_ids[-1]) >= num_rows):
+            last = int(self.row_ids[-1]) if len(self.row_ids) else None
+            raise ValueError(
+                f"The checkpoint's changed rows ({tuple(self.rows.shape)} {self.rows.dtype}, last row id {last}, "
+                f"{len(self.digests)} blocks) do not fit {table} ({num_rows} rows of {row_width} {dtype}, {blocks} "
+                "blocks). Load all of a checkpoint from one folder."
+            )
+
+
+@dataclass
+class ArrivedRows:
+    """Rows of one block that a state dict has brought, (n,) counted from the block's first, and (n, row width).
+
+    digest: of the block that they are changes of.
+    is_written: whether the block has them now.
+    """
+
+    digest: bytes
+    wanted: torch.Tensor
+    rows: torch.Tensor
+    is_written: bool = False
 
 
 class RowChanges:
-    """What one table knows of the rows that were changed, and of those that a checkpoint brings."""
+    """What one table knows of its changed rows, and of those that a checkpoint brings.
+
+    run: the training run that the table takes part in; None for none.
+    stamp: of the run and step whose rows were loaded last; None where they have none.
+    """
 
     def __init__(self):
-        self.bases: dict[int, Base] = {}
+        self.run: TrainingRun | None = None
+        self.stamp: bytes | None = None
         # (rows of the table,) bool while it is trained.
-        self.is_changed: torch.Tensor | None = None
-        # Number of a block to the digest, rows in the block, and values that wait for it.
-        self.arriving: dict[int, tuple[bytes, torch.Tensor, torch.Tensor]] = {}
-        # Numbers of rows that a checkpoint has brought over its blocks.
-        self.brought: list[torch.Tensor] = []
-        # Blocks that the last save has left to their bases.
-        self.kept: list[int] = []
+        self._is_changed: torch.Tensor | None = None
+        # Number of a block to rows that a state dict has brought for it.
+        self._arrived: dict[int, ArrivedRows] = {}
+        # Row ids that a checkpoint has brought over the table's blocks.
+        self._brought: torch.Tensor | None = None
 
-    def begin(self, table) -> None:
-        """Watch a table from now on, whose blocks are as their files have them but for rows that were brought."""
-        self.is_changed = torch.zeros(table.num_rows, dtype=torch.bool)
-        for keys in self.brought:
-            self.mark(keys)
-        for number, source in enumerate(table.sources):
-            if source is not None and source.file.can_be_linked:
-                self.bases[number] = Base(source)
+    def begin(self, table: RowStore, run: TrainingRun) -> None:
+        """Follow a table in training from now on. Its blocks are as their files have them, but for brought rows."""
+        self.run = run
+        self._is_changed = torch.zeros(table.num_rows, dtype=torch.bool)
+        if self._brought is not None:
+            self.mark(self._brought)
+        for block in table.block_records:
+            can_stand = block.source is not None and block.source.file.can_be_linked
+            block.base = Base(block.source) if block.source is not None and can_stand else None
 
-    def follow_write(self, number: int, block: torch.Tensor) -> None:
-        """`write_rows` has written to a block, once."""
-        if number in self.bases and self.bases[number].version == block._version - 1:
-            self.bases[number].version = block._version
+    def mark(self, row_ids: torch.Tensor) -> None:
+        """These rows, (n,) int64, have changed."""
+        if self._is_changed is not None:
+            self._is_changed[row_ids.cpu()] = True
 
-    def mark(self, keys: torch.Tensor) -> None:
-        """Rows have changed, (n,) numbers in the table."""
-        if self.is_changed is not None:
-            self.is_changed[keys.cpu()] = True
+    def _marks_of(self, block: Block) -> torch.Tensor:
+        """(rows of the block,) bool, a view."""
+        if self._is_changed is None:
+            raise RuntimeError("The table is not in training, so its changed rows are not known.")
+        return self._is_changed[block.first_row : block.first_row + block.num_rows]
 
     # Saving.
 
-    def base(self, number: int, table) -> BlockSource | None:
-        """The file that a block can be saved with as it is, and its changed rows beside it; None where there is none.
+    def base_of(self, block: Block) -> BlockSource | None:
+        """The file that a block can be saved with, its changed rows beside it; None where there is none.
 
-        The first time, everything but the changed rows is compared; later, some of it, since not every way of writing
-        to a block can be seen (`.data`, numpy).
+        The first time everything but the changed rows is compared with the file. Later a sample is, since some ways of
+        writing to a block cannot be seen (`.data`, numpy).
         """
-        known = self.bases.get(number)
-        if self.is_changed is None or known is None or not known.source.file.is_at_its_path():
+        base = block.base
+        if self._is_changed is None or base is None or not base.source.file.is_at_its_path():
             return None
-        known.source.file.check_unchanged()
-        rows = table.block_shapes[number][0]
-        first = table.first_rows[number]
-        is_changed = self.is_changed[first : first + rows]
-        if is_changed.count_nonzero() > LARGEST_SHARE * rows:
+        base.source.file.check_unchanged()
+        marks = self._marks_of(block)
+        if marks.count_nonzero() > LARGEST_SHARE * block.num_rows:
             return None
-        if table.blocks[number]._version != known.version:
-            # Written to by somebody else than `write_rows`.
-            known.digest = None
-        elif known.digest is not None and not _has_rows_of(known.source, table.blocks[number].detach(), is_changed):
-            known.digest = None
-        known.version = table.blocks[number]._version
-        if known.digest is None:
-            known.digest = _digest_if_same(known.source, table.blocks[number].detach(), is_changed)
-        if known.digest is None:
-            del self.bases[number]
-            return None
-        return known.source
+        version, digest = block.parameter._version, base.digest
+        if version != base.version:
+            # Somebody else than `write_rows` has written to it.
+            digest = None
+        elif digest is not None and not _has_rows_of(base.source, block.rows, marks):
+            digest = None
+        if digest is None:
+            digest = _digest_if_same(base.source, block.rows, marks)
+        block.base = None if digest is None else Base(base.source, digest, version)
+        return None if block.base is None else block.base.source
 
-    def contents(self, table_name: str, table, numbers: Sequence[int]) -> dict[str, TensorContent]:
-        """What a checkpoint holds of the changed rows of some blocks; empty where nothing of them has changed.
+    def contents(self, table_name: str, table: RowStore, blocks: Sequence[Block]) -> dict[str, TensorContent]:
+        """What a checkpoint of the run holds of the changed rows of some blocks.
 
         Args:
             table_name: as the names of its blocks begin.
             table: the table.
-            numbers: of blocks whose `base` stands for them.
+            blocks: those that their `base` stands for.
         """
-        parts, digests = [], torch.zeros(len(table.rows_of_block), DIGEST_BYTES, dtype=torch.uint8)
-        for number in sorted(numbers):
-            first = table.first_rows[number]
-            marks = cast(torch.Tensor, self.is_changed)[first : first + table.block_shapes[number][0]]
-            parts.append(marks.nonzero().flatten() + first)
-            digests[number] = torch.tensor(list(self.bases[number].digest or b""), dtype=torch.uint8)
-        keys = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-        if not len(keys):
-            return {}
-        rows_at_once = max(1, PIECE_BYTES // table.row_nbytes)
+        if self.run is None:
+            raise RuntimeError("The table is not in training, so its changed rows are not known.")
+        parts, digests = [], torch.zeros(len(table.block_records), DIGEST_BYTES, dtype=torch.uint8)
+        for block in sorted(blocks, key=lambda block: block.number):
+            parts.append(self._marks_of(block).nonzero().flatten() + block.first_row)
+            digest = None if block.base is None else block.base.digest
+            digests[block.number] = torch.tensor(list(digest or bytes(DIGEST_BYTES)), dtype=torch.uint8)
+        row_ids = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        row_nbytes = table.row_width * table.dtype.itemsize
+        rows_at_once = max(1, PIECE_BYTES // row_nbytes)
 
         def pieces():
-            for part in keys.split(rows_at_once):
+            for part in row_ids.split(rows_at_once):
                 yield from TensorContent.of(table.gather_rows(part.to(table.home))).pieces()
 
-        shape = (len(keys), table.row_width)
+        shape = (len(row_ids), table.row_width)
         return {
-            f"{table_name}.{KEYS}": TensorContent.of(keys),
-            f"{table_name}.{ROWS}": TensorContent(table.dtype, shape, len(keys) * table.row_nbytes, pieces),
-            f"{table_name}.{DIGESTS}": TensorContent.of(digests),
+            changed_name(table_name, ROW_IDS): TensorContent.of(row_ids),
+            changed_name(table_name, ROWS): TensorContent(table.dtype, shape, len(row_ids) * row_nbytes, pieces),
+            changed_name(table_name, DIGESTS): TensorContent.of(digests),
+            changed_name(table_name, STAMP): TensorContent.of(torch.tensor(list(self.run.stamp), dtype=torch.uint8)),
         }
 
-    def follow_save(self, table, number: int, source: BlockSource) -> None:
-        """Where a save has put a block: by its base and rows, or whole, which is a new base."""
-        is_kept = number in self.kept
-        known = self.bases.get(number) if is_kept else None
-        version = table.blocks[number]._version
-        self.bases[number] = Base(source, None if known is None else known.digest, version)
-        if not is_kept and self.is_changed is not None:
-            first = table.first_rows[number]
-            self.is_changed[first : first + table.block_shapes[number][0]] = False
+    def follow_save(self, block: Block, source: BlockSource, by_base: bool) -> None:
+        """Know where a save has put a block: by its base and rows, or whole, which is a new base."""
+        digest = block.base.digest if by_base and block.base is not None else None
+        block.base = Base(source, digest, block.parameter._version)
+        if not by_base and self._is_changed is not None:
+            self._marks_of(block).fill_(False)
 
     # Loading.
 
-    def bring(self, table, keys: torch.Tensor, rows: torch.Tensor, digests: torch.Tensor) -> None:
-        """Write the rows that a checkpoint holds beside the blocks that have just been opened.
+    def bring(self, table_name: str, table: RowStore, changed: ChangedRows) -> None:
+        """Write the rows that a checkpoint holds over blocks that have just been opened.
 
         Raises:
             ValueError: they do not fit the table.
         """
-        self._refuse_unfit(table, keys, rows, digests)
-        self.brought = [keys]
-        rows_at_once = max(1, PIECE_BYTES // table.row_nbytes)
-        for start in range(0, len(keys), rows_at_once):
+        changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
+        self._brought, self.stamp = changed.row_ids, changed.stamp
+        rows_at_once = max(1, PIECE_BYTES // (table.row_width * table.dtype.itemsize))
+        for start in range(0, len(changed.row_ids), rows_at_once):
             part = slice(start, start + rows_at_once)
-            table.write_rows(keys[part].to(table.home), rows[part])
+            table.write_rows(changed.row_ids[part].to(table.home), changed.rows[part])
 
-    def expect(self, table, keys: torch.Tensor, rows: torch.Tensor, digests: torch.Tensor) -> None:
-        """Keep the rows that a state dict brings, until the blocks are there that they are changes of.
+    def arrive(self, table_name: str, table: RowStore, changed: ChangedRows) -> None:
+        """Take rows that a state dict brings. Their blocks may be there already, or come in a later state dict.
 
         Raises:
             ValueError: they do not fit the table.
         """
-        self._refuse_unfit(table, keys, rows, digests)
-        self.arriving = {
-            number: (bytes(digests[number].tolist()), wanted, rows[part]) for number, part, wanted in table.parts(keys)
+        changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
+        self._arrived = {
+            block.number: ArrivedRows(bytes(changed.digests[block.number].tolist()), wanted, changed.rows[part])
+            for block, part, wanted in table.parts(changed.row_ids)
         }
-        self.brought = [keys]
+        self._brought, self.stamp = changed.row_ids, changed.stamp
 
-    @staticmethod
-    def _refuse_unfit(table, keys: torch.Tensor, rows: torch.Tensor, digests: torch.Tensor) -> None:
-        is_fit = digests.shape == (len(table.rows_of_block), DIGEST_BYTES) and rows.shape == (
-            len(keys),
-            table.row_width,
-        )
-        if not is_fit or rows.dtype != table.dtype or len(keys) and int(keys[-1]) >= table.num_rows:
-            raise ValueError(
-                f"The checkpoint's changed rows ({tuple(rows.shape)} {rows.dtype}) do not fit this table of "
-                f"{table.num_rows} rows ({table.row_width} {table.dtype}). Load all of a checkpoint from one folder."
-            )
+    def forget_stamp(self) -> None:
+        """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
+        dict has brought wait for such blocks."""
+        if not self._arrived:
+            self.stamp = None
 
-    def follow_blocks(self, table, given: Sequence[int]) -> None:
-        """A state dict has brought these blocks: write the rows over them that have come for them before."""
-        for number in [number for number in given if number in self.arriving]:
-            # Where it is not the block that they belong to, `settle` says so.
-            self._write(table, number)
+    def follow_load(self, table: RowStore, loaded: Sequence[Block]) -> None:
+        """A state dict was loaded into these blocks: write the rows over every block that they are changes of."""
+        for block in loaded:
+            if block.number in self._arrived:
+                self._arrived[block.number].is_written = False
+        for number, arrived in self._arrived.items():
+            block = table.block_records[number]
+            if not arrived.is_written and not block.parameter.is_meta and digest_of(block.rows) == arrived.digest:
+                table.write_rows(arrived.wanted + block.first_row, arrived.rows)
+                arrived.is_written = True
 
-    def settle(self, table) -> None:
-        """Before a table is used: write the rows that have come after their blocks.
+    def settle(self) -> None:
+        """Called before rows are used or copied. Nothing that a load has brought may be missing then.
 
         Raises:
             ValueError: rows have come without the block that they belong to.
         """
-        for number in list(self.arriving):
-            if not self._write(table, number):
+        if not self._arrived:
+            return
+        for number, arrived in self._arrived.items():
+            if not arrived.is_written:
                 raise ValueError(
                     f"Changed rows of a checkpoint have come without block {number} that they belong to. Load all "
                     "files of it from one folder, or merge it first: engram_hf.merge_changed_rows(folder, target)."
                 )
-
-    def _write(self, table, number: int) -> bool:
-        digest, wanted, rows = self.arriving[number]
-        if digest_of(table.blocks[number].detach()) != digest:
-            return False
-        del self.arriving[number]
-        table.write_rows(wanted + table.first_rows[number], rows)
-        return True
+        self._arrived = {}
 
 
 def digest_of(block: torch.Tensor) -> bytes:
@@ -214,7 +324,7 @@ def digest_of(block: torch.Tensor) -> bytes:
 
 
 def _digest_if_same(source: BlockSource, block: torch.Tensor, is_changed: torch.Tensor) -> bytes | None:
-    """SHA-256 of a file's tensor, where a block has the same rows but for those that have changed."""
+    """SHA-256 of a file's tensor, if a block has the same rows but for those that have changed."""
     digest = hashlib.sha256()
     for start, rows in rows_of_pieces(source, block.shape[1], block.dtype):
         digest.update(rows.view(torch.uint8).numpy().data)
@@ -226,7 +336,7 @@ def _digest_if_same(source: BlockSource, block: torch.Tensor, is_changed: torch.
 
 
 def _has_rows_of(source: BlockSource, block: torch.Tensor, is_changed: torch.Tensor) -> bool:
-    """Whether some rows that are not known to have changed are those of the file."""
+    """Whether a sample of the rows that are not known to have changed are those of the file."""
     rows, row_nbytes = block.shape[0], block.shape[1] * block.element_size()
     for row in torch.randint(0, rows, (SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0)).tolist():
         if is_changed[row]:

@@ -1,47 +1,78 @@
-"""Rows in 8 or 4 bits: each row holds its numbers and their scales, so one read brings both.
+"""How a row is stored: floating numbers, or 8 or 4 bits with scales. One small class per format.
 
-Formats, by the name in the config's `engram_table_dtype`; a row is `row_bytes(format, width)` bytes long:
-
-* `float8_e4m3fn`: one E4M3 byte a channel, then one E8M0 scale (a power of two) per 32 channels, as DeepSeek-V4.1
-  stores its tables;
-* `int8`: one signed byte a channel, then one bfloat16 scale;
-* `int4`: two channels a byte, the first one in the low half, each plus 8; then one bfloat16 scale.
-
-Pure functions of tensors. Rows are dequantised after they are gathered, so a table stays as it is stored.
+A quantized row holds its numbers and their scales, so one read brings both. Rows are dequantized after they are
+gathered, so a table stays as it is stored. These are pure functions of tensors.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
+import torch.nn.functional as F
 
 
 GROUP = 32
 E8M0_BIAS = 127
-QUANTIZED_FORMATS = ("float8_e4m3fn", "int8", "int4")
 SCALE_BYTES = 2
 
 
-def row_bytes(row_format: str, width: int) -> int:
-    """Bytes of a row of `width` channels.
+class RowFormat(ABC):
+    """A format.
 
-    Example:
-        >>> row_bytes("float8_e4m3fn", 80), row_bytes("int4", 80)
-        (83, 42)
+    name: as in the config's `engram_table_dtype`; None for torch's default type at the time a table is built.
+    storage: type of the stored numbers.
+    is_trainable: whether rows take gradients.
     """
-    if row_format == "float8_e4m3fn":
+
+    name: str | None
+    storage: torch.dtype | None
+    is_trainable = False
+
+    @abstractmethod
+    def row_elements(self, width: int) -> int:
+        """Stored elements of a row of `width` channels."""
+
+    @abstractmethod
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, width) floats to (rows, row elements) in the storage type.
+
+        Raises:
+            ValueError: a row holds NaN or infinity, which no scale can hold.
+        """
+
+    @abstractmethod
+    def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
+        """(..., row elements) as stored to (..., width) floats."""
+
+
+class FloatRows(RowFormat):
+    """Rows of floating numbers, as any parameter."""
+
+    is_trainable = True
+
+    def __init__(self, name: str | None):
+        self.name, self.storage = name, None if name is None else getattr(torch, name)
+
+    def row_elements(self, width: int) -> int:
+        return width
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.storage or rows.dtype)
+
+    def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
+        return stored
+
+
+class Float8Rows(RowFormat):
+    """One E4M3 byte a channel, then one E8M0 scale (a power of two) per 32 channels, as DeepSeek-V4.1's tables."""
+
+    name, storage = "float8_e4m3fn", torch.uint8
+
+    def row_elements(self, width: int) -> int:
         return width + -(-width // GROUP)
-    return (width if row_format == "int8" else -(-width // 2)) + SCALE_BYTES
 
-
-def quantize_rows(rows: torch.Tensor, row_format: str) -> torch.Tensor:
-    """(rows, width) floats to (rows, row_bytes) uint8, to the nearest number that the format has.
-
-    Raises:
-        ValueError: a row holds NaN or infinity.
-    """
-    rows = rows.float()
-    if not torch.isfinite(rows).all():
-        raise ValueError("Rows to be quantized hold NaN or infinity; no scale can hold them.")
-    if row_format == "float8_e4m3fn":
-        groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = _finite(rows)
+        groups = F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
         largest = groups.abs().amax(-1, keepdim=True)
         # The least power of two with which the largest number fits; frexp: largest / 448 = mantissa * 2**exponent.
         mantissa, exponent = torch.frexp(largest / torch.finfo(torch.float8_e4m3fn).max)
@@ -49,26 +80,99 @@ def quantize_rows(rows: torch.Tensor, row_format: str) -> torch.Tensor:
         scaled = torch.ldexp(groups, -exponent).flatten(1)[:, : rows.shape[1]]
         numbers = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
         return torch.cat([numbers, (exponent + E8M0_BIAS).squeeze(-1).to(torch.uint8)], dim=1)
-    steps = 127 if row_format == "int8" else 7
+
+    def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
+        numbers = stored[..., :width].contiguous().view(torch.float8_e4m3fn).float()
+        exponent = stored[..., width:].int() - E8M0_BIAS
+        return torch.ldexp(numbers, exponent.repeat_interleave(GROUP, -1)[..., :width])
+
+
+class Int8Rows(RowFormat):
+    """One signed byte a channel, then one bfloat16 scale."""
+
+    name, storage = "int8", torch.uint8
+
+    def row_elements(self, width: int) -> int:
+        return width + SCALE_BYTES
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        numbers, scale = _round_to_steps(rows, 127)
+        return torch.cat([numbers.view(torch.uint8), scale.contiguous().view(torch.uint8)], dim=1)
+
+    def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
+        return stored[..., :-SCALE_BYTES].contiguous().view(torch.int8).float() * _scales(stored)
+
+
+class Int4Rows(RowFormat):
+    """Two channels a byte, the first in the low half, each plus 8; then one bfloat16 scale."""
+
+    name, storage = "int4", torch.uint8
+
+    def row_elements(self, width: int) -> int:
+        return -(-width // 2) + SCALE_BYTES
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        numbers, scale = _round_to_steps(rows, 7)
+        halves = F.pad(numbers, (0, numbers.shape[1] % 2)).add(8).view(torch.uint8)
+        return torch.cat([halves[:, 0::2] | (halves[:, 1::2] << 4), scale.contiguous().view(torch.uint8)], dim=1)
+
+    def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
+        numbers = stored[..., :-SCALE_BYTES]
+        halves = torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(-2)[..., :width]
+        return (halves.float() - 8) * _scales(stored)
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.float()
+    if not torch.isfinite(rows).all():
+        raise ValueError("Rows to be quantized hold NaN or infinity; no scale can hold them.")
+    return rows
+
+
+def _round_to_steps(rows: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, width) int8 in [-steps, steps], and (rows, 1) bfloat16 scales."""
+    rows = _finite(rows)
     scale = (rows.abs().amax(1, keepdim=True) / steps).to(torch.bfloat16)
     # Rounded to the nearest bfloat16 the scale may be a little short: the largest number is then clamped.
     divisor = scale.float().clamp_min(torch.finfo(torch.float32).tiny)
-    numbers = (rows / divisor).round().clamp(-steps, steps).to(torch.int8)
-    if row_format == "int4":
-        halves = torch.nn.functional.pad(numbers, (0, rows.shape[1] % 2)).add(8).view(torch.uint8)
-        numbers = halves[:, 0::2] | (halves[:, 1::2] << 4)
-    return torch.cat([numbers.view(torch.uint8), scale.contiguous().view(torch.uint8)], dim=1)
+    return (rows / divisor).round().clamp(-steps, steps).to(torch.int8), scale
 
 
-def dequantize_rows(packed: torch.Tensor, row_format: str, width: int) -> torch.Tensor:
+def _scales(stored: torch.Tensor) -> torch.Tensor:
+    return stored[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16).float()
+
+
+QUANTIZED = {each.name: each for each in (Float8Rows(), Int8Rows(), Int4Rows())}
+QUANTIZED_FORMATS = tuple(QUANTIZED)
+
+
+def row_format(name: str | torch.dtype | None) -> RowFormat:
+    """The format that a config names in `engram_table_dtype`, or that of a floating type.
+
+    Example:
+        >>> row_format("int4").row_elements(80), row_format("bfloat16").row_elements(80)
+        (42, 80)
+    """
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    return QUANTIZED[name] if name in QUANTIZED else FloatRows(name)
+
+
+def row_bytes(name: str, width: int) -> int:
+    """Bytes of a quantized row of `width` channels.
+
+    Example:
+        >>> row_bytes("float8_e4m3fn", 80), row_bytes("int4", 80)
+        (83, 42)
+    """
+    return QUANTIZED[name].row_elements(width)
+
+
+def quantize_rows(rows: torch.Tensor, name: str) -> torch.Tensor:
+    """(rows, width) floats to (rows, row_bytes) uint8, to the nearest number that the format has."""
+    return QUANTIZED[name].encode(rows)
+
+
+def dequantize_rows(stored: torch.Tensor, name: str, width: int) -> torch.Tensor:
     """(..., row_bytes) uint8 to (..., width) float32."""
-    if row_format == "float8_e4m3fn":
-        numbers = packed[..., :width].contiguous().view(torch.float8_e4m3fn).float()
-        exponent = packed[..., width:].int() - E8M0_BIAS
-        return torch.ldexp(numbers, exponent.repeat_interleave(GROUP, -1)[..., :width])
-    scale = packed[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16).float()
-    stored = packed[..., :-SCALE_BYTES]
-    if row_format == "int8":
-        return stored.contiguous().view(torch.int8).float() * scale
-    halves = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)[..., :width]
-    return (halves.float() - 8) * scale
+    return QUANTIZED[name].decode(stored, width)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils import is_accelerate_available
 
-from .table import DISK, HOST, RESIDENT
+from .table_blocks import DISK, HOST, RESIDENT
 
 
 if is_accelerate_available():

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..modeling.table import EngramTable
+from ..modeling.table_changes import TrainingRun
 from .dense_parts import (
     DensePart,
     MatrixPart,
@@ -30,7 +31,7 @@ from .dense_parts import (
     matrices_of_backbone,
     values_of,
 )
-from .row_exchange import exchange_rows
+from .row_exchange import RowExchange
 from .row_rules import RowAdam, RowRule, RowSGD, RowwiseAdagrad, RowwiseAdam
 from .row_updates import RowUpdates
 
@@ -129,17 +130,24 @@ class EngramOptimizerFactory:
         if saves_rows and any(table.is_trainable for table in tables.values()):
             refuse_checkpoints_without_rows(args)
         rule = row_optimizer if isinstance(row_optimizer, RowRule) else ROW_RULES[row_optimizer](args)
+        run = TrainingRun(Path(args.output_dir or "."))
+        exchange = RowExchange() if args.world_size > 1 else None
         rows = {
-            name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows)
+            name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows, run, exchange)
             for name, table in tables.items()
             if table.is_trainable
         }
+        for name, updates in rows.items():
+            # A gradient scaler copies its scale to every device, and to the CPU without waiting for it.
+            updates.gradients.norm.data = updates.gradients.norm.data.to(device_beside(model, name))
         if args.world_size > 1:
             leave_tables_out_of_ddp(model, tables)
-            for updates in rows.values():
-                updates.gradients.exchange = exchange_rows
         of_tables = {id(parameter) for table in tables.values() for parameter in table.parameters()}
         dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_tables}
+        if exchange is not None:
+            for updates in rows.values():
+                exchange.add(updates.gradients)
+            exchange.follow(model, list(dense.values()))
         matrices = matrices_of_backbone(model) if backbone == "muon" else set()
         parts: list[DensePart] = []
         if groups := groups_by_decay(model, args, {n: p for n, p in dense.items() if n in matrices}):
@@ -147,7 +155,7 @@ class EngramOptimizerFactory:
         if rest := {n: p for n, p in dense.items() if n not in matrices}:
             parts.append(dense_part(model, args, rest))
         patience = min(STEPS_WITHOUT_GRADIENT, args.max_steps) if args.max_steps > 0 else STEPS_WITHOUT_GRADIENT
-        return EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience)
+        return EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience, run)
 
 
 def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
@@ -200,6 +208,13 @@ def find_tables(model: nn.Module) -> dict[str, EngramTable]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "collect_row_gradients")}
 
 
+def device_beside(model: nn.Module, table_name: str) -> torch.device:
+    """Where the memory layer of a table computes, wherever the table is."""
+    layer = model.get_submodule(table_name.rpartition(".")[0])
+    table = {id(parameter) for parameter in model.get_submodule(table_name).parameters()}
+    return next((p.device for p in layer.parameters() if id(p) not in table), torch.device("cpu"))
+
+
 def leave_tables_out_of_ddp(model: nn.Module, tables: dict[str, EngramTable]) -> None:
     """Keep DistributedDataParallel from broadcasting tables, and from holding gradients of their size."""
     names = [f"{name}.{parameter}" for name, table in tables.items() for parameter, _ in table.named_parameters()]
@@ -221,6 +236,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         lr: float,
         table_lr_scale: float,
         patience: int = STEPS_WITHOUT_GRADIENT,
+        run: TrainingRun | None = None,
     ):
         """
         Args:
@@ -229,12 +245,14 @@ class EngramOptimizer(torch.optim.Optimizer):
             lr: learning rate of the backbone.
             table_lr_scale: rows learn at this many times the rate of the backbone.
             patience: steps after which a table that has not moved is worth a warning.
+            run: that the tables take part in.
 
         Raises:
             ValueError: nothing can be trained.
         """
         self.parts, self.rows = parts, rows
         self.patience, self.steps_here = patience, 0
+        self.run = TrainingRun() if run is None else run
         self.rows_moved = dict.fromkeys(rows, 0)
         self.row_groups: dict[str, dict[str, Any]] = {
             name: {
@@ -294,6 +312,8 @@ class EngramOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.steps_here += 1
+        # Distributed checkpoints make a step at a rate of 0, to see which state there is.
+        self.run.steps += any(float(group["lr"]) for group in self.param_groups)
         for part in self.parts:
             part.step()
         for name, updates in self.rows.items():

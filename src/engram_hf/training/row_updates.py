@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
-from ..modeling.disk_reading import pages_of_rows
-from ..modeling.table import DISK, EngramTable
-from ..modeling.table_rows import put_rows
+from ..modeling.disk_reading import PageReader, pages_of_rows
+from ..modeling.table import EngramTable
+from ..modeling.table_blocks import put_rows
+from ..modeling.table_changes import TrainingRun
+from ..modeling.table_gradients import Exchange
 from .row_rules import RowRule, round_stochastically
 from .work_files import WorkFile, open_training_copy
 
 
-# On a CPU a step moves as many rows at a time as stay in its caches.
-PART_BYTES = 2**22
+# On a CPU a step moves as many rows at a time as stay in its caches; on a GPU it needs about 20 times this memory.
+PART_BYTES, PART_BYTES_ON_GPU = 2**22, 2**28
 # Saving and loading move the state of rows between devices in pieces of this size.
 PIECE_BYTES = 2**26
 WIDE, NARROW = "wide", "narrow"
@@ -37,6 +39,8 @@ class RowUpdates:
         work_folder: str | Path | None = None,
         seed: int = 0,
         saves_rows: bool = False,
+        run: TrainingRun | None = None,
+        exchange: Exchange | None = None,
     ):
         """
         Args:
@@ -48,6 +52,8 @@ class RowUpdates:
             work_folder: folder for the training copy of a table on disk, and for the state of its rows.
             seed: of the rounding.
             saves_rows: whether `state_dict` holds the rows too, because the checkpoint does not.
+            run: that the table takes part in.
+            exchange: is told when a backward has left gradients; None where there is one process.
 
         Raises:
             ValueError: the table is quantized, or on disk without a work folder, or the rule keeps no state.
@@ -65,8 +71,10 @@ class RowUpdates:
         self.name, self.table, self.rule, self.seed, self.saves_rows = name, table, rule, seed, saves_rows
         # Steps that have moved a row.
         self.steps = 0
+        self.run = TrainingRun() if run is None else run
+        self.reader = PageReader()
         # Before the training copy: checkpoints refer to the files that the table comes from now.
-        self.gradients = table.collect_row_gradients()
+        self.gradients = table.collect_row_gradients(self.run, exchange)
         exact = torch.promote_types(table.dtype, torch.float32)
         if state_dtype is None:
             state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else exact
@@ -77,7 +85,7 @@ class RowUpdates:
         }
         shapes = {name: (shape, dtype) for name, (shape, dtype) in shapes.items() if shape[1]}
         self.work_file: WorkFile | None = None
-        if DISK in table.tiers:
+        if any(block.is_on_disk for block in table.block_records):
             if work_folder is None:
                 raise ValueError(
                     f"{name} is on disk, and the files of a checkpoint are never written. Name a folder for the "
@@ -112,7 +120,8 @@ class RowUpdates:
         generator = torch.Generator(row_ids.device).manual_seed(
             hash((self.seed, zlib.crc32(self.name.encode()), self.steps)) % 2**63
         )
-        at_once = len(row_ids) if row_ids.is_cuda else PART_BYTES // (4 * self.table.head_dim) + 1
+        part_bytes = PART_BYTES if row_ids.device.type == "cpu" else PART_BYTES_ON_GPU
+        at_once = part_bytes // (4 * self.table.head_dim) + 1
         for part, moving in zip(row_ids.split(at_once), gradients.split(at_once)):
             # The forward has just read them.
             rows = self.table.gather_rows(part, are_read=True)
@@ -132,7 +141,7 @@ class RowUpdates:
         for tensor in self.stores.values():
             nbytes = tensor[0].nbytes
             pages = pages_of_rows(tensor.data_ptr() + row_ids.numpy() * nbytes, nbytes)
-            self.table.reader.read(pages, self.work_file)
+            self.reader.read(pages, self.work_file)
 
     def state_dict(self) -> dict:
         """The state of the rows that have been touched.
@@ -143,6 +152,8 @@ class RowUpdates:
         * `row_ids`: (n,) int64, ascending;
         * `wide`, `narrow`: (n, names of the rule, width or 1), where the rule has such names;
         * `rows`: (n, width) where nobody else saves them, else an empty tuple.
+
+        `stamp` is that of the run and step, which the rows of the same checkpoint have too.
         """
         row_ids = self._touched()
         stores = {name: (_copy_out(store, row_ids),) for name, store in self.stores.items()}
@@ -150,6 +161,8 @@ class RowUpdates:
         return {
             "rule": type(self.rule).__name__,
             "steps": self.steps,
+            "run": self.run.run_id,
+            "stamp": self.run.stamp.hex(),
             "row_ids": (row_ids,),
             "rows": rows,
             **stores,
@@ -185,6 +198,7 @@ class RowUpdates:
             )
         if type(saved["steps"]) is not int or saved["steps"] < 0:
             raise ValueError(f"{damaged}: steps is {saved['steps']!r}, not a count. Resume from another checkpoint.")
+        self._check_stamp(saved)
         row_ids = saved.get("row_ids")
         self._check_row_ids(row_ids, damaged)
         wanted = {name: (len(row_ids), *store.shape[1:]) for name, store in self.stores.items()}
@@ -201,6 +215,17 @@ class RowUpdates:
                 found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else repr(tensor)
                 raise ValueError(f"{damaged}: {name} is {found}, not {shape}. Resume from another checkpoint.")
         return saved
+
+    def _check_stamp(self, saved: dict) -> None:
+        """Where the rows of the table come from a checkpoint of a run, the state must come from the same one."""
+        stamp = self.table.changes.stamp
+        is_own = saved.get("run") == self.run.run_id
+        # An adapter's checkpoint has the rows in its optimizer's state, and those of its base are of another run.
+        if stamp is not None and not is_own and not self.saves_rows and saved.get("stamp") != stamp.hex():
+            raise ValueError(
+                f"The rows of {self.name} were loaded from a checkpoint, and the optimizer's state is that of another "
+                "run or step. Take the weights and the optimizer's state of one checkpoint."
+            )
 
     def _check_row_ids(self, row_ids: Any, damaged: str) -> None:
         if not isinstance(row_ids, torch.Tensor) or row_ids.dtype != torch.int64 or row_ids.ndim != 1:

@@ -1,1 +1,0 @@
-../src/engram_hf/modeling/engram_binding.py

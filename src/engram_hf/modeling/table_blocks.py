@@ -1,0 +1,312 @@
+"""A block: a run of whole hash heads of one table. It is one parameter, one tensor in a checkpoint, and has one tier.
+
+A tensor's name comes from the name of its table's module: `<table>.blocks.<number>`. Rows that a training checkpoint
+keeps beside its blocks are `<table>.changed.<part>`. A table may sit anywhere in any model.
+
+Tiers, which never change a row:
+
+* `resident`: on the device that computes (on a CPU that is the file's mapping, as in any transformers model);
+* `host`: in RAM;
+* `disk`: in its file; a lookup reads the pages of its rows and nothing else.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .disk_files import BlockSource, MappedFile, TableFile
+
+
+RESIDENT, HOST, DISK = "resident", "host", "disk"
+# Parts of the rows that a training checkpoint keeps beside its blocks.
+ROW_IDS, ROWS, DIGESTS, STAMP = "row_ids", "rows", "digests", "stamp"
+# What ROW_IDS was called before version 0.2.
+OLD_ROW_IDS = "keys"
+BLOCK_KEY = re.compile(r"^(.+)\.blocks\.(0|[1-9]\d*)$")
+CHANGED_KEY = re.compile(rf"^(.+)\.changed\.({ROW_IDS}|{OLD_ROW_IDS}|{ROWS}|{DIGESTS}|{STAMP})$")
+
+logger = logging.get_logger(__name__)
+
+
+class BlockName(NamedTuple):
+    """Which block of which table a tensor is."""
+
+    table: str
+    number: int
+
+
+def parse_block_name(tensor: str) -> BlockName | None:
+    """The table and the number of a block's tensor; None for any other tensor.
+
+    Example:
+        >>> parse_block_name("transformer.h.3.engram.table.blocks.12")
+        BlockName(table='transformer.h.3.engram.table', number=12)
+    """
+    match = BLOCK_KEY.match(tensor)
+    return None if match is None else BlockName(match[1], int(match[2]))
+
+
+def parse_changed_name(tensor: str) -> tuple[str, str] | None:
+    """The table, and which part of its changed rows a tensor is; None for any other tensor."""
+    match = CHANGED_KEY.match(tensor)
+    return None if match is None else (match[1], ROW_IDS if match[2] == OLD_ROW_IDS else match[2])
+
+
+def is_of_table(tensor: str) -> bool:
+    """Whether a tensor is a block, or a part of the changed rows of a table."""
+    return BLOCK_KEY.match(tensor) is not None or CHANGED_KEY.match(tensor) is not None
+
+
+def block_name(table: str, number: int) -> str:
+    """The tensor of a block, by the name of its table's module."""
+    return f"{table}.blocks.{number}"
+
+
+def changed_name(table: str, part: str) -> str:
+    """A tensor of the changed rows of a table."""
+    return f"{table}.changed.{part}"
+
+
+def layer_of_table(table: str) -> int:
+    """The layer that a table belongs to: the last number in its name.
+
+    Example:
+        >>> layer_of_table("transformer.h.3.engram.table")
+        3
+    """
+    numbers = [int(part) for part in table.split(".") if part.isdigit()]
+    return numbers[-1] if numbers else 0
+
+
+def split_into_blocks(rows_of_head: Sequence[int], head_dim: int, block_elements: int) -> list[list[int]]:
+    """Rows of the heads of each block: consecutive whole heads while they fit into `block_elements`, at least one.
+
+    Example:
+        >>> split_into_blocks([101, 103, 211], head_dim=4, block_elements=1000)
+        [[101, 103], [211]]
+    """
+    blocks: list[list[int]] = [[]]
+    for rows in rows_of_head:
+        if blocks[-1] and (sum(blocks[-1]) + rows) * head_dim > block_elements:
+            blocks.append([])
+        blocks[-1].append(rows)
+    return blocks
+
+
+class Block:
+    """One block of a table.
+
+    number: its place in the table.
+    first_row, num_rows: the row ids in the table that it holds.
+    rows_of_head: rows of each of its heads.
+    tier: where it lives.
+    source: the tensor of a file that it comes from; None for a block that was drawn.
+    base: what the next checkpoint of a training run may stand on; see table_changes.py.
+    saved_in: the file and the tensor that the last save has put it in.
+    """
+
+    def __init__(self, parameters: nn.ParameterList, number: int, first_row: int, rows_of_head: list[int], width: int):
+        self._parameters = parameters
+        self.number, self.first_row, self.rows_of_head = number, first_row, rows_of_head
+        self.num_rows, self.row_width = sum(rows_of_head), width
+        self.tier = RESIDENT
+        self.source: BlockSource | None = None
+        self.base: Base | None = None
+        self.saved_in: tuple[Path, str] | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self._parameters[self.number]
+
+    @parameter.setter
+    def parameter(self, value: nn.Parameter) -> None:
+        self._parameters[self.number] = value
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(rows, row width), without a graph."""
+        return self.parameter.detach()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.row_width
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.row_width * self.parameter.dtype.itemsize
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.tier == DISK
+
+    def require_memory(self) -> None:
+        """
+        Raises:
+            ValueError: something that does not know tables has moved the block away.
+        """
+        if self.parameter.is_meta:
+            raise ValueError(
+                f"Block {self.number} of this table has no memory: accelerate's hooks, which move whole weights in "
+                "every forward, cannot serve a table. Load the model with from_pretrained(folder, device_map={...}), "
+                'where a table or a block has an entry of its own, such as "model.layers.1.engram.table": "disk".'
+            )
+
+    def mapped_file(self) -> MappedFile | None:
+        """The file that the block is mapped from; None for a block in memory.
+
+        Raises:
+            ValueError: the block is on disk and no longer lies under its file.
+        """
+        if self.source is None or self.parameter.is_meta:
+            return None
+        if self.source.is_under(self.parameter):
+            return self.source.file
+        if self.is_on_disk:
+            raise ValueError(
+                f"Block {self.number} of this table was on disk ({self.source.file.path}), and something has replaced "
+                f"it by a copy in memory ({self.parameter.dtype}, {self.parameter.nbytes:,} bytes). Load the model "
+                "again and leave the table alone: prepare_model_for_kbit_training, for one, casts every parameter; "
+                "place tables on disk after it, with model.place_tables."
+            )
+        return None
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows of this block, (n,) counted from its first, lie in this process."""
+        return self.parameter.data_ptr() + rows * self.row_nbytes
+
+    def place(self, tier: str, device: torch.device | str | int | None = None) -> None:
+        """Move to a tier; `device` is for RESIDENT.
+
+        Raises:
+            ValueError: to disk, and no file holds these rows.
+        """
+        if tier == DISK:
+            source = self._source_that_holds()
+            moved = self.rows if source.is_under(self.parameter) else source.tensor()
+            source.file.expect_random_reads(source.name)
+        else:
+            moved = self._in_memory() if tier == HOST else self.rows.to(device)
+        self._set(moved)
+        self.tier = tier
+
+    def _set(self, tensor: torch.Tensor) -> None:
+        self.parameter = nn.Parameter(tensor, requires_grad=self.parameter.requires_grad)
+
+    def _in_memory(self) -> torch.Tensor:
+        """The rows in host memory of their own; not copied where they are there already."""
+        is_mapped = self.source is not None and self.source.is_under(self.parameter)
+        if self.rows.device.type == "cpu" and not is_mapped:
+            return self.rows
+        copied = torch.empty(self.rows.shape, dtype=self.rows.dtype, device="cpu")
+        if self.source is None or not is_mapped:
+            return copied.copy_(self.rows)
+        self.source.file.check_unchanged()
+        if self.source.was_written():
+            return copied.copy_(self.rows)
+        self.source.file.read_into(self.source.name, copied)
+        return copied
+
+    def _source_that_holds(self) -> BlockSource:
+        """The file that the block comes from, or that the last save has put it in, whichever has its rows."""
+        known = [] if self.source is None else [self.source]
+        if self.saved_in is not None and self.saved_in[0].exists():
+            known.append(BlockSource(TableFile(self.saved_in[0]), self.saved_in[1]))
+        if not known:
+            raise ValueError(
+                f"Block {self.number} comes from no file, so it cannot live on disk. Save the model with "
+                "save_pretrained and load it again, or place the tables of a loaded model."
+            )
+        for source in known:
+            source.file.check_unchanged()
+            if source.holds(self.parameter):
+                self.source = source
+                return source
+        raise ValueError(
+            f"Block {self.number} has other rows than {known[0].file.path}, so that file cannot stand for it: it was "
+            "changed, or comes from a training checkpoint, which holds changed rows apart. Save the model with "
+            "save_pretrained, which makes a file that can."
+        )
+
+    def read_from(self, source: BlockSource) -> None:
+        """Live on disk, in another file that holds these rows."""
+        self.source = source
+        self._set(source.tensor())
+        source.file.expect_random_reads(source.name)
+
+    def load(self, given: torch.Tensor, name: str) -> torch.Tensor:
+        """What a state dict has to hold for this block: on disk, the same rows stay there, and others go to memory.
+
+        Args:
+            given: what the state dict holds.
+            name: of the tensor, for the message.
+        """
+        source = self.source
+        if not self.is_on_disk or source is None or given.shape != self.parameter.shape or source.file.is_shared:
+            return given
+        if given.dtype != self.parameter.dtype or not source.holds(given):
+            logger.warning(
+                f"{name} gets other rows than its file has, and moves from disk to host memory. To resume a run on "
+                "disk, load the model from the checkpoint that is resumed."
+            )
+            self._set(torch.empty_like(self.rows))
+            self.tier = HOST
+            return given
+        if not source.holds(self.parameter):
+            # What was written lies under the old mapping.
+            self.read_from(BlockSource(source.file.map_again(), source.name))
+        return self.parameter
+
+    def state_to_copy(self) -> dict:
+        """This record for a copy or a pickle of the model.
+
+        A block on disk is opened there again by the copy, unless it was written. A written one is copied, and so is a
+        block of a file that only this run has.
+        """
+        source = self.source if self.source is not None and self.source.file.can_be_linked else None
+        stays_on_disk = self.is_on_disk and source is not None and source.holds(self.parameter)
+        tier = HOST if self.is_on_disk and not stays_on_disk else self.tier
+        return {**self.__dict__, "source": source, "tier": tier, "base": None}
+
+
+class Base(NamedTuple):
+    """A tensor of a file that a block in training has come from.
+
+    digest: its SHA-256; None before all rows that have not changed were compared.
+    version: of the block's parameter, as torch counts what is written to it, when they were compared.
+    """
+
+    source: BlockSource
+    digest: bytes | None = None
+    version: int = -1
+
+
+def make_blocks(
+    parameters: nn.ParameterList, rows_of_head: Sequence[int], head_dim: int, block_elements: int, row_width: int
+) -> list[Block]:
+    """The records of a table's blocks, whether their parameters are there yet or not."""
+    heads = split_into_blocks(rows_of_head, head_dim, block_elements)
+    firsts = accumulate((sum(rows) for rows in heads[:-1]), initial=0)
+    return [Block(parameters, i, first, rows, row_width) for i, (first, rows) in enumerate(zip(firsts, heads))]
+
+
+def put_rows(target: torch.Tensor, row_ids: torch.Tensor, rows: torch.Tensor, is_mapped: bool) -> None:
+    """`target[row_ids] = rows`, for (rows, ...) contiguous and row ids (n,) int64.
+
+    In a CPU's memory by numpy, a row as one element: that takes a fourth of the time of index_copy_. Where a file is
+    mapped, the time goes into the kernel's page faults, and index_copy_ has several threads meet them.
+    """
+    if target.device.type != "cpu" or is_mapped:
+        target.index_copy_(0, row_ids.to(target.device), rows.to(target.device))
+        return
+    row = np.dtype((np.void, target[0].nbytes))
+    bytes_of_target, bytes_of_rows = (
+        tensor.view(torch.uint8).numpy().reshape(-1).view(row) for tensor in (target, rows.cpu().contiguous())
+    )
+    bytes_of_target[row_ids.cpu().numpy()] = bytes_of_rows
