@@ -1,53 +1,80 @@
-# Six verbs; CI runs the same ones. PYTHON is the interpreter that makes the environment.
+# What people and CI run; `make help` lists it. PYTHON is the interpreter that makes the environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One thread per test process: several processes share the cores.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# CI adds a file with another release of transformers.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS))
+# One thread per test process, because several processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8
+# Threads that wait for the disk must not spin.
+BENCH := OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/benchmarks
+FAST := tests/test_import_order.py tests/test_public_names.py tests/test_planning.py \
+	tests/modeling/test_configuration_engram_moe.py tests/modeling/test_ids_hashing.py \
+	tests/modeling/test_ids_recovery.py tests/modeling/test_documents.py tests/modeling/test_memory_layer.py \
+	tests/modeling/test_table.py tests/modeling/test_outputs.py tests/checkpoints/test_inspecting.py \
+	tests/training/test_row_rules.py tests/training/test_balancing.py
 
-.PHONY: install demo style check test test-tools bench
+.PHONY: help install demo style check test-fast test test-all test-tools bench gpu gpu-wheels
 
-install: $(STAMP)
+help: ## print the verbs
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+install: $(STAMP) ## make .venv with the package and everything that scripts and tests need
+
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(PIP_INSTALL) -e ".[dev]"
 	touch $(STAMP)
 
-demo: install
+demo: install ## train a small model in about two minutes and show what its memory does
 	$(BIN)/python scripts/train_tiny.py
 
-style: install
+style: install ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: install
+check: install ## lint, types, import order, rendered pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mlinter --no-progress --no-cache src/engram_hf/modeling
+	$(BIN)/python scripts/maintenance/render_results.py --check
 	$(BIN)/python -m pytest tests/test_import_order.py
 
-test: install
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 8
+test-fast: install ## hash, table and memory layer: under 90 seconds
+	$(PYTEST) $(PARALLEL) -m "not slow" $(FAST)
 
-# Servers, evaluation, quantizers and exporters: installed beside the rest, or with VENV=.venv/tools apart from it.
-test-tools: install
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,tools]"
-	$(TEST_ENV) $(BIN)/python -m pytest tests/tools
+test: install ## everything but what is marked slow: about six minutes on two cores
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
-bench: install
+test-all: install ## what is marked slow: killed runs, damaged files by the thousand, inductor, a release
+	$(PYTEST) $(PARALLEL) -m slow
+
+test-tools: install ## install servers, evaluation, quantizers and exporters, and drive them
+	$(PIP_INSTALL) -e ".[dev,tools]"
+	$(PYTEST) tests/tools
+
+bench: install ## every benchmark, about an hour; figures go to scripts/benchmarks/results and docs/results.md
 	@which fio > /dev/null || echo "fio is missing (apt install fio): a libaio loop takes its place"
-	$(BIN)/python scripts/bench_memory.py
-	$(BIN)/python scripts/bench_hash.py
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_reads.py
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_tiers.py
-	$(BIN)/python scripts/bench_load.py
-	$(BIN)/python scripts/bench_lookup.py
-	$(BIN)/python scripts/bench_hot_rows.py
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench_rows.py
-	$(BIN)/python scripts/bench_training.py
-	$(BIN)/python scripts/bench_checkpoints.py
-	$(BIN)/python scripts/bench_callbacks.py
-	$(BIN)/python scripts/bench_gpu.py
+	$(BENCH)/bench_memory.py
+	$(BENCH)/bench_hash.py
+	$(BENCH)/bench_reads.py
+	$(BENCH)/bench_tiers.py
+	$(BENCH)/bench_load.py
+	$(BENCH)/bench_lookup.py
+	$(BENCH)/bench_rows.py
+	$(BENCH)/bench_training.py
+	$(BENCH)/bench_checkpoints.py
+	$(BENCH)/bench_callbacks.py
+	$(BENCH)/bench_gpu.py
+	$(BIN)/python scripts/maintenance/render_results.py
+
+# These two need no `make install`: a machine with a GPU may have no network.
+gpu: ## every test and benchmark that needs a GPU, and nothing else
+	PYTHON=$(PYTHON) bash scripts/maintenance/gpu.sh
+
+gpu-wheels: ## download the packages that a GPU machine without a network lacks
+	PYTHON=$(PYTHON) bash scripts/maintenance/gpu.sh wheels

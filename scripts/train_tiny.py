@@ -1,15 +1,15 @@
-"""The demo: a small EngramMoE from nothing to generated text, trained with the stock Trainer on two CPU cores.
+"""The demo: train a small EngramMoE from nothing with the stock Trainer, and show what its memory does.
 
     python scripts/train_tiny.py        about 2 minutes on 2 cores, downloads nothing
 
-Where other programs keep the cores busy, set OMP_NUM_THREADS=1: two threads that wait for a core are slower than one.
-
-Trains a tokenizer and a model, saves both, loads them again through the Auto classes, and shows what the memory does:
-the loss with and without it, how far its gates open, and for which n-grams they open widest. Leaves curves and a card.
+It trains a tokenizer and a model, saves both, and loads them again through the Auto classes. Then it shows the loss
+with and without the memory, how far the gates open, and which n-grams open them widest. The folder also gets curves and
+a model card.
 """
 
 import argparse
 import importlib.util
+import os
 import platform
 import shlex
 import sys
@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset
-from gather_text import DATASET_HELP
-from memory_probes import read_gates, silence_memory, strongest_ngrams
-from tiny_recipe import (
+from helpers.console import choose_threads
+from helpers.folders import refuse_used
+from helpers.memory_probes import probe, silence_memory, strongest_ngrams
+from helpers.text import DATASET_HELP
+from helpers.tiny_recipe import (
     PRESETS,
     SEQ_LENGTH,
     STEPS,
-    held_out_loss,
     make_config,
     make_model,
     make_trainer,
@@ -33,10 +34,13 @@ from tiny_recipe import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 # Importing engram_hf is also what makes the Auto classes know the model.
-from engram_hf import count_parameters, gather_facts, plot_training, update_card
+from engram_hf import count_parameters, gather_facts, plot_training, read_facts, update_card
 
 
+COMMAND = "python scripts/train_tiny.py"
 PROMPT = "def __init__(self"
+# Enough for two digits of the loss; every pass over them takes about two seconds.
+HELD_OUT_ROWS = 128
 
 
 @contextmanager
@@ -48,10 +52,10 @@ def stage(name: str, seconds_of_stage: dict[str, float]):
 
 
 def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]) -> None:
-    """README.md of the folder, with what is known here: the text, the run, the losses of held-out documents."""
+    """Write README.md of the folder: the text, the run, and the losses of held-out documents."""
     is_default = arguments.dataset is None
     text = f"sources of the standard library of Python {platform.python_version()}, and the topics of its `help()`"
-    command = shlex.join(["python", "scripts/train_tiny.py", *sys.argv[1:]])
+    command = f"{COMMAND} {shlex.join(sys.argv[1:])}".strip()
     has_curves = importlib.util.find_spec("matplotlib") is not None
     facts = gather_facts(
         output,
@@ -69,27 +73,56 @@ def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]
             for name, value in losses.items()
         ],
         picture=plot_training(output).name if has_curves else None,
-        # Of a text that the user brings, the user knows what it allows and what it is good for.
+        # Only the user knows the license of the user's own text.
         license="apache-2.0" if is_default else None,
         limits=["A few minutes of training on source code: its text is not to be relied on."] if is_default else None,
     )
     update_card(output, facts)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Train a small EngramMoE and show what its memory does.")
+def refuse_folder(output: Path) -> None:
+    """Raise unless the folder is free, or holds a demo that this script can make again.
+
+    Raises:
+        ValueError: names what would be lost.
+    """
+    go_on = "name another folder with --output, or remove this one"
+    if any(output.glob("checkpoint-*")) or not (output / "config.json").exists():
+        return refuse_used(output, go_on)
+    facts = read_facts(output)
+    commands = {figure["command"] for figure in facts.evaluation} if facts is not None else set()
+    is_demo = any(command and command.startswith(COMMAND) for command in commands)
+    if not is_demo or any("--dataset" in command for command in commands if command):
+        raise ValueError(f"{output} holds a model that is not the demo's; {go_on}.")
+    print(f"{output} holds the model of an earlier demo. This run replaces it when it has trained its own.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help=f"{DATASET_HELP} (default: the Python standard library)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="4 or 21 million parameters (default: tiny)")
     parser.add_argument("--output", type=Path, help="folder for model and tokenizer (default: output/PRESET)")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order of the rows (default: 0)")
+    steps = ", ".join(f"{count} for {preset}" for preset, count in STEPS.items())
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {steps})")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order of the text (default: 0)")
     arguments = parser.parse_args()
-    output = arguments.output or Path("output") / arguments.preset
-    steps = arguments.steps or STEPS[arguments.preset]
+    arguments.output = arguments.output or Path("output") / arguments.preset
+    arguments.steps = STEPS[arguments.preset] if arguments.steps is None else arguments.steps
+    if arguments.steps < 1:
+        parser.error("--steps must be at least 1")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = arguments.output
     seconds_of_stage: dict[str, float] = {}
 
     with stage("Text and tokenizer", seconds_of_stage):
-        tokenizer, train, held_out = prepare_text(arguments.dataset, arguments.preset)
+        try:
+            tokenizer, train, held_out = prepare_text(arguments.dataset, arguments.preset)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"--dataset: {error}") from error
+        held_out = held_out.select(range(min(len(held_out), HELD_OUT_ROWS)))
 
     with stage("Model and its loss before training", seconds_of_stage):
         config = make_config(arguments.preset, tokenizer)
@@ -99,8 +132,8 @@ def main():
             f"{parameters.total:,} parameters, {parameters.active:,} active; {parameters.tables:,} in tables, "
             f"{parameters.memory_share:.1%} of the sparse budget"
         )
-        trainer = make_trainer(model, train, held_out, output, steps, arguments.seed, tokenizer)
-        before = held_out_loss(trainer)
+        trainer = make_trainer(model, train, held_out, output, arguments.steps, arguments.seed, tokenizer)
+        before, _ = probe(model, held_out)
 
     with stage("Training", seconds_of_stage):
         trainer.train()
@@ -113,9 +146,8 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(output).to(trainer.args.device)
 
     with stage("What the memory does", seconds_of_stage):
-        after = held_out_loss(trainer, model)
-        silenced = held_out_loss(trainer, silence_memory(model))
-        ids, gates = read_gates(model, held_out)
+        after, gates = probe(model, held_out)
+        silenced, _ = probe(silence_memory(model), held_out)
 
     with stage(f"How the model goes on after {PROMPT!r}", seconds_of_stage):
         set_seed(arguments.seed)
@@ -127,9 +159,10 @@ def main():
     print(f"held-out loss before training            {before:.3f}")
     print(f"held-out loss after training             {after:.3f}")
     print(f"the same with the memory silenced        {silenced:.3f}   (value projections set to zero)")
+    ids = held_out.with_format("torch")["input_ids"][:].to(model.device)
     for layer_id, layer_gates in zip(config.engram_layer_ids, gates):
         print(f"mean gate of layer {layer_id}                     {layer_gates.mean():.3f}   opens widest after:")
-        for ngram, gate in strongest_ngrams(ids, layer_gates, model.model.token_map):
+        for ngram, gate in strongest_ngrams(ids, layer_gates, model.model.ngram_hash.token_map):
             print(f"{gate:12.3f}  {tokenizer.decode(ngram)!r}")
     # Not every line of the log has every figure.
     last = {name: value for line in trainer.state.log_history for name, value in line.items()}
@@ -143,6 +176,20 @@ def main():
     write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced})
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
     print(f"saved in {output}, with a card, {sum(seconds_of_stage.values()):.0f} seconds in all")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    threads = choose_threads()
+    try:
+        refuse_folder(arguments.output)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"{threads} of {os.cpu_count()} cores (OMP_NUM_THREADS sets another number)")
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nStopped. {arguments.output} has nothing new, unless training had ended.") from None
 
 
 if __name__ == "__main__":

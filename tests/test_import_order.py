@@ -11,13 +11,13 @@ LEVELS = [
     [
         "modeling.ids_reach",
         "modeling.ids_recovery",
-        "modeling.configuration_engram_moe",
+        "modeling.configuration_checks",
         "modeling.disk_safetensors",
         "modeling.table_formats",
         "modeling.table_gradients",
-        "modeling.hot_rows",
+        "modeling.table_hot_rows",
     ],
-    ["modeling.disk_files", "modeling.ids_hashing"],
+    ["modeling.configuration_engram_moe", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.disk_reading", "modeling.table_blocks"],
     ["modeling.table_changes"],
     ["modeling.table"],
@@ -28,6 +28,7 @@ LEVELS = [
     ["planning", "counting"],
     ["insight.", "distributed."],
     ["hub.uploading"],
+    ["checkpoints.checking"],
     ["checkpoints.rewriting"],
     ["checkpoints."],
     [
@@ -40,10 +41,10 @@ LEVELS = [
     ["training.row_updates"],
     ["training."],
     ["adapters."],
-    ["hub.card_facts", "hub.card_metadata"],
-    ["hub.card_gathering"],
+    ["hub.card_facts"],
     ["hub.card"],
     ["hub."],
+    ["commands.inspecting"],
     ["commands.", ""],
 ]
 BROUGHT_BY_TORCH_AND_TRANSFORMERS = {

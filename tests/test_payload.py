@@ -22,7 +22,7 @@ CARD = "---\nlibrary_name: transformers\n---\n"
 
 
 def test_the_folder_holds_the_source_and_the_rendered_config():
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "scripts" / "maintenance"))
     try:
         from render_payload import render_config
     finally:

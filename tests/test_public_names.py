@@ -6,13 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
+from transformers.modelcard import TrainingSummary
 
 import engram_hf
 
@@ -40,6 +47,42 @@ def test_the_auto_classes_know_the_model(auto, model):
     )
     assert isinstance(config, engram_hf.EngramMoEConfig)
     assert auto._model_mapping[type(config)] is model
+
+
+def smoothed(logits, labels, epsilon):
+    """The loss of each token's logits against the token after it, in double precision."""
+    log_probs = logits[:, :-1].double().log_softmax(-1)
+    loss, wanted = 0, (labels[:, 1:] != -100).nonzero().tolist()
+    for row, i in wanted:
+        own = log_probs[row, i]
+        loss = loss - (1 - epsilon) * own[labels[row, i + 1]] - epsilon * own.mean()
+    return loss / len(wanted)
+
+
+@torch.no_grad()
+def test_label_smoothing_predicts_the_next_token_as_in_stock_models(tmp_path):
+    shared = {name: value for name, value in tiny_config().to_dict().items() if not name.startswith(("engram_", "hc_"))}
+    stock = DeepseekV3ForCausalLM(DeepseekV3Config(**{**shared, "layer_types": None, "model_type": "deepseek_v3"}))
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    ids = tiny_ids(2, 9)
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    for model in (stock.eval(), tiny_model()):
+        loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": labels})
+        expected = smoothed(model(ids).logits, labels, 0.1)
+        torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        (engram_hf.EngramMoEForCausalLM, "text-generation"),
+        (engram_hf.EngramMoEForSequenceClassification, "text-classification"),
+        (engram_hf.EngramMoEForTokenClassification, "token-classification"),
+    ],
+)
+def test_trainers_card_names_the_task(tmp_path, model, task):
+    trainer = Trainer(model(tiny_config()), TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    assert TrainingSummary.from_trainer(trainer, model_name="tiny").tasks == task
 
 
 def test_importing_loads_no_training_library_and_touches_no_global_state():

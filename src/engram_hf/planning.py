@@ -1,29 +1,37 @@
-"""Sizes before anything is allocated: parameters of a config, those a token computes with, the share of the memory.
+"""Sizes before anything is allocated: parameters of a config, bytes of a model by place, bytes that a step moves.
 
-Counts a model on the meta device, so a config of any size costs milliseconds and no memory.
+Counts a model on the meta device, so a config of any size costs a second and no memory. Automatic maps come from
+accelerate and tables are placed by `plan_places`, as when the model is loaded.
 """
 
 import copy
+import logging
+import os
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import convert_file_size_to_int, get_balanced_memory
 
-from .modeling.checkpoint_loading import BLOCK_KEY
-from .modeling.configuration_engram_moe import EngramMoEConfig
+from .modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
 from .modeling.modeling_engram_moe import EngramMoEForCausalLM
-from .modeling.table_blocks import DISK, HOST
+from .modeling.table import tables_without_blocks
+from .modeling.table_blocks import BLOCK_KEY, DISK, HOST, Block
 from .modeling.table_placement import (
     AUTOMATIC,
     Place,
     as_device,
     check_backbone_keys,
-    check_entries,
+    left_by_backbone,
     memory_limits,
     memory_of,
+    place_in_map,
     place_of_layer,
     plan_places,
+    resolve_entries,
     split_device_map,
 )
 
@@ -50,24 +58,42 @@ class ParameterCount:
         return self.tables / sparse if sparse else 0.0
 
 
-def count_parameters(config: EngramMoEConfig) -> ParameterCount:
-    """Count the parameters of the causal language model of a config.
+def config_of(model: EngramMoEConfig | str | os.PathLike, **arguments) -> EngramMoEConfig:
+    """The config of a preset, a folder or a repository.
+
+    Args:
+        model: its name; a config is returned as it is. The folder `tiny` is `./tiny`, since `tiny` is a preset.
+        arguments: of `EngramMoEConfig.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+        ValueError: the config is damaged, or that of another kind of model.
+    """
+    if isinstance(model, EngramMoEConfig):
+        return model
+    if model in PRESETS:
+        return EngramMoEConfig.preset(str(model))
+    return EngramMoEConfig.from_pretrained(model, **arguments)
+
+
+def count_parameters(config: EngramMoEConfig | str | os.PathLike) -> ParameterCount:
+    """Count the parameters of the causal language model of a config, a preset, a folder or a repository.
 
     Example:
-        >>> round(count_parameters(EngramMoEConfig.preset("engram-27b")).memory_share, 2)
+        >>> round(count_parameters("engram-27b").memory_share, 2)
         0.25
     """
     # Blocks of quantized rows hold bytes, of numbers and scales; the numbers are those of a plain table.
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config_of(config))
     config.engram_table_dtype = None
     with torch.device("meta"):
         model = EngramMoEForCausalLM(config)
-    sizes = {n: p.numel() for n, p in model.named_parameters() if not n.endswith(".row_gradients.norm")}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not _is_norm(name)}
     total = sum(sizes.values())
     tables = sum(size for name, size in sizes.items() if ".table.blocks." in name)
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-    unused = routed - routed * config.num_experts_per_tok // config.n_routed_experts
+    unused = routed - routed * (config.num_experts_per_tok or 0) // config.n_routed_experts
     return ParameterCount(total, total - tables - vocabulary - unused, tables, routed)
 
 
@@ -82,9 +108,14 @@ class MemoryEstimate:
     backbone, tables: the weights.
     optimizer: AdamW's state and a gradient for every weight of the backbone; for tables what `engram_optimizers(args)`
         keeps of each row, and on disk the copy that is trained.
-    step: what the largest moment of a forward without gradients adds.
+    step: what the largest moment of a forward without gradients adds, on every device that computes.
     lacking: where memory is limited, bytes of weights and step beyond the limit; under "disk" what of the backbone
         found no place in memory. Empty where the model fits.
+    limits: where memory is limited, the bytes that may be used; RAM is under "cpu".
+    max_memory: where memory is limited, the argument with which `from_pretrained` leaves room for the step.
+    moved_per_forward: bytes of the backbone that every forward copies to the accelerator, by the place they come from.
+    read_per_token: bytes of rows that a token reads, by the place they come from.
+    rows_per_token: numbers of these rows, each of which is a read of its own.
     """
 
     backbone: dict[str, int] = field(default_factory=dict)
@@ -92,6 +123,11 @@ class MemoryEstimate:
     optimizer: dict[str, int] = field(default_factory=dict)
     step: dict[str, int] = field(default_factory=dict)
     lacking: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    max_memory: dict[object, int] = field(default_factory=dict)
+    moved_per_forward: dict[str, int] = field(default_factory=dict)
+    read_per_token: dict[str, int] = field(default_factory=dict)
+    rows_per_token: dict[str, int] = field(default_factory=dict)
 
     @property
     def places(self) -> list[str]:
@@ -112,48 +148,61 @@ def estimate_memory(
     """What loading a model in this way will take, before anything is allocated.
 
     Args:
-        config_or_path: a config, a folder or a repository.
+        config_or_path: a config, a preset, a folder or a repository.
         device_map, dtype, max_memory: as for `from_pretrained`. "auto" without an accelerator plans for the CPU;
-            without a `dtype` the backbone is in that of the config.
+            without a `dtype` the backbone is in that of the config. Devices in `max_memory` need not be in this
+            machine. What is planned leaves room for the step, within `max_memory`.
         batch_size, seq_length: of the forward whose largest moment is counted.
 
     Raises:
+        FileNotFoundError: there is no such preset, folder or repository.
         ValueError: an entry of `device_map` names nothing or means nothing; `dtype` is no floating type; `max_memory`
             is given without an automatic map, which alone makes use of it.
 
     Example:
-        >>> estimate = estimate_memory("output/tiny", device_map={"": "cpu", "model.layers.1.engram.table": "disk"})
-        >>> estimate.tables["disk"]
-        16781312
+        >>> estimate = estimate_memory("tiny", device_map={"": "cpu", "...table": "disk"}, dtype="bfloat16")
+        >>> estimate.tables
+        {'disk': 1722432}
     """
-    config = config_or_path
-    if isinstance(config_or_path, str | Path):
-        config = EngramMoEConfig.from_pretrained(config_or_path)
+    config = config_of(config_or_path)
     dtype = _floating_type(dtype if dtype not in (None, "auto") else (getattr(config, "dtype", None) or torch.float32))
-    with torch.device("meta"):
-        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
     backbone_map, entries = split_device_map(device_map)
-    blocks = {name: [block.nbytes for block in table.blocks] for name, table in model.named_tables().items()}
-    prefix = f"{model.base_model_prefix}."
-    check_entries(entries, blocks, prefix)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    sizes = {name: _nbytes(name, tensor, model) for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
-    check_backbone_keys(backbone_map, tensors, prefix, blocks)
     if max_memory is not None:
         _check_limits(max_memory, backbone_map)
-    limits = memory_limits(max_memory) if backbone_map in AUTOMATIC else None
-    values = _backbone_devices(backbone_map, sizes, limits)
-    devices = [as_device(value) for value in values.values() if value != DISK]
+    with torch.device("meta"):
+        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
+    tables = model.named_tables()
+    blocks = {name: [block.nbytes for block in table.blocks] for name, table in tables.items()}
+    prefix = f"{model.base_model_prefix}."
+    entries = resolve_entries(entries, blocks, prefix)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sizes = {
+        name: _nbytes(name, tensor, model)
+        for name, tensor in tensors.items()
+        if BLOCK_KEY.match(name) is None and not _is_norm(name)
+    }
+    check_backbone_keys(backbone_map, tensors, prefix, blocks)
+
+    step = max(_moments(config, dtype, batch_size * seq_length))
+    limits, usable = None, None
+    if backbone_map in AUTOMATIC:
+        limits = memory_limits(None) if max_memory is None else _bytes_of(max_memory)
+        computing = [key for key in limits if key != "cpu"] or ["cpu"]
+        usable = {key: max(n - step, 0) if key in computing else n for key, n in limits.items()}
+        backbone_map = _automatic_map(config, dtype, backbone_map, usable)
+    values = _backbone_devices(backbone_map, sizes)
+    devices = {as_device(value) for value in values.values() if value != DISK}
     main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     default = {}
     for name in blocks:
         layer = f"{prefix}{name.removesuffix('table')}value_proj.weight"
         default[name] = place_of_layer(values[layer], main_device)
-    left = None if limits is None else dict(limits)
-    if left is not None:
+    left = None
+    if usable is not None:
+        used: dict[object, int] = {}
         for name, nbytes in sizes.items():
-            if values[name] != DISK:
-                left[memory_of(Place("", values[name]))] -= nbytes
+            _add(used, DISK if values[name] == DISK else memory_of(Place("", values[name])), nbytes)
+        left = left_by_backbone(usable, used)
     planned = plan_places(blocks, entries, default, left)
 
     estimate = MemoryEstimate()
@@ -163,21 +212,26 @@ def estimate_memory(
         if name in trained and values[name] != DISK:
             elements = model.get_parameter(name).numel()
             _add(estimate.optimizer, str(values[name]), nbytes + OPTIMIZER_BYTES * elements)
+        if values[name] == DISK or main_device.type != "cpu" and values[name] == "cpu":
+            _add(estimate.moved_per_forward, str(values[name]), nbytes)
     for name, places in planned.items():
-        table, on_disk = model.get_submodule(f"model.{name}"), any(place.tier == DISK for place in places)
-        for place, block in zip(places, table.blocks, strict=True):
+        on_disk = any(place.tier == DISK for place in places)
+        for place, block in zip(places, tables[name].block_records, strict=True):
             is_resident = place.tier not in (HOST, DISK)
             where = str(as_device(place.device)) if is_resident else place.tier
             where = "cpu" if where == HOST and main_device.type == "cpu" else where
-            _add(estimate.tables, where, block.nbytes)
-            if block.requires_grad:
-                _add(estimate.optimizer, DISK if on_disk else where, _row_state_bytes(block))
-            if block.requires_grad and where == DISK:
-                _add(estimate.optimizer, DISK, block.nbytes)
-    _add(estimate.step, str(main_device), max(_moments(config, dtype, batch_size * seq_length)))
+            _add_block(estimate, where, block, on_disk)
+    for device in {main_device, *(device for device in devices if device.type == main_device.type)}:
+        _add(estimate.step, str(device), step)
     if limits is not None:
+        estimate.max_memory.update(usable or {})
         _add_lacking(estimate, limits)
     return estimate
+
+
+def _is_norm(name: str) -> bool:
+    """Whether a parameter is the number that stands for a table's gradients where they are clipped: no weight."""
+    return name.endswith(".row_gradients.norm")
 
 
 def _floating_type(dtype: torch.dtype | str) -> torch.dtype:
@@ -197,14 +251,70 @@ def _check_limits(max_memory: Mapping, backbone_map) -> None:
         raise ValueError(f'max_memory is a dict such as {{0: "80GB", "cpu": "64GB"}}, got {max_memory!r}.')
 
 
+def _bytes_of(max_memory: Mapping) -> dict[object, int]:
+    """Limits under the keys of accelerate, accelerators first, whatever devices this machine has."""
+    limits: dict[object, int] = {}
+    for key, value in max_memory.items():
+        try:
+            device = torch.device("cuda", key) if isinstance(key, int) else torch.device("cpu" if key == HOST else key)
+            nbytes = value if isinstance(value, int) else convert_file_size_to_int(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'max_memory is a dict such as {{0: "80GB", "cpu": "64GB"}}, got {max_memory!r}.'
+            ) from error
+        limits["cpu" if device.type == "cpu" else device.index or 0] = nbytes
+    accelerators = sorted(key for key in limits if isinstance(key, int))
+    return {key: limits[key] for key in [*accelerators, "cpu"] if key in limits}
+
+
+def _automatic_map(config: EngramMoEConfig, dtype: torch.dtype, kind: str, limits: Mapping[object, int]) -> Mapping:
+    """The map that loading makes of "auto" and its like; tables have no part in it."""
+    with torch.device("meta"), tables_without_blocks():
+        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
+    options = {"no_split_module_classes": list(model._no_split_modules)}
+    with _without_warnings():
+        if kind != "sequential":
+            limits = get_balanced_memory(model, dict(limits), low_zero=kind == "balanced_low_0", **options)
+        return infer_auto_device_map(model, dict(limits), **options)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """accelerate warns of every planned device that this machine does not have."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _add_block(estimate: MemoryEstimate, where: str, block: Block, is_table_on_disk: bool) -> None:
+    nbytes = block.parameter.nbytes
+    _add(estimate.tables, where, nbytes)
+    if where in (HOST, DISK, "cpu"):
+        heads = len(block.rows_of_head)
+        _add(estimate.rows_per_token, where, heads)
+        _add(estimate.read_per_token, where, heads * nbytes // block.num_rows)
+    if block.parameter.requires_grad:
+        _add(estimate.optimizer, DISK if is_table_on_disk else where, _row_state_bytes(block.parameter))
+        if where == DISK:
+            _add(estimate.optimizer, DISK, nbytes)
+
+
 def _add_lacking(estimate: MemoryEstimate, limits: Mapping) -> None:
     for key, limit in limits.items():
+        place = "cpu" if key == "cpu" else str(as_device(key))
+        estimate.limits[place] = limit
         # Host memory is the CPU's.
-        places = ("cpu", "host") if key == "cpu" else (str(as_device(key)),)
+        places = ("cpu", "host") if key == "cpu" else (place,)
         parts = (estimate.backbone, estimate.tables, estimate.step)
         needed = sum(part.get(place, 0) for part in parts for place in places)
         if needed > limit:
-            estimate.lacking[places[0]] = needed - limit
+            estimate.lacking[place] = needed - limit
     if DISK in estimate.backbone:
         estimate.lacking[DISK] = estimate.backbone[DISK]
 
@@ -220,27 +330,18 @@ def _row_state_bytes(block: torch.Tensor) -> int:
     return block.numel() * 2 * (2 if block.dtype == torch.bfloat16 else 4) + 4 * block.shape[0]
 
 
-def _add(bytes_of: dict[str, int], where: str, nbytes: int) -> None:
+def _add(bytes_of: dict, where: object, nbytes: int) -> None:
     bytes_of[where] = bytes_of.get(where, 0) + nbytes
 
 
-def _backbone_devices(device_map, sizes: Mapping[str, int], limits: Mapping | None) -> dict[str, str]:
+def _backbone_devices(device_map, sizes: Mapping[str, int]) -> dict[str, str]:
     """The device, or "disk", of each tensor of the backbone."""
     values: dict[str, str] = {}
-    if limits is None:
-        if not isinstance(device_map, Mapping):
-            device_map = {"": "cpu" if device_map is None else device_map}
-        for name in sizes:
-            keys = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
-            value = device_map[max(keys, key=len)] if keys else "cpu"
-            values[name] = value if value == DISK else str(as_device(value))
-        return values
-    left = dict(limits)
-    for name, nbytes in sizes.items():
-        key = next((key for key, free in left.items() if free >= nbytes), None)
-        if key is not None:
-            left[key] -= nbytes
-        values[name] = DISK if key is None else str(as_device(key))
+    if not isinstance(device_map, Mapping):
+        device_map = {"": "cpu" if device_map is None else device_map}
+    for name in sizes:
+        value = place_in_map(device_map, name, "cpu")
+        values[name] = value if value == DISK else str(as_device(value))
     return values
 
 
@@ -254,5 +355,5 @@ def _moments(config: EngramMoEConfig, dtype: torch.dtype, tokens: int) -> Iterat
         scores = 2 * config.hc_mult * config.hidden_size * 4
         yield 3 * streams + tokens * (config.engram_width * (4 + dtype.itemsize) + scores)
     # Gate, up and product of the widest feed-forward layer.
-    routed = config.num_experts_per_tok * config.moe_intermediate_size
+    routed = (config.num_experts_per_tok or 0) * config.moe_intermediate_size
     yield 2 * streams + 3 * tokens * max(config.intermediate_size, routed) * dtype.itemsize

@@ -86,7 +86,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
         quantize_tables(tmp_path / "a", tmp_path / "b", "int2")
     with pytest.raises(ValueError, match="is the source itself"):
         quantize_tables(tmp_path / "a", tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="no folder with the safetensors"):
+    with pytest.raises(FileNotFoundError, match="not a folder with the safetensors"):
         quantize_tables(tmp_path / "x", tmp_path / "b")
     quantize_tables(tmp_path / "a", tmp_path / "b", "int8")
     with pytest.raises(ValueError, match="are int8 already"):

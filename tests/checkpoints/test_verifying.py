@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from engram_hf import EngramMoEForCausalLM, push_engram, quantize_tables, verify_tables
@@ -98,7 +99,7 @@ def test_blocks_that_the_config_does_not_know(folder, change, message):
 
 def test_a_block_that_the_index_has_forgotten(folder):
     change_index(folder, lambda index: index["weight_map"].pop(BLOCK))
-    with pytest.raises(ValueError, match="lacks 1 tensors of the memory: layers.0.engram.table.blocks.1"):
+    with pytest.raises(ValueError, match=rf"tables-layer-00\S+ holds {BLOCK}, which its index does not name"):
         verify_tables(folder)
 
 
@@ -110,7 +111,7 @@ def test_a_hash_of_another_model(folder):
 
 def test_an_index_of_another_model(folder):
     change_index(folder, lambda index: index["metadata"]["engram_fingerprint"].update({"primes": "0" * 16}))
-    with pytest.raises(ValueError, match="the index of .* differs in: primes"):
+    with pytest.raises(ValueError, match="the tables of .* differs in: primes"):
         verify_tables(folder)
 
 
@@ -128,9 +129,9 @@ def test_another_token_map(folder):
 
 def test_another_tokenizer(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["brand-new"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match="the tokenizer for .* differs in: map"):
+    with pytest.raises(ValueError, match="the tokenizer for .* differs in: text"):
         verify_tables(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer in .* cannot be read"):

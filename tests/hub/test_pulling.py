@@ -64,7 +64,7 @@ def test_a_part_of_a_table_brings_its_file_only(hub, model):
     for wanted, message in [({"layers": [1]}, "no layer 1"), ({"blocks": [9]}, "no block 9")]:
         with pytest.raises(ValueError, match=message):
             fetch_blocks("user/tiny", **wanted)
-    with pytest.raises(TypeError, match="and no rows"):
+    with pytest.raises(TypeError, match="but not rows"):
         fetch_blocks("user/tiny", rows=[1])
 
 
@@ -107,35 +107,22 @@ def test_other_bytes_than_the_index_promises_are_an_error_and_leave_nothing(hub,
     assert_same_logits(logits(pulled), logits(model))
 
 
-def test_a_check_that_was_interrupted_is_made_up_for(hub, model, monkeypatch):
-    content = bytearray(hub.files("user/tiny")[TABLE])
-    content[-5] ^= 4
-    hub.served[TABLE] = bytes(content)
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("engram_hf.modeling.checkpoint_loading.file_digest", interrupted)
-        AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
-    hub.served.clear()
-    with pytest.raises(ValueError, match="not what its index promises"):
-        AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
-    pulled = AutoModelForCausalLM.from_pretrained("user/tiny", device_map=ON_DISK)
-    assert_same_logits(logits(pulled), logits(model))
-
-
-def test_what_somebody_else_has_downloaded_is_compared_once(hub, model, monkeypatch):
+def test_what_was_in_the_cache_before_is_left_to_verify_and_nothing_is_written_there(hub, model, tmp_path):
     content = bytearray(hub.files("user/tiny")[TABLE])
     content[-5] ^= 4
     hub.served[TABLE] = bytes(content)
     snapshot_download("user/tiny")
-    hub.served.clear()
-    with pytest.raises(ValueError, match="not what its index promises"):
-        EngramMoEForCausalLM.from_pretrained("user/tiny")
+    files = {path for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     EngramMoEForCausalLM.from_pretrained("user/tiny")
-    monkeypatch.setattr("engram_hf.modeling.checkpoint_loading.file_digest", None)
-    assert_same_logits(logits(EngramMoEForCausalLM.from_pretrained("user/tiny")), logits(model))
+    with pytest.raises(ValueError, match=f"are not what was saved: {TABLE}"):
+        verify_tables("user/tiny")
+    # huggingface_hub remembers there which files a repository does not have.
+    added = {path for path in (tmp_path / "cache").rglob("*") if path.is_file()} - files
+    assert all(".no_exist" in path.parts for path in added), added
+    hub.served.clear()
+    pulled = EngramMoEForCausalLM.from_pretrained("user/tiny", force_download=True)
+    assert_same_logits(logits(pulled), logits(model))
+    assert verify_tables("user/tiny")
 
 
 def test_a_push_between_two_files_does_not_mix_them(hub, model):

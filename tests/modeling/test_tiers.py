@@ -93,7 +93,7 @@ def test_the_base_model_takes_entries_with_and_without_the_prefix(tmp_path):
     [
         (
             {"": "cpu", "model.layers.1.engram.table": "disk"},
-            "names layers.1.engram.table, which is no table. The tables of this model are: ",
+            "names model.layers.1.engram.table, which is no table. The tables of this model are: ",
         ),
         ({"": "cpu", "model.layers.0.engram.tabel": "disk"}, f"no part of. The tables of this model are: {FIRST}, "),
         ({"": "cpu", "model.layers.7": "cpu"}, "names model.layers.7, which this model has no part of"),

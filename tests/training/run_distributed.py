@@ -46,7 +46,7 @@ def train_sharded(model, args, rule: str) -> list[float]:
     """
     factory, options = engram_optimizers(args, rule)
     if args.world_size > 1:
-        ignored = {block for table in model.model.tables() for block in table.blocks}
+        ignored = {parameter for table in model.model.tables() for parameter in table.parameters()}
         mesh = init_device_mesh("cpu", (args.world_size,))
         for layer in [*model.model.layers, model]:
             fully_shard(layer, mesh=mesh, ignored_params=ignored)

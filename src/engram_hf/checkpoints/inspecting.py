@@ -1,6 +1,5 @@
-"""What a checkpoint holds, from its headers alone: of a folder, or of a repository whose files are not downloaded."""
+"""What a checkpoint holds, by the headers of its files. Of a repository nothing else is downloaded."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,13 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from ..modeling.checkpoint_loading import BLOCK_KEY, find_checkpoint, read_headers
-from ..modeling.configuration_engram_moe import EngramMoEConfig
-from ..modeling.disk_safetensors import NAMES
-from ..modeling.table_blocks import CHANGED_KEY, OLD_ROW_IDS, ROW_IDS, layer_of_table
-
-
-@dataclass(frozen=True)
-class FoundTensor:
-    """A tensor of a checkpoint: its type as safetensors calls it, its shape, bytes and file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str
+from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
+from ..modeling.configuration_checks import check_source
+from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
+from ..modeling.disk_safetensors import TensorPlace, read_places
+from ..modeling.modeling_engram_moe import EngramMoEModel
+from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
+from .checking import Part, check_loadable
 
 
 @dataclass(frozen=True)
@@ -44,8 +36,8 @@ class FoundBlock:
 
 @dataclass(frozen=True)
 class FoundTable:
-    """A table: name inside the base model, rows, numbers of a row, type of its rows, bytes, blocks, and changed rows
-    that a training checkpoint holds beside them."""
+    """A table: name inside the base model, rows, numbers of a row, type of its rows, bytes, blocks, and how many
+    changed rows a training checkpoint holds beside them."""
 
     name: str
     rows: int
@@ -58,7 +50,7 @@ class FoundTable:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. vocab_size, compressed_vocab_size: ids of the tokenizer, and what the memory makes of them."""
+    """What was found. compressed_vocab_size: how many of the vocab_size ids are different ones for the memory."""
 
     where: str
     tables: tuple[FoundTable, ...]
@@ -74,19 +66,25 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    path_or_repo: str | Path, revision: str | None = None, token: str | bool | None = None
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    tables_from: str | Path | None = None,
 ) -> Inspection:
-    """Tables, blocks, sizes and fingerprint of a checkpoint; reads config and headers, and no tensor.
+    """Tables, blocks, sizes and fingerprint of a checkpoint. Refuses what `from_pretrained` would refuse.
+
+    Of a folder it reads config, headers, token map and the ids of changed rows; of a repository, config and headers.
 
     Args:
-        path_or_repo: folder, or repository of the Hub, or of its cache where the Hub cannot be reached; tables in a
-            repository of their own are found by its config.
+        path_or_repo: folder or repository. Where the Hub cannot be reached, the repository is read from the cache.
         revision, token: of the repository.
+        tables_from: folder or repository of the tables, as in `from_pretrained`. By default they lie beside the
+            backbone, or in the repository that the config names.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision; or no config or safetensors files are there.
-        ValueError: a file is damaged, or the config is none of an EngramMoE.
-        OSError: the Hub cannot be reached, and the files are not in its cache; or they are not for everybody.
+        FileNotFoundError: there is no such folder, repository or revision, or it has no config or safetensors files.
+        ValueError: a file is damaged, or does not fit the config; or the config is not that of an EngramMoE.
+        OSError: the Hub cannot be reached, and the files are not in its cache; or access is denied.
 
     Example:
         >>> inspect_checkpoint("output/tiny").tables[0].rows
@@ -95,18 +93,21 @@ def inspect_checkpoint(
     where = str(path_or_repo)
     hub = _at_one_commit(where, revision, token)
     config = EngramMoEConfig.from_pretrained(where, **hub)
-    found = _tensors(where, hub)
-    if config.engram_tables_repo is not None and not any(map(BLOCK_KEY.match, found)):
-        apart = config.engram_tables_repo
-        found |= _tensors(apart, _at_one_commit(apart, config.engram_tables_revision, token))
-    tables = _tables(found, config)
+    parts = [_open(where, hub)]
+    revision_of_tables = None
+    if tables_from is None and not parts[0].checkpoint.blocks():
+        tables_from, revision_of_tables = config.engram_tables_repo, config.engram_tables_revision
+    if tables_from is not None:
+        parts.append(_open(str(tables_from), _at_one_commit(str(tables_from), revision_of_tables, token)))
+    check_loadable(parts, config, has_contents=all(part.checkpoint.is_here for part in parts))
+    tables = _tables(parts[-1], config)
     in_tables = sum(table.nbytes for table in tables)
-    in_changes = sum(tensor.nbytes for name, tensor in found.items() if CHANGED_KEY.match(name))
+    beside = [name for name in parts[0].places if not is_of_table(name)]
     return Inspection(
-        where=str(path_or_repo),
+        where=where,
         tables=tables,
         tables_nbytes=in_tables,
-        backbone_nbytes=sum(tensor.nbytes for tensor in found.values()) - in_tables - in_changes,
+        backbone_nbytes=sum(parts[0].places[name].nbytes for name in beside),
         fingerprint=config.engram_fingerprint,
         vocab_size=config.vocab_size,
         compressed_vocab_size=config.engram_compressed_vocab_size,
@@ -114,13 +115,16 @@ def inspect_checkpoint(
 
 
 def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
-    """Arguments that read a folder, or a repository at the commit that it is at; without a connection, the cache."""
+    """Arguments that read a folder, or a repository at its present commit, or without a connection from the cache."""
+    check_source(where, PRESETS)
     if Path(where).is_dir():
         return {"local_files_only": True}
     try:
         return {"revision": HfApi(token=token).model_info(where, revision=revision).sha, "token": token}
     except HFValidationError as error:
-        raise FileNotFoundError(f"{where} is no folder, and no name of a repository, such as user/model.") from error
+        raise FileNotFoundError(
+            f"{where} is no folder, and not the name of a repository, such as user/model."
+        ) from error
     except GatedRepoError as error:
         raise PermissionError(
             f"{where} is gated. Ask for access at https://huggingface.co/{where}, then hf auth login."
@@ -144,55 +148,55 @@ def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -
         return hub
 
 
-def _tensors(where: str, hub: dict[str, Any]) -> dict[str, FoundTensor]:
-    """From the headers, of which the Hub sends no more than the beginning of each file."""
+def _open(where: str, hub: dict[str, Any]) -> Part:
+    """A checkpoint by its headers. The Hub sends no more than the beginning of each file."""
     if hub.get("local_files_only"):
         checkpoint = find_checkpoint(where, hub)
         if checkpoint is None:
             raise FileNotFoundError(f"{where} holds no safetensors files of a model.")
-        return {
-            name: FoundTensor(
-                "?" if place.dtype is None else NAMES[place.dtype],
-                place.shape,
-                place.nbytes,
-                checkpoint.file_of[name].name,
-            )
-            for name, place in read_headers(checkpoint).items()
-        }
+        return Part(checkpoint, read_headers(checkpoint))
     try:
         metadata = HfApi(token=hub["token"]).get_safetensors_metadata(where, revision=hub["revision"])
     except NotASafetensorsRepoError as error:
         raise FileNotFoundError(f"{where} holds no safetensors files of a model.") from error
     except SafetensorsParsingError as error:
         raise ValueError(f"A safetensors file of {where} is damaged: {error}") from error
-    return {
-        name: FoundTensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0], file)
-        for file, header in metadata.files_metadata.items()
-        for name, info in header.tensors.items()
-    }
+    places: dict[str, TensorPlace] = {}
+    file_of: dict[str, Path] = {}
+    for file, header in metadata.files_metadata.items():
+        entries = {
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": [*info.data_offsets]}
+            for name, info in header.tensors.items()
+        }
+        try:
+            places |= read_places(entries)
+        except ValueError as error:
+            raise ValueError(f"{file} of {where} is damaged: {error} Another revision may be sound.") from error
+        file_of |= dict.fromkeys(entries, Path(file))
+    return Part(Checkpoint(where, file_of, frozenset(file_of), is_here=False), places)
 
 
-def _tables(found: Mapping[str, FoundTensor], config: EngramMoEConfig) -> tuple[FoundTable, ...]:
-    blocks: dict[str, list[tuple[int, FoundBlock, str]]] = {}
-    changed: dict[str, int] = {}
-    for name, tensor in found.items():
-        if (match := BLOCK_KEY.match(name)) is not None:
-            block = FoundBlock(name, tensor.shape[0], tensor.nbytes, tensor.file)
-            blocks.setdefault(match[1], []).append((int(match[2]), block, tensor.dtype))
-        elif (match := CHANGED_KEY.match(name)) is not None and match[2] in (ROW_IDS, OLD_ROW_IDS):
-            changed[match[1]] = tensor.shape[0]
-    tables = []
-    for name, own in sorted(blocks.items(), key=lambda item: layer_of_table(item[0])):
-        own.sort(key=lambda each: each[0])
-        tables.append(
-            FoundTable(
-                name=name,
-                rows=sum(block.rows for _, block, _ in own),
-                head_dim=config.engram_head_dim,
-                dtype=config.engram_table_dtype or own[0][2],
-                nbytes=sum(block.nbytes for _, block, _ in own),
-                blocks=tuple(block for _, block, _ in own),
-                changed_rows=changed.get(name, 0),
-            )
+def _tables(part: Part, config: EngramMoEConfig) -> tuple[FoundTable, ...]:
+    found: dict[str, list[FoundBlock]] = {}
+    changed = {}
+    for (table, _), name in sorted(part.checkpoint.blocks().items()):
+        place = part.places[name]
+        block = FoundBlock(name, place.shape[0], place.nbytes, part.checkpoint.file_of[name].name)
+        found.setdefault(table, []).append(block)
+    prefix = f"{EngramMoEModel.base_model_prefix}."
+    for name, place in part.places.items():
+        table, kind = parse_changed_name(name) or ("", "")
+        if kind == ROW_IDS:
+            changed[table] = place.shape[0]
+    return tuple(
+        FoundTable(
+            name=name.removeprefix(prefix),
+            rows=sum(block.rows for block in blocks),
+            head_dim=config.engram_head_dim,
+            dtype=config.engram_table_dtype or part.places[blocks[0].name].type_name,
+            nbytes=sum(block.nbytes for block in blocks),
+            blocks=tuple(blocks),
+            changed_rows=changed.get(name, 0),
         )
-    return tuple(tables)
+        for name, blocks in sorted(found.items(), key=lambda item: layer_of_table(item[0]))
+    )

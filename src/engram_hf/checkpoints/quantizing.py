@@ -1,4 +1,4 @@
-"""Tables in 8 or 4 bits: converts a checkpoint block by block, so that its size is of no account."""
+"""Quantizes tables to 8 or 4 bits, block by block, so that a checkpoint may be larger than memory."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,11 +6,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..modeling.checkpoint_loading import BLOCK_KEY, read_headers
-from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import TensorContent
-from ..modeling.table_blocks import CHANGED_KEY
+from ..modeling.table_blocks import parse_changed_name
 from ..modeling.table_formats import QUANTIZED_FORMATS, quantize_rows, row_bytes
 from .rewriting import open_folder, rewrite_blocks
 
@@ -19,7 +17,7 @@ ROWS_AT_ONCE = 2**16
 
 
 def quantize_tables(source: str | Path, target: str | Path, row_format: str = "float8_e4m3fn") -> Path:
-    """Write a checkpoint whose tables are quantized, and whatever else it holds as it is.
+    """Write a checkpoint with quantized tables. Whatever else the folder holds is copied or linked.
 
     Args:
         source: folder of a checkpoint with floating tables.
@@ -30,26 +28,28 @@ def quantize_tables(source: str | Path, target: str | Path, row_format: str = "f
         `target`.
 
     Raises:
-        ValueError: `source` holds no tables, or they are quantized already, or hold NaN or infinity; `target` holds
-            weights; the format is none of these.
-        FileNotFoundError: no safetensors files are there.
+        ValueError: the format is not one of these; `source` is damaged, has no tables, or has tables that are quantized
+            already or hold NaN or infinity; a link in it leads elsewhere; `target` holds weights.
+        FileNotFoundError: `source` has no safetensors files, or one is missing.
+        OSError: no space or no permission in `target`.
     """
     source, target = Path(source), Path(target)
     if row_format not in QUANTIZED_FORMATS:
         raise ValueError(f"row_format must be one of {QUANTIZED_FORMATS}, got {row_format!r}.")
-    checkpoint = open_folder(source, target)
-    config = EngramMoEConfig.from_pretrained(source)
+    part, config = open_folder(source, target)
+    checkpoint = part.checkpoint
     if config.engram_table_dtype in QUANTIZED_FORMATS:
         raise ValueError(f"The tables of {source} are {config.engram_table_dtype} already; start from the original.")
-    if any(map(CHANGED_KEY.match, checkpoint.file_of)):
+    if any(parse_changed_name(name) is not None for name in checkpoint.file_of):
         raise ValueError(
             f"{source} was saved in training, and holds changed rows beside its blocks. Put them together first: "
             "engram_hf.merge_changed_rows(source, target)."
         )
-    rows = sum(place.shape[0] for name, place in read_headers(checkpoint).items() if BLOCK_KEY.match(name))
+    rows = sum(part.places[name].shape[0] for name in checkpoint.blocks().values())
     with logging.tqdm(total=rows, desc="Quantizing", unit=" rows", disable=rows < ROWS_AT_ONCE) as progress:
         rewrite_blocks(
             checkpoint,
+            config,
             source,
             target,
             lambda file, name: _quantized(file, name, row_format, progress.update),

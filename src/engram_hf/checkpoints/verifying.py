@@ -1,6 +1,6 @@
 """Is a checkpoint what it was when it was saved, and do its parts belong together?
 
-Reads every byte; a forward cannot see a flipped one.
+Every byte is read: a forward does not notice a flipped one.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..modeling.checkpoint_loading import BLOCK_KEY, Checkpoint, find_checkpoint, match_blocks, read_headers
+from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
-from ..modeling.disk_safetensors import TensorPlace, file_digest
-from ..modeling.ids_hashing import NgramHash, check_fingerprint, digest, map_tokens
-from ..modeling.modeling_engram_moe import EngramMoEModel
-from ..modeling.table import tables_without_blocks
+from ..modeling.disk_safetensors import file_digest
+from ..modeling.ids_hashing import check_fingerprint, digest, map_tokens
+from ..modeling.table_blocks import ROWS, parse_block_name, parse_changed_name
 from ..modeling.table_formats import QUANTIZED_FORMATS, dequantize_rows
+from .checking import Part, check_loadable
 
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -41,22 +41,24 @@ class VerifiedFile:
 
 
 def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = None) -> list[VerifiedFile]:
-    """Compare a checkpoint with what saving wrote: every weight file with the SHA-256 of the index, shapes and types of
-    blocks with the config, token map, tokenizer and index with the fingerprint; and see that all rows are numbers.
+    """Compare a checkpoint with what saving wrote. What passes is what `from_pretrained` loads, with the same numbers.
+
+    Compared are every weight file with its SHA-256 in the index, all shapes and types with the config, and token map,
+    tokenizer and index with the fingerprint of the config. All rows must be finite. A file without a SHA-256 in the
+    index cannot be compared, and is refused.
 
     Args:
-        path_or_repo: folder of a checkpoint, or of tables alone; or a repository whose files were downloaded. Tables in
-            a repository of their own are found by the config.
-        tables_from: folder or repository of the tables, where they are not beside the backbone and the config does not
-            name it, as in `from_pretrained`.
+        path_or_repo: folder of a checkpoint, or of tables alone; or a repository whose files were downloaded.
+        tables_from: folder or repository of the tables, as in `from_pretrained`. By default they lie beside the
+            backbone, or in the repository that the config names.
 
     Returns:
         the files, all of them sound.
 
     Raises:
-        FileNotFoundError: no safetensors files are there, or one is missing.
-        ValueError: a file is truncated or changed, or no digest was saved for it; a block is missing, misshapen or of
-            another type; a row or scale is no number; a fingerprint is another one. Names files and tensors.
+        FileNotFoundError: there are no safetensors files, or one is missing.
+        ValueError: a file is damaged, changed or without a digest; a tensor is missing, misshapen or of another type;
+            a row or scale is not finite; a fingerprint differs. Names files and tensors.
 
     Example:
         >>> verify_tables("output/tiny")
@@ -70,14 +72,18 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             "this machine; nothing can be verified."
         )
     folder = next(iter(checkpoint.file_of.values())).parent
-    config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").exists() else None
     if config is None and len(checkpoint.blocks()) < len(checkpoint.file_of):
         raise FileNotFoundError(f"{path_or_repo} has weights and no config.json. Copy or download it again.")
-    parts = [checkpoint]
-    if config is not None and config.engram_layer_ids and not checkpoint.blocks():
-        parts.append(_find_tables(path_or_repo, config, tables_from))
-    places = [read_headers(part) for part in parts]
-    files = [file for part in parts for file in _verify_files(part)]
+    parts = [Part(checkpoint, read_headers(checkpoint))]
+    if config is not None and (tables_from is not None or config.engram_layer_ids and not checkpoint.blocks()):
+        tables = _find_tables(path_or_repo, config, tables_from)
+        parts.append(Part(tables, read_headers(tables)))
+    if config is not None:
+        check_loadable(parts, config)
+        if any((folder / name).exists() for name in TOKENIZER_FILES):
+            check_tokenizer(folder, read_tokenizer(folder))
+    files = [file for part in parts for file in _verify_files(part.checkpoint)]
     unknown = [file.name for file in files if file.promised is None]
     changed = [file for file in files if file.promised is not None and not file.is_sound]
     if changed:
@@ -86,10 +92,9 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             + "; ".join(f"{file.name} (with {_some(file.tensors)})" for file in changed)
             + ". Download or copy them again."
         )
-    for part, part_places in zip(parts, places, strict=True):
-        if config is not None:
-            _verify_parts(part, part_places, config, folder)
-        _verify_rows(part, part_places, config)
+    for part in parts:
+        _verify_total(part)
+        _verify_rows(part, config)
     if unknown:
         raise ValueError(
             f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and "
@@ -160,11 +165,14 @@ def read_tokenizer(folder: str | Path):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # A damaged file is met deep inside tokenizers, by errors of any type.
     except Exception as error:
-        raise ValueError(f"The tokenizer in {folder} cannot be read ({error!r}). Copy or download it again.") from error
+        names = " or ".join(sorted(name for name in TOKENIZER_FILES if Path(folder, name).exists()))
+        raise ValueError(
+            f"The tokenizer in {folder} cannot be read ({error!r}): {names} is damaged. Copy or download it again."
+        ) from error
 
 
 def _verify_files(checkpoint: Checkpoint) -> list[VerifiedFile]:
-    digests = checkpoint.metadata.get("sha256") or {}
+    digests = checkpoint.metadata.get("sha256", {})
     tensors: dict[Path, list[str]] = {}
     for name, file in checkpoint.file_of.items():
         tensors.setdefault(file, []).append(name)
@@ -177,47 +185,41 @@ def _verify_files(checkpoint: Checkpoint) -> list[VerifiedFile]:
     return files
 
 
-def _verify_parts(
-    checkpoint: Checkpoint, places: dict[str, TensorPlace], config: EngramMoEConfig, folder: Path
-) -> None:
-    """Blocks, fingerprint and tokenizer belong to the config."""
-    where = checkpoint.where
-    if checkpoint.blocks():
-        with torch.device("meta"), tables_without_blocks():
-            tables = EngramMoEModel(config).named_tables()
-        match_blocks(tables, checkpoint, places, config)
-    declared = config.engram_fingerprint
-    if (in_index := checkpoint.metadata.get("engram_fingerprint")) is not None and declared is not None:
-        check_fingerprint(declared, in_index, f"the index of {where}")
-    name = next((name for name in checkpoint.file_of if name.endswith("token_map")), None)
-    if name is not None and declared is not None:
-        token_map = TableFile(checkpoint.file_of[name]).tensor(name)
-        check_fingerprint(declared, NgramHash.from_config(config).fingerprint(token_map), where)
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        check_tokenizer(folder, read_tokenizer(folder))
+def _verify_total(part: Part) -> None:
+    """The index names as many bytes of tensors as it did when it was saved."""
+    promised, found = part.checkpoint.metadata.get("total_size"), sum(place.nbytes for place in part.places.values())
+    if promised is not None and promised != found:
+        raise ValueError(
+            f"The tensors that the index of {part.checkpoint.where} names have {found:,} bytes, and it promises "
+            f"{promised:,} (total_size): it is not the index that was saved. Download or copy it again."
+        )
 
 
-def _verify_rows(checkpoint: Checkpoint, places: dict[str, TensorPlace], config: EngramMoEConfig | None) -> None:
-    """All rows are finite numbers, and so are the scales of quantized ones."""
+def _verify_rows(part: Part, config: EngramMoEConfig | None) -> None:
+    """All rows are finite numbers, those of blocks and the changed ones, and so are the scales of quantized rows."""
     is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
     files: dict[Path, TableFile] = {}
-    for name in filter(BLOCK_KEY.match, checkpoint.file_of):
-        path = checkpoint.file_of[name]
+    for name, path in part.checkpoint.file_of.items():
+        _, kind = parse_changed_name(name) or ("", "")
+        if parse_block_name(name) is None and kind != ROWS:
+            continue
         file = files.setdefault(path, TableFile(path))
         rows = file.tensor(name)
         if not is_quantized and not rows.is_floating_point():
             # Tables alone, without the config that says what their bytes mean.
             continue
         count = max(1, PART_BYTES // (rows.shape[1] * rows.dtype.itemsize))
-        for number, part in enumerate(rows.split(count)):
+        for number, part_of_rows in enumerate(rows.split(count)):
             numbers = (
-                dequantize_rows(part, str(config.engram_table_dtype), config.engram_head_dim) if is_quantized else part
+                dequantize_rows(part_of_rows, str(config.engram_table_dtype), config.engram_head_dim)
+                if config is not None and is_quantized
+                else part_of_rows
             )
             is_finite = torch.isfinite(numbers).all(-1)
             if not is_finite.all():
                 row = number * count + int((~is_finite).nonzero()[0])
                 raise ValueError(
-                    f"{name} in {path.name} of {checkpoint.where} holds NaN or infinity, first in row {row}"
+                    f"{name} in {path.name} of {part.checkpoint.where} holds NaN or infinity, first in row {row}"
                     f"{' (a number or its scale)' if is_quantized else ''}. It was saved this way: take an earlier "
                     "checkpoint, or find what made the training diverge."
                 )

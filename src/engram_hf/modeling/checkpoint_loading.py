@@ -1,39 +1,37 @@
-"""Checkpoints on their way in: the files of a checkpoint, what of them is refused, and the tensors of the tables.
+"""Checkpoints on their way in: which files a checkpoint has, what is refused, and where the tensors of tables lie.
 
-Holds no model code: it is given names, shapes and folders. transformers loads the backbone; tables are only opened.
+Everything that files say is checked here, before anything is allocated or loaded. transformers loads the backbone. The
+files of tables are only opened.
 """
 
-import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .disk_files import BlockSource, TableFile
-from .disk_safetensors import (
-    TensorPlace,
-    file_digest,
-    read_header,
-    read_index,
-    read_weight_map,
-)
+from .disk_safetensors import TensorPlace, file_digest, read_header, read_index, shortened
 from .table import EngramTable
-from .table_blocks import BLOCK_KEY, CHANGED_KEY, parse_block_name, parse_changed_name
+from .table_blocks import BLOCK_KEY, ROW_IDS, block_name, is_of_table, parse_changed_name
 from .table_changes import ChangedRows
 from .table_formats import QUANTIZED_FORMATS
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-# In the cache's folder of a repository, beside huggingface_hub's own `.no_exist`.
-NOTES_FOLDER = ".engram_sound"
 # Files below this size are read too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MEMORY_NAMES = (".engram.", "token_map")
+LAYER_KEY = re.compile(r"^layers\.(\d+)\.")
+OF_ONE_CHECKPOINT = "Load weights and config of one checkpoint; download or copy it again."
+# Where the token map was in checkpoints before version 0.2, and where it is now.
+OLD_TOKEN_MAP, TOKEN_MAP = "token_map", "ngram_hash.token_map"
 
 
 @dataclass(frozen=True)
@@ -41,65 +39,73 @@ class Checkpoint:
     """The safetensors files of a model on this machine.
 
     where: folder or repository, as the user named it.
-    file_of: tensor name to file.
+    file_of: tensor name to file, for the tensors that are wanted.
+    names: of all tensors, also of those that are not wanted.
     metadata: of the index; empty where there is none.
     commit: of the repository; None for a folder.
+    is_here: whether the files are on this machine; otherwise `file_of` gives their names in a repository.
     """
 
     where: str
     file_of: Mapping[str, Path]
+    names: frozenset[str]
     metadata: Mapping = field(default_factory=dict)
     commit: str | None = None
+    is_here: bool = True
 
     def blocks(self) -> dict[tuple[str, int], str]:
         """(name of the table as its tensors have it, number of the block) to tensor name."""
-        parsed = ((name, parse_block_name(name)) for name in self.file_of)
-        return {(block.table, block.number): name for name, block in parsed if block is not None}
+        matches = ((name, BLOCK_KEY.match(name)) for name in self.file_of)
+        return {(match[1], int(match[2])): name for name, match in matches if match is not None}
 
 
 def find_checkpoint(
     name, arguments: Mapping, is_wanted: Callable[[str], bool] = lambda name: True
 ) -> Checkpoint | None:
-    """The safetensors files of a folder or a repository, downloaded where they are not here.
+    """The safetensors files of a folder or a repository. What is not on this machine is downloaded.
 
     Args:
         name: folder or repository.
-        arguments: those of `from_pretrained`, of which the Hub's and `variant` matter.
-        is_wanted: whether a tensor is to be had; files without such a tensor are not looked at.
+        arguments: those of `from_pretrained`; those of the Hub and `variant` are used.
+        is_wanted: whether a tensor is wanted. Files without such a tensor are neither downloaded nor opened.
 
     Returns:
-        None where there are none: an adapter, or weights in another format.
+        None where there are none: the folder holds an adapter, or weights in another format.
 
     Raises:
-        FileNotFoundError, ValueError: the index is damaged, or names files that are not there or lie elsewhere.
+        FileNotFoundError: the index names a file that is not there.
+        ValueError: index or file are damaged.
     """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     where, variant = str(name), arguments.get("variant")
     single = find_file(name, with_variant(SINGLE_FILE, variant), hub)
     if single is not None:
-        tensors = filter(is_wanted, read_header(single))
-        return Checkpoint(where, dict.fromkeys(tensors, single), commit=commit_of(name, single))
+        names = frozenset(read_header(single))
+        wanted = dict.fromkeys(filter(is_wanted, sorted(names)), single)
+        return Checkpoint(where, wanted, names, commit=commit_of(name, single))
     index = find_file(name, with_variant(INDEX_FILE, variant), hub)
     if index is None:
         return None
-    weight_map = {tensor: file for tensor, file in read_weight_map(index).items() if is_wanted(tensor)}
-    metadata, commit = read_index(index).get("metadata") or {}, commit_of(name, index)
+    content = read_index(index)
+    names, metadata = frozenset(content["weight_map"]), content["metadata"]
+    weight_map = {tensor: file for tensor, file in content["weight_map"].items() if is_wanted(tensor)}
+    commit = commit_of(name, index)
     if Path(where).is_dir():
-        # Not looked for on the Hub: a file that is missing here has a message of its own.
+        # Not looked for on the Hub: the message for a missing file is then a better one.
         path_of = {filename: index.parent / filename for filename in weight_map.values()}
     else:
         # All of one commit, also where the branch moves on meanwhile.
         at_commit = hub if commit is None else {**hub, "revision": commit}
-        path_of = download_files(name, {*weight_map.values()}, metadata.get("sha256") or {}, at_commit)
-    return Checkpoint(where, {tensor: path_of[file] for tensor, file in weight_map.items()}, metadata, commit)
+        path_of = download_files(name, {*weight_map.values()}, metadata.get("sha256", {}), at_commit)
+    file_of = {tensor: path_of[file] for tensor, file in weight_map.items()}
+    return Checkpoint(where, file_of, names, metadata, commit)
 
 
 def read_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 by file name, as the checkpoint in a folder gives them; empty where it gives none."""
-    folder = Path(folder)
+    """SHA-256 by file name, as the indexes in a folder promise them; empty where they promise none."""
     digests: dict[str, str] = {}
-    for path in folder.glob("model.safetensors.index*.json"):
-        digests |= (read_index(path).get("metadata") or {}).get("sha256") or {}
+    for path in Path(folder).glob("model.safetensors.index*.json"):
+        digests |= read_index(path)["metadata"].get("sha256", {})
     return digests
 
 
@@ -112,10 +118,11 @@ def with_variant(filename: str, variant: str | None) -> str:
 
 
 def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
-    """Where each tensor lies in its file.
+    """Where each wanted tensor lies in its file.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, truncated, or lacks a tensor that the index promises.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or it and the index do not name the same tensors.
     """
     headers = {path: read_header(path) for path in sorted(set(checkpoint.file_of.values()))}
     lacking = [(name, path) for name, path in checkpoint.file_of.items() if name not in headers[path]]
@@ -124,22 +131,141 @@ def read_headers(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
             f"The index of {checkpoint.where} promises {lacking[0][0]} in {lacking[0][1].name}, which does not hold it "
             f"({len(lacking)} such tensors). Index and files are of two checkpoints; download it again."
         )
+    unnamed = [(name, path) for path, header in headers.items() for name in header if name not in checkpoint.names]
+    if unnamed:
+        raise ValueError(
+            f"{unnamed[0][1]} holds {unnamed[0][0]}, which its index does not name ({len(unnamed)} such tensors). "
+            "Index and files are of two checkpoints; download or copy it again."
+        )
+    twice = [(n, path) for path, header in headers.items() for n in header if checkpoint.file_of.get(n, path) != path]
+    if twice:
+        name, path = twice[0]
+        raise ValueError(
+            f"{name} is in {path} and in {checkpoint.file_of[name].name}, and only one of them can be right. Download "
+            "or copy the checkpoint again."
+        )
     return {name: headers[path][name] for name, path in checkpoint.file_of.items()}
 
 
-def refuse_integers(places: Mapping[str, TensorPlace], where: str) -> None:
-    """
+def without_prefix(places: Mapping[str, TensorPlace], base_prefix: str, where: str) -> dict[str, TensorPlace]:
+    """Tensors by the names that they have inside the base model; those of a head keep theirs.
+
     Raises:
-        ValueError: a tensor of the backbone or of a memory layer holds integers, which would load as wrong numbers.
+        ValueError: a tensor is there twice, with the prefix and without it.
     """
+    found: dict[str, TensorPlace] = {}
     for name, place in places.items():
-        is_float = place.dtype is not None and place.dtype.is_floating_point
-        is_of_table = BLOCK_KEY.match(name) is not None or CHANGED_KEY.match(name) is not None
-        if not is_float and not name.endswith("token_map") and not is_of_table:
+        short = name.removeprefix(f"{base_prefix}.")
+        short = TOKEN_MAP if short == OLD_TOKEN_MAP else short
+        if short in found:
+            raise ValueError(f"{where} holds {short} twice, with and without {base_prefix}. before it. Copy it again.")
+        found[short] = place
+    return found
+
+
+def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_prefix: str) -> None:
+    """Compare sizes that a config declares with those of the tensors, before anything of these sizes is made.
+
+    Only sizes of which a model would have too many parts, or take long to build. `check_model` compares all shapes.
+
+    Args:
+        config: an `EngramMoEConfig`.
+        places: of the tensors beside the tables.
+        where: folder or repository, for the message.
+        base_prefix: of the base model in tensor names.
+
+    Raises:
+        ValueError: names the field and the tensor.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    found = without_prefix(places, base_prefix, where)
+    layers = 1 + max((int(match[1]) for name in found if (match := LAYER_KEY.match(name)) is not None), default=-1)
+    if layers != config.num_hidden_layers:
+        raise ValueError(
+            f"config.json of {where} says num_hidden_layers = {shortened(config.num_hidden_layers)}, and its tensors "
+            f"are of {layers} layers. {OF_ONE_CHECKPOINT}"
+        )
+    sizes = [("embed_tokens.weight", 0, "vocab_size"), ("embed_tokens.weight", 1, "hidden_size")]
+    sizes += [(f"layers.{i}.engram.value_proj.weight", 1, "engram_width") for i in config.engram_layer_ids or []]
+    for name, axis, size in sizes:
+        if name not in found:
+            refuse_missing([name], where)
+        shape, declared = found[name].shape, getattr(config, size)
+        if len(shape) != 2 or shape[axis] != declared:
+            fields = {"engram_width": "(engram_max_ngram_size - 1) * engram_n_heads * engram_head_dim"}
             raise ValueError(
-                f"{name} of {where} is {str(place.dtype).removeprefix('torch.')}, and must be of a floating type. The "
-                "checkpoint is damaged or quantized by a tool that left no quantization_config; load the original."
+                f"config.json of {where} says {fields.get(size, size)} = {shortened(declared)}, and {name} is {shape}. "
+                f"{OF_ONE_CHECKPOINT}"
             )
+
+
+def check_model(
+    model,
+    places: Mapping[str, TensorPlace],
+    where: str,
+    is_same_class: bool,
+    may_lack: bool = False,
+    is_any_shape: bool = False,
+) -> None:
+    """See that a checkpoint holds each tensor of a model in its shape and of a fitting type. Tables are left aside.
+
+    transformers would draw what is missing at random and say so in a notice, and read integers as numbers of a weight.
+
+    Args:
+        model: built from the config on meta, its tables without blocks.
+        places: of the tensors.
+        where: folder or repository, for the message.
+        is_same_class: whether the checkpoint was saved from this class, so that the head must be there too.
+        may_lack: whether tensors may be missing, because the caller asks for the list of them.
+        is_any_shape: whether tensors of another shape are to be drawn anew (`ignore_mismatched_sizes`). Those of a
+            memory never are.
+
+    Raises:
+        ValueError: names the tensors that are missing, misshapen or of another type, or that belong to a memory that
+            the config does not have.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        # A quantized backbone has tensors of other names and shapes.
+        return
+    prefix = f"{model.base_model_prefix}."
+    found = without_prefix(places, model.base_model_prefix, where)
+    state = model.state_dict()
+    full_names = {name.removeprefix(prefix): name for name in state}
+    wanted = {short: state[name] for short, name in full_names.items()}
+    tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
+    needed = set(wanted if is_same_class else model.base_model.state_dict())
+    missing = needed - set(found) - tied
+    if missing and not may_lack:
+        refuse_missing([full_names[name] for name in missing], where)
+    is_of_memory = {name: any(part in name for part in MEMORY_NAMES) for name in found}
+    extra = [name for name in found if is_of_memory[name] and name not in wanted and not is_of_table(name)]
+    if extra:
+        raise ValueError(
+            f"{where} holds tensors of a memory that its config has no place for: {', '.join(extra[:8])}. "
+            f"{OF_ONE_CHECKPOINT}"
+        )
+    both = [name for name in found if name in wanted]
+    wrong = [
+        f"{full_names[name]} is {found[name].shape}, needs {tuple(wanted[name].shape)}"
+        for name in both
+        if found[name].shape != tuple(wanted[name].shape) and (is_of_memory[name] or not is_any_shape)
+    ]
+    if wrong:
+        refuse_shapes(wrong, where)
+    for name in both:
+        dtype, needed_dtype = found[name].dtype, wanted[name].dtype
+        is_float = dtype is not None and dtype.is_floating_point
+        if dtype != needed_dtype and not (is_float and needed_dtype.is_floating_point):
+            raise ValueError(
+                f"{full_names[name]} of {where} is {found[name].type_name if dtype is None else _type_name(dtype)}, and "
+                f"must be {'of a floating type' if needed_dtype.is_floating_point else _type_name(needed_dtype)}. "
+                "The checkpoint is damaged, or quantized by a tool that left no quantization_config; load the original."
+            )
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def match_blocks(
@@ -155,10 +281,14 @@ def match_blocks(
     Raises:
         ValueError: names what is missing, misshapen, of another type, or too much.
     """
-    found = {(name_inside(table, tables), i): tensor for (table, i), tensor in checkpoint.blocks().items()}
     where = checkpoint.where
+    found: dict[tuple[str, int], str] = {}
+    for (table, number), tensor in checkpoint.blocks().items():
+        other = found.setdefault((name_inside(table, tables), number), tensor)
+        if other != tensor:
+            raise ValueError(f"{other} and {tensor} of {where} are one block. Download or copy it again.")
     wanted = {(name, block.number): block.shape for name, table in tables.items() for block in table.block_records}
-    missing = [f"{name}.blocks.{i}" for name, i in wanted if (name, i) not in found]
+    missing = [block_name(*key) for key in wanted if key not in found]
     if missing:
         refuse_missing(missing, where)
     extra = sorted(set(found) - set(wanted))
@@ -194,25 +324,37 @@ def check_block_type(name: str, dtype: torch.dtype | None, declared: str | None,
     )
 
 
-def refuse_missing(names: Iterable[str], where: str) -> None:
-    """Raise for tensors of the memory that a checkpoint lacks."""
+def refuse_missing(names: Iterable[str], where: str) -> NoReturn:
+    """Raise for tensors that a checkpoint lacks."""
     names = sorted(names)
+    is_memory = any(part in name for name in names for part in MEMORY_NAMES)
     raise ValueError(
-        f"{where} lacks {len(names)} tensors of the memory: {', '.join(names[:8])}"
-        f"{', ...' if len(names) > 8 else ''}. Download it again, load it with the config it was saved with, or name "
-        "the folder or repository of its tables with tables_from=; to add a memory to a model without one, build the "
-        "new model from its config and copy the weights over."
+        f"{where} lacks {len(names)} tensors of the {'memory' if is_memory else 'model'}: {', '.join(names[:8])}"
+        f"{', ...' if len(names) > 8 else ''}. Download it again, or load it with the config that it was saved with."
+        + (
+            " Where the tables lie in a folder or repository of their own, name it with tables_from=. To add a memory "
+            "to a model without one, build the new model from its config and copy the weights over."
+            if is_memory
+            else ""
+        )
     )
 
 
-def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> None:
-    """Raise for tensors of the memory that have another shape."""
+def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> NoReturn:
+    """Raise for tensors that have another shape than the model's."""
+    is_memory = any(part in description for description in descriptions for part in MEMORY_NAMES)
     quantized = ""
     if row_format in QUANTIZED_FORMATS:
         quantized = f" A row of {row_format} is its numbers and their scales; rows without scales mean nothing."
     raise ValueError(
-        f"{where} holds a memory of another shape: {'; '.join(descriptions[:8])}.{quantized} Rows cannot be cut or "
-        "padded; load the checkpoint with the engram_* fields and hc_mult that it was saved with."
+        f"{where} holds a {'memory' if is_memory else 'model'} of another shape: {'; '.join(descriptions[:8])}."
+        f"{quantized} "
+        + (
+            "Rows cannot be cut or padded; load the checkpoint with the engram_* fields and hc_mult that it was saved "
+            "with."
+            if is_memory
+            else "Load the checkpoint with the config that it was saved with."
+        )
     )
 
 
@@ -242,7 +384,7 @@ def refuse_incomplete(loading_info: dict, where: str, base_prefix: str, is_same_
         )
     # Blocks are opened later, and are not among these.
     unused = sorted(n for n in loading_info["unexpected_keys"] if any(part in n for part in MEMORY_NAMES))
-    unused = [name for name in unused if BLOCK_KEY.match(name) is None and CHANGED_KEY.match(name) is None]
+    unused = [name for name in unused if not is_of_table(name)]
     if unused:
         raise ValueError(
             f"{where} holds tensors of a memory that this config has no place for: {', '.join(unused[:8])}. Load it "
@@ -281,23 +423,71 @@ def name_inside(table: str, tables: Iterable[str]) -> str:
     return next((name for name in tables if table == name or table.endswith(f".{name}")), table)
 
 
-def open_changes(table_name: str, checkpoint: Checkpoint) -> ChangedRows | None:
+def check_changes(tables: Iterable[str], checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> None:
+    """See that a checkpoint has the changed rows that its index promises, and none that nobody would read.
+
+    Args:
+        tables: names inside the base model.
+        checkpoint, places: where tensors are.
+
+    Raises:
+        ValueError: names the table.
+    """
+    found: dict[str, int] = {}
+    for name, path in checkpoint.file_of.items():
+        table, part = parse_changed_name(name) or ("", "")
+        if part and name_inside(table, tables) not in tables:
+            raise ValueError(
+                f"{path} holds {name}, and {checkpoint.where} has no table {table}. Copy the whole folder of the "
+                "checkpoint again, or load it with the config that it was saved with."
+            )
+        if part == ROW_IDS and places[name].shape:
+            found[table] = places[name].shape[0]
+    promised = checkpoint.metadata.get("changed_rows")
+    if promised is not None and promised != found:
+        table = min(name for name in {*promised, *found} if promised.get(name) != found.get(name))
+        raise ValueError(
+            f"The index of {checkpoint.where} promises {promised.get(table, 0)} changed rows of {table} "
+            f"(changed_rows), and its files hold {found.get(table, 'none')}. Copy the whole folder of the checkpoint "
+            "again."
+        )
+
+
+def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> ChangedRows | None:
     """The changed rows that a training checkpoint holds beside the blocks of a table; None where there are none.
 
     Args:
         table_name: with or without the prefix of the base model.
-        checkpoint: where they are.
+        checkpoint, places: where tensors are. The blocks of the table are of one width and type.
 
     Raises:
-        ValueError: a part is missing or damaged.
+        ValueError: a part is missing or damaged, or does not fit the blocks.
     """
-    parsed = ((tensor, parse_changed_name(tensor)) for tensor in checkpoint.file_of)
-    names = {p[1]: tensor for tensor, p in parsed if p is not None and name_inside(p[0], [table_name]) == table_name}
+    names: dict[str, str] = {}
+    for tensor in checkpoint.file_of:
+        table, part = parse_changed_name(tensor) or ("", "")
+        if part and name_inside(table, [table_name]) == table_name and names.setdefault(part, tensor) != tensor:
+            raise ValueError(f"{names[part]} and {tensor} of {checkpoint.where} are the same rows. Copy it again.")
     if not names:
         return None
-    files = {path: TableFile(path) for path in {checkpoint.file_of[tensor] for tensor in names.values()}}
+    files = {path: TableFile(path) for path in sorted({checkpoint.file_of[tensor] for tensor in names.values()})}
     parts = {part: files[checkpoint.file_of[tensor]].tensor(tensor) for part, tensor in names.items()}
-    return ChangedRows.from_tensors(parts, table_name, checkpoint.where)
+    where = f"{', '.join(path.name for path in files)} of {checkpoint.where}"
+    changed = ChangedRows.from_tensors(parts, table_name, where)
+    blocks = [
+        places[tensor]
+        for (table, _), tensor in checkpoint.blocks().items()
+        if name_inside(table, [table_name]) == table_name
+    ]
+    num_rows = sum(block.shape[0] for block in blocks)
+    changed.check_fit(f"{table_name} in {where}", num_rows, blocks[0].shape[1], blocks[0].dtype, len(blocks))
+    stamp = checkpoint.metadata.get("stamp")
+    if stamp is not None and changed.stamp is not None and changed.stamp.hex() != stamp:
+        raise ValueError(
+            f"The changed rows of {table_name} in {where} are of another run or step than its index: their stamp is "
+            f"{changed.stamp.hex()}, the index promises {stamp}. Copy the whole folder of the checkpoint again."
+        )
+    return changed
 
 
 def find_file(name: str | Path, filename: str, hub: Mapping) -> Path | None:
@@ -326,37 +516,38 @@ def commit_of(name: str | Path, path: Path) -> str | None:
 def download_files(
     name: str | Path, filenames: Iterable[str], promised: Mapping[str, str], hub: Mapping
 ) -> dict[str, Path]:
-    """Files of a repository by name. Each is read once after it has come, and is what its index promises.
+    """Files of a repository, by name. Files that this call downloads are compared with what the index promises.
+
+    Files that were in the cache before are not read; `verify_tables` reads them all. A checkpoint whose index promises
+    no digests, such as one that transformers has saved, is not compared.
 
     Args:
         name: repository.
         filenames: of the files.
-        promised: file name to SHA-256; a file without one is not compared.
+        promised: file name to SHA-256; empty, or for each file.
         hub: those of `HUB_ARGUMENTS` that are given.
 
     Raises:
-        ValueError: a file is another one than the index promises; it is then removed from the cache.
-        OSError: as transformers raises it, where a file cannot be had.
+        ValueError: a downloaded file is not what the index promises. It is removed from the cache.
+        OSError: as transformers raises it, where a file cannot be downloaded.
     """
     filenames = sorted(filenames)
     if not filenames:
         return {}
+    is_again = bool(hub.get("force_download"))
+    cached_only = {**hub, "local_files_only": True, "force_download": False}
+    to_read = [f for f in filenames if f in promised and (is_again or find_file(name, f, cached_only) is None)]
     found = cached_files(name, filenames, **hub) or []
     paths = {filename: Path(path) for filename, path in zip(filenames, found, strict=True)}
-    to_read = [f for f in filenames if f in promised and not _was_found_sound(paths[f], promised[f])]
     total = sum(paths[filename].stat().st_size for filename in to_read)
     wrong = []
     with logging.tqdm(
         total=total, desc="Checking downloads", unit="B", unit_scale=True, disable=total < PROGRESS_BYTES
     ) as progress:
         for filename in to_read:
-            if file_digest(paths[filename], progress.update) == promised[filename]:
-                _note_as_sound(paths[filename], promised[filename])
-            else:
+            if file_digest(paths[filename], progress.update) != promised[filename]:
                 wrong.append(filename)
-                # The cache holds a link to the file itself.
-                paths[filename].resolve().unlink(missing_ok=True)
-                paths[filename].unlink(missing_ok=True)
+                _remove_with_targets(paths[filename])
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(to_read)} files that were downloaded from {name} are not what its index promises: "
@@ -366,27 +557,10 @@ def download_files(
     return paths
 
 
-def _note_of(path: Path, digest: str) -> Path | None:
-    """Where it is noted that a file of the Hub's cache was read and found sound: in the folder of its repository."""
-    snapshots = next((parent for parent in path.parents if parent.name == "snapshots"), None)
-    return None if snapshots is None else snapshots.parent / NOTES_FOLDER / digest
-
-
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _was_found_sound(path: Path, digest: str) -> bool:
-    """Whether a file was compared since it has come; True where that cannot be noted, in a cache of others."""
-    note = _note_of(path, digest)
-    if note is None or not os.access(note.parent if note.parent.exists() else note.parent.parent, os.W_OK):
-        return True
-    return note.is_file() and note.read_text() == _stamp(path)
-
-
-def _note_as_sound(path: Path, digest: str) -> None:
-    note = _note_of(path, digest)
-    if note is not None:
-        note.parent.mkdir(exist_ok=True)
-        note.write_text(_stamp(path))
+def _remove_with_targets(path: Path) -> None:
+    """Remove a file, and where it is a link, all that it leads through: the Hub's cache consists of such links."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)

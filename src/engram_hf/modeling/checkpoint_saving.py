@@ -43,11 +43,12 @@ if sys.platform != "win32":
 CODE_FILES = (
     "checkpoint_loading.py",
     "checkpoint_saving.py",
+    "configuration_checks.py",
     "configuration_engram_moe.py",
     "disk_files.py",
     "disk_reading.py",
     "disk_safetensors.py",
-    "hot_rows.py",
+    "table_hot_rows.py",
     "ids_hashing.py",
     "ids_reach.py",
     "ids_recovery.py",

@@ -11,16 +11,40 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The architecture of an EngramMoE model, strictly typed. Nothing of this machine: where rows live is said at loading.
+"""The architecture of an EngramMoE model, strictly typed. Nothing of this machine: loading says where rows live.
 
 The backbone's fields are those of `DeepseekV3Config` (MLA attention, experts), the residual streams are named as in
-`DeepseekV4Config`, the memory's fields as DeepseekAI publishes them. Sizes of the presets: arXiv 2601.07372, table 1.
+`DeepseekV4Config`, the memory's fields as DeepseekAI publishes them. Sizes of the paper's models: arXiv 2601.07372,
+table 1.
+
+A config file is checked once, before anything is built from it: `from_pretrained` and `from_dict` raise ValueError or
+OSError with the file and the field, whatever is wrong.
 """
 
+import dataclasses
+import json
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.models.auto import modeling_auto
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+
+from .configuration_checks import (
+    MAX_HEADS,
+    MAX_ROWS,
+    MAX_TOKEN_ID,
+    MAX_VOCAB_SIZE,
+    UNEXPECTED,
+    check_content,
+    check_rope,
+    check_sizes,
+    check_source,
+    explain,
+    shorten,
+    with_own_names,
+)
 
 
 # What `save_pretrained` writes beside the weights, so that the model loads where this package is not installed.
@@ -33,8 +57,6 @@ AUTO_MAP = {
     # What `transformers serve` asks for first; otherwise it looks for the class inside transformers.
     "AutoModelForDecision": "modeling_engram_moe.EngramMoEForCausalLM",
 }
-# Rows of a head: addresses stay within 64 bits at any width.
-MAX_ROWS = 2**40
 TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8", "int4")
 
 # Equal in the paper's four models. The paper prints neither the MLA ranks nor the widths of the feed-forward layers;
@@ -66,11 +88,70 @@ _PAPER_BACKBONE: dict[str, Any] = {
     "engram_head_dim": 80,
     "engram_pad_token_id": 2,
 }
+# Models of our own in the shape of Engram-27B, by the recipe of `EngramMoEConfig.preset`.
+_SMALL_BACKBONE: dict[str, Any] = {
+    **_PAPER_BACKBONE,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    # Twenty iterations cost a quarter of the time of a small model, and few streams are balanced after five.
+    "hc_sinkhorn_iters": 5,
+    "engram_pad_token_id": None,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "dense-4b": {"first_k_dense_replace": 30, "n_routed_experts": 72},
-    "moe-27b": {"n_routed_experts": 72},
-    "engram-27b": {"n_routed_experts": 55, "engram_layer_ids": [1, 14], "engram_vocab_size": 2_262_400},
-    "engram-40b": {"n_routed_experts": 55, "engram_layer_ids": [1, 14], "engram_vocab_size": 7_239_680},
+    "tiny": {
+        **_SMALL_BACKBONE,
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 32,
+        "max_position_embeddings": 512,
+        "hc_mult": 2,
+        "engram_layer_ids": [1],
+        "engram_vocab_size": 6700,
+        "engram_n_heads": 4,
+        "engram_head_dim": 16,
+    },
+    "100m": {
+        **_SMALL_BACKBONE,
+        "vocab_size": 32768,
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 1536,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 18,
+        "max_position_embeddings": 2048,
+        "engram_layer_ids": [1, 4],
+        "engram_vocab_size": 18_000,
+        "engram_head_dim": 32,
+    },
+    "dense-4b": {**_PAPER_BACKBONE, "first_k_dense_replace": 30, "n_routed_experts": 72},
+    "moe-27b": {**_PAPER_BACKBONE, "n_routed_experts": 72},
+    "engram-27b": {
+        **_PAPER_BACKBONE,
+        "n_routed_experts": 55,
+        "engram_layer_ids": [1, 14],
+        "engram_vocab_size": 2_262_400,
+    },
+    "engram-40b": {
+        **_PAPER_BACKBONE,
+        "n_routed_experts": 55,
+        "engram_layer_ids": [1, 14],
+        "engram_vocab_size": 7_239_680,
+    },
 }
 
 
@@ -80,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class EngramMoEConfig(DeepseekV3Config):
     r"""
     Configuration of a mixture-of-experts language model with Engram memory. The defaults are those of the paper's
-    Engram-27B; `EngramMoEConfig.preset(name)` gives all four of its models.
+    Engram-27B; `EngramMoEConfig.preset(name)` gives all four of its models, and small ones.
 
     Every field of [`DeepseekV3Config`] is understood. Added to it:
 
@@ -161,6 +242,10 @@ class EngramMoEConfig(DeepseekV3Config):
     tie_word_embeddings: bool = True
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
+    # A whole number is written without a point in JSON.
+    routed_scaling_factor: float | int = 2.5
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     num_mtp_layers: int = 0
     layer_types: list[str] | None = None
 
@@ -184,6 +269,8 @@ class EngramMoEConfig(DeepseekV3Config):
     engram_tables_revision: str | None = None
 
     def __post_init__(self, **kwargs):
+        # Before lists are made from them.
+        self.validate_sizes()
         if self.engram_layer_ids is None:
             self.engram_layer_ids = [1, 14]
         self.engram_layer_ids = sorted(self.engram_layer_ids)
@@ -191,10 +278,18 @@ class EngramMoEConfig(DeepseekV3Config):
             self.engram_vocab_size = list(self.engram_vocab_size)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        derived = {name: kwargs.pop(name, None) for name in ("head_dim", "qk_head_dim")}
         super().__post_init__(**kwargs)
+        for name, value in derived.items():
+            if value not in (None, getattr(self, name)):
+                raise ValueError(
+                    f"{name} follows from qk_rope_head_dim and qk_nope_head_dim, and is {getattr(self, name)}; got "
+                    f"{shorten(value)}. Leave it out."
+                )
         if self.engram_pad_token_id is None:
-            eos = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id
-            self.engram_pad_token_id = next((i for i in (self.pad_token_id, eos) if i is not None and i >= 0), 0)
+            eos = self.eos_token_id[:1] if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+            candidates = [self.pad_token_id, *eos]
+            self.engram_pad_token_id = next((i for i in candidates if i is not None and i >= 0), 0)
         # All layers are of one type; checkpoints before version 0.2 name memory layers "hybrid".
         self.layer_types = ["full_attention"] * self.num_hidden_layers
 
@@ -203,9 +298,10 @@ class EngramMoEConfig(DeepseekV3Config):
         """As `PreTrainedConfig.get_config_dict`, which takes a folder without config.json for one with all defaults.
 
         Raises:
-            FileNotFoundError: there is no config.json.
+            FileNotFoundError: there is no such folder or repository, or it has no config.json.
             ValueError: it is that of another kind of model.
         """
+        check_source(pretrained_model_name_or_path, PRESETS, kwargs.get("cache_dir"))
         content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not content:
             raise FileNotFoundError(
@@ -214,25 +310,90 @@ class EngramMoEConfig(DeepseekV3Config):
             )
         if content.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {content['model_type']!r}, and no {cls.model_type}. Load it "
-                "with the Auto classes."
+                f"config.json of {pretrained_model_name_or_path} is that of another model: model_type is "
+                f"{shorten(content['model_type'])}, not {cls.model_type!r}. Load it with the Auto classes."
             )
-        return content, kwargs
+        # For the errors of `from_dict`; the Auto classes pass it too.
+        return content, {**kwargs, "name_or_path": str(pretrained_model_name_or_path)}
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            content = super()._dict_from_json_file(json_file)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            # transformers names the file.
+            raise
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{json_file} cannot be read ({error}). Copy or download it again.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{json_file} must hold an object, got {shorten(content)}. Copy or download it again.")
+        versions = content.get("configuration_files", [])
+        if not isinstance(versions, list) or not all(isinstance(name, str) for name in versions):
+            raise ValueError(f"configuration_files in {json_file} must be names of files, got {shorten(versions)}.")
+        return content
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`; arguments that are fields take part in the check of the whole.
+
+        Raises:
+            ValueError: names the file, where the config comes from one, and the field.
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
+        content = {**config_dict, **{name: kwargs.pop(name) for name in own & kwargs.keys()}}
+        where = kwargs.get("name_or_path")
+        try:
+            content = with_own_names(content, cls)
+            unused = {name: value for name, value in kwargs.items() if name.startswith("engram_")}
+            check_content({**content, **unused}, cls)
+            found = super().from_dict(content, **kwargs)
+            (found[0] if isinstance(found, tuple) else found).validate()
+        except UNEXPECTED as error:
+            reason = explain(error, content, cls)
+            raise ValueError(f"config.json of {where}: {reason}" if where else reason) from error
+        return found
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "EngramMoEConfig":
-        """One of the paper's models: "dense-4b", "moe-27b", "engram-27b" or "engram-40b".
+        """A config of a known size: a small one, or one of the paper's models.
+
+        | name | parameters | active | in tables | for |
+        |---|---|---|---|---|
+        | tiny | 4.3 million | 0.9 million | 0.9 million | the demo: trains in minutes on a laptop |
+        | 100m | 103 million | 27 million | 19 million | a first real run on one GPU |
+        | dense-4b | 4.1 billion | 3.8 billion | none | the paper's dense model |
+        | moe-27b | 26.7 billion | 3.8 billion | none | the paper's mixture of experts |
+        | engram-27b | 26.7 billion | 3.8 billion | 5.7 billion | the same size with a memory |
+        | engram-40b | 39.5 billion | 3.8 billion | 18.5 billion | the same with a larger memory |
+
+        To size a model of your own, start from the nearest preset and change, in this order:
+
+        1. `vocab_size` to that of your tokenizer, then `hidden_size` (about 64 per layer is usual) and
+           `num_hidden_layers`.
+        2. `intermediate_size` to 3 times `hidden_size`, `moe_intermediate_size` to half of it. Experts that a token
+           uses, `num_experts_per_tok` plus `n_shared_experts`, stay between 5 and 8.
+        3. `engram_layer_ids` to the second layer and the one in the middle; one of them will do for a small model.
+        4. `engram_head_dim` so that the memory reads between half and all of `hidden_size` numbers per token:
+           `(engram_max_ngram_size - 1) * engram_n_heads * engram_head_dim`.
+        5. `n_routed_experts` and `engram_vocab_size` so that tables hold 20 to 25 % of the parameters that a token does
+           not compute with. A table has about `(engram_max_ngram_size - 1) * engram_n_heads * engram_vocab_size` rows.
+           `count_parameters(config).memory_share` and `engram-hf plan FOLDER` say what share they hold.
 
         Args:
             name: the model.
-            overrides: fields that take another value than in the paper.
+            overrides: fields that take another value.
 
         Raises:
-            ValueError: no preset has this name.
+            ValueError: no preset has this name, or a field cannot have this value.
+
+        Example:
+            >>> config = EngramMoEConfig.preset("tiny", vocab_size=8192)
+            >>> config.hidden_size, config.engram_width
+            (128, 128)
         """
         if name not in PRESETS:
-            raise ValueError(f"No preset is called {name!r}; there are {', '.join(sorted(PRESETS))}.")
-        return cls(**{**_PAPER_BACKBONE, **PRESETS[name], **overrides})
+            raise ValueError(f"No preset is called {name!r}; there are {', '.join(PRESETS)}.")
+        return cls.from_dict({**PRESETS[name], **overrides})
 
     @property
     def engram_vocab_sizes(self) -> list[int]:
@@ -261,21 +422,40 @@ class EngramMoEConfig(DeepseekV3Config):
         """Tokens before the current one that the short convolution sees; its dilation is the largest order."""
         return max(self.engram_kernel_size - 1, 0) * self.engram_max_ngram_size
 
+    def validate_sizes(self):
+        """Part of `@strict` validation: no size is so large that using it would take time or memory."""
+        check_sizes(self)
+
     def validate_backbone(self):
         """Part of `@strict` validation: what would only fail, or be wrong, in a forward."""
-        least = {"hidden_size": 1, "num_hidden_layers": 1, "kv_lora_rank": 1, "hc_sinkhorn_iters": 1}
-        for name, bound in {**least, "first_k_dense_replace": 0}.items():
-            value = getattr(self, name)
-            if value is None or value < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}.")
         for name in ("hc_eps", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("initializer_range", "routed_scaling_factor", "router_aux_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 0 <= (self.attention_dropout or 0) <= 1:
+            raise ValueError(f"attention_dropout must lie in [0, 1], got {self.attention_dropout}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {shorten(self.hidden_act)}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be None or lie in [0, {self.vocab_size}) (vocab_size), got "
+                f"{shorten(self.pad_token_id)}."
+            )
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, token_ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos)):
+            if any(i is not None and not -1 <= i < MAX_TOKEN_ID for i in token_ids):
+                raise ValueError(f"{name} must lie in [-1, {MAX_TOKEN_ID}), got {shorten(getattr(self, name))}.")
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
                 f"num_key_value_heads must be num_attention_heads ({self.num_attention_heads}): in MLA all heads share "
-                f"one latent vector; got {self.num_key_value_heads}."
+                f"one latent vector; got {shorten(self.num_key_value_heads)}."
             )
+
+    def validate_mla_rope(self):
+        """Part of `@strict` validation: rotary embeddings that MLA can have."""
+        check_rope(self.rope_parameters or {})
 
     def validate_engram(self):
         """Part of `@strict` validation: what the memory's fields may be."""
@@ -285,44 +465,47 @@ class EngramMoEConfig(DeepseekV3Config):
         if isinstance(size, str) and size != "auto" or isinstance(size, int) and not 0 < size <= self.vocab_size:
             raise ValueError(
                 f'engram_compressed_vocab_size must be "auto", None or an int in [1, {self.vocab_size}] '
-                f"(vocab_size), got {size!r}."
+                f"(vocab_size), got {shorten(size)}."
             )
         if not 0 <= self.engram_pad_token_id < self.vocab_size:
             raise ValueError(
-                f"engram_pad_token_id must be a raw token id in [0, {self.vocab_size}), got {self.engram_pad_token_id}."
+                f"engram_pad_token_id must be a raw token id in [0, {self.vocab_size}), got "
+                f"{shorten(self.engram_pad_token_id)}."
             )
-        if self.engram_seed < 0:
-            raise ValueError(f"engram_seed must be at least 0, got {self.engram_seed}.")
+        if self.engram_fingerprint is not None:
+            ids = self.engram_fingerprint.get("ids")
+            if not all(isinstance(part, str) for item in self.engram_fingerprint.items() for part in item):
+                raise ValueError(f"engram_fingerprint must hold strings only, got {shorten(self.engram_fingerprint)}.")
+            if ids is None or not (ids.isascii() and ids.isdigit()) or not 0 < int(ids[:20]) <= MAX_VOCAB_SIZE:
+                raise ValueError(
+                    f"ids in engram_fingerprint must be a number in [1, {MAX_VOCAB_SIZE}], got {shorten(ids)}."
+                )
 
     def _validate_memory_layers(self):
-        outside = [i for i in self.engram_layer_ids or [] if not 0 <= i < self.num_hidden_layers]
-        if outside or len(set(self.engram_layer_ids or [])) != len(self.engram_layer_ids or []):
+        layer_ids = self.engram_layer_ids or []
+        if any(not 0 <= i < self.num_hidden_layers for i in layer_ids) or len(set(layer_ids)) != len(layer_ids):
             raise ValueError(
                 f"engram_layer_ids must be different zero-based layer ids in [0, {self.num_hidden_layers}), "
-                f"got {self.engram_layer_ids}."
+                f"got {shorten(layer_ids)}."
             )
-        if self.hc_mult < 1:
-            raise ValueError(f"hc_mult (residual streams) must be at least 1, got {self.hc_mult}.")
-        if self.engram_kernel_size < 0:
+        heads = len(layer_ids) * (self.engram_max_ngram_size - 1) * self.engram_n_heads
+        if heads > MAX_HEADS:
             raise ValueError(
-                f"engram_kernel_size must be at least 0 (0: no convolution), got {self.engram_kernel_size}."
+                f"engram_layer_ids, engram_max_ngram_size and engram_n_heads make {heads} hash heads, and at most "
+                f"{MAX_HEADS} are allowed. Take fewer heads, and make engram_head_dim or engram_vocab_size larger."
             )
 
     def _validate_rows(self):
-        if self.engram_max_ngram_size < 2:
-            raise ValueError(f"engram_max_ngram_size must be at least 2, got {self.engram_max_ngram_size}.")
-        for name in ("engram_n_heads", "engram_head_dim", "engram_block_elements"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        orders = self.engram_max_ngram_size - 1
-        if len(self.engram_vocab_sizes) != orders or any(not 2 <= n <= MAX_ROWS for n in self.engram_vocab_sizes):
+        orders, sizes = self.engram_max_ngram_size - 1, self.engram_vocab_sizes
+        if len(sizes) != orders or any(not 2 <= n <= MAX_ROWS for n in sizes):
             raise ValueError(
                 f"engram_vocab_size must be one number, or one for each of the {orders} orders 2 to "
-                f"{self.engram_max_ngram_size}, each in [2, {MAX_ROWS}]; got {self.engram_vocab_size}."
+                f"{self.engram_max_ngram_size}, each in [2, {MAX_ROWS}]; got {shorten(self.engram_vocab_size)}."
             )
         if self.engram_table_dtype is not None and self.engram_table_dtype not in TABLE_DTYPES:
             raise ValueError(
-                f"engram_table_dtype must be None or one of {TABLE_DTYPES}, got {self.engram_table_dtype!r}."
+                f"engram_table_dtype must be None or one of {', '.join(TABLE_DTYPES)}; got "
+                f"{shorten(self.engram_table_dtype)}."
             )
 
     def validate_experts(self):
@@ -348,5 +531,15 @@ class EngramMoEConfig(DeepseekV3Config):
                 f"Each of the {self.n_group} groups needs two experts, got {self.n_routed_experts} in all."
             )
 
+
+# transformers looks a class up by its name here: Trainer, to shift the labels under label smoothing and to name the
+# task in a card; pipelines, before they complain. `register` of the Auto classes does not enter the names.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[EngramMoEConfig.model_type] = "EngramMoEForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[EngramMoEConfig.model_type] = (
+    "EngramMoEForSequenceClassification"
+)
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[EngramMoEConfig.model_type] = (
+    "EngramMoEForTokenClassification"
+)
 
 __all__ = ["EngramMoEConfig"]

@@ -3,25 +3,33 @@
 transformers loads and saves the backbone, and never sees a block. Blocks are opened, placed and written here.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import hf_api
 
 from .checkpoint_loading import (
     HUB_ARGUMENTS,
     INDEX_FILE,
+    OLD_TOKEN_MAP,
+    TOKEN_MAP,
+    Checkpoint,
+    check_changes,
+    check_model,
+    check_sizes,
     find_checkpoint,
     match_blocks,
     open_changes,
     open_sources,
     read_headers,
     refuse_incomplete,
-    refuse_integers,
     refuse_missing,
 )
 from .checkpoint_saving import (
@@ -35,22 +43,26 @@ from .checkpoint_saving import (
     staging,
     write_tables,
 )
-from .configuration_engram_moe import TABLE_DTYPES
+from .configuration_checks import check_source
+from .configuration_engram_moe import PRESETS, TABLE_DTYPES
 from .disk_reading import PageReader
-from .hot_rows import HotRows
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import block_name
+from .table_blocks import block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
+from .table_hot_rows import HotRows
 from .table_placement import (
     AUTOMATIC,
     Place,
     check_backbone_keys,
-    check_entries,
     known_tables,
+    left_by_backbone,
     memory_limits,
+    memory_of,
+    place_in_map,
     place_of_layer,
     plan_places,
+    resolve_entries,
     split_device_map,
 )
 
@@ -58,8 +70,6 @@ from .table_placement import (
 logger = logging.get_logger(__name__)
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
-# Where the token map was in checkpoints before version 0.2, and where it is now.
-OLD_TOKEN_MAP, TOKEN_MAP = r"((?:model\.)?)token_map", r"\1ngram_hash.token_map"
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,12 @@ class ModelWithTables:
 
         Args:
             pretrained_model_name_or_path: folder or repository.
-            device_map: as in transformers; an entry for a table ("model.layers.1.engram.table") or for a block of it
-                ("model.layers.1.engram.table.blocks.0") is "cpu" (host memory), "disk" (rows are read from the
-                checkpoint's own files), or an accelerator. A table without an entry stays with its layer. "auto" gives
-                accelerators to the backbone first, then to blocks; the rest goes to host memory, then to disk. Where
-                only a string can be given, "cpu+disk" is a map of the backbone and an entry of every table.
+            device_map: as in transformers. An entry for a table ("model.layers.1.engram.table"), for a block of it
+                ("model.layers.1.engram.table.blocks.0") or for all tables ("...table") is "host" or "cpu" (RAM), "disk"
+                (rows are read from the checkpoint's own files), "resident" (with its layer), or an accelerator. A table
+                without an entry stays with its layer. "auto" gives accelerators to the backbone first, then to blocks;
+                the rest goes to host memory, then to disk. Where only a string can be given, "cpu+disk" is a map of the
+                backbone and an entry of every table.
             tables_from: folder or repository of the tables, where they are not beside the backbone; by default the
                 repository that the config names, if it names one.
             hot_rows: rows per table to keep in a cache, on the device that computes, in front of blocks that are not
@@ -136,6 +147,8 @@ class ModelWithTables:
                 "folder. To make it smaller, quantize tables with quantize_tables and the backbone with a "
                 "quantization_config."
             )
+        if pretrained_model_name_or_path is not None:
+            check_source(pretrained_model_name_or_path, PRESETS, kwargs.get("cache_dir"))
         backbone_map, entries = split_device_map(device_map)
         limits = memory_limits(kwargs.get("max_memory")) if backbone_map in AUTOMATIC else None
         load = super().from_pretrained
@@ -162,9 +175,11 @@ class ModelWithTables:
             return (model, info) if output_loading_info else model
 
         places = read_headers(checkpoint)
-        renamed = any(re.fullmatch(OLD_TOKEN_MAP, name) for name in checkpoint.file_of)
+        cls._check_files(checkpoint, places, model_args, kwargs, may_lack=output_loading_info)
+        old_name = rf"^((?:{cls.base_model_prefix}\.)?){OLD_TOKEN_MAP}$"
+        renamed = any(re.match(old_name, name) for name in checkpoint.file_of)
         if renamed:
-            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), f"^{OLD_TOKEN_MAP}$": TOKEN_MAP}
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), old_name: rf"\1{TOKEN_MAP}"}
         with tables_without_blocks():
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=backbone_map, output_loading_info=True, **kwargs
@@ -174,8 +189,6 @@ class ModelWithTables:
             del model._weight_conversions
         named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
         check_backbone_keys(backbone_map, named, model._tables_prefix(), model.named_tables())
-        if getattr(model.config, "quantization_config", None) is None:
-            refuse_integers({n: p for n, p in places.items() if n not in info["unexpected_keys"]}, where)
         if not output_loading_info:
             prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
             is_same_class = cls.__name__ in (model.config.architectures or [])
@@ -196,6 +209,32 @@ class ModelWithTables:
         model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows)
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def _check_files(cls, checkpoint: Checkpoint, places, model_args, kwargs: Mapping, may_lack: bool) -> None:
+        """Compare config and headers before anything is made of them.
+
+        Raises:
+            ValueError: as `check_sizes` and `check_model`.
+        """
+        if kwargs.get("state_dict") is not None or kwargs.get("key_mapping") is not None:
+            # The tensors are other ones than those of the files, or have other names.
+            return
+        config, others = kwargs.get("config"), {k: value for k, value in kwargs.items() if k != "config"}
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+        else:
+            config, _ = cls.config_class.from_pretrained(
+                config or checkpoint.where, return_unused_kwargs=True, **others
+            )
+        backbone = {name: place for name, place in places.items() if not is_of_table(name)}
+        check_sizes(config, backbone, checkpoint.where, cls.base_model_prefix)
+        with torch.device("meta"), tables_without_blocks():
+            built = cast(Any, cls)(config, *model_args)
+        is_same_class = cls.__name__ in (config.architectures or [])
+        check_model(
+            built, backbone, checkpoint.where, is_same_class, may_lack, bool(kwargs.get("ignore_mismatched_sizes"))
+        )
+
     def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
         tables = self.base_model.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
@@ -206,8 +245,9 @@ class ModelWithTables:
                 (block_name(n, block.number) for n, t in tables.items() for block in t.block_records), checkpoint.where
             )
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, self.config))
+        check_changes(tables, checkpoint, places)
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
-        check_entries(entries, sizes, self._tables_prefix())
+        entries = resolve_entries(entries, sizes, self._tables_prefix())
         default, main_device = self._default_places(tables)
         free = None if limits is None else self._memory_left(limits, has_margin)
         planned = plan_places(sizes, entries, default, free)
@@ -215,18 +255,19 @@ class ModelWithTables:
         for name, table in tables.items():
             tiers, devices = [p.tier for p in planned[name]], [p.device for p in planned[name]]
             table.open_blocks(sources[name], tiers, devices, reader)
-            if (changed := open_changes(name, checkpoint)) is not None:
+            if (changed := open_changes(name, checkpoint, places)) is not None:
                 table.changes.bring(name, table, changed)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
 
     def _confirm_hash(self, where: str) -> None:
         """See that rows are addressed as the config says, after everything is loaded."""
-        if self._hash() is not None:
-            self._hash().confirm(where)
+        ngram_hash = self._hash()
+        if ngram_hash is not None:
+            ngram_hash.confirm(where)
             device = self.base_model.get_input_embeddings().weight.device
             if device.type != "meta":
-                self._hash().to(device)
+                ngram_hash.to(device)
 
     def _hash(self) -> NgramHash | None:
         """The hash of the memory layers; None for a model without them."""
@@ -257,9 +298,7 @@ class ModelWithTables:
         main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         default = {}
         for name in tables:
-            path = f"{self._tables_prefix()}{name}."
-            keys = [key for key in device_map if key == "" or path.startswith(f"{key}.")]
-            value = device_map[max(keys, key=len)] if keys else main_device
+            value = place_in_map(device_map, f"{self._tables_prefix()}{name}", main_device)
             default[name] = place_of_layer(value, main_device)
         return default, main_device
 
@@ -269,12 +308,16 @@ class ModelWithTables:
 
     def _memory_left(self, limits: dict, has_margin: bool) -> dict:
         """Bytes by device that the backbone leaves."""
-        free = {key: int(n * FREE_SHARE) if has_margin and key != "cpu" else n for key, n in limits.items()}
-        for tensor in self.state_dict().values():
-            key = "cpu" if tensor.device.type == "cpu" else tensor.device.index or 0
-            if not tensor.is_meta:
-                free[key] = free.get(key, 0) - tensor.nbytes
-        return free
+        limits = {key: int(n * FREE_SHARE) if has_margin and key != "cpu" else n for key, n in limits.items()}
+        used: dict = {}
+        for name, tensor in self.state_dict().items():
+            place = tensor.device
+            if tensor.is_meta:
+                # accelerate holds it in RAM or on disk, and brings it for its layer.
+                place = place_in_map(self.hf_device_map, name, "cpu")
+            key = place if place == "disk" else memory_of(Place("", place))
+            used[key] = used.get(key, 0) + tensor.nbytes
+        return left_by_backbone(limits, used)
 
     def named_tables(self) -> dict[str, EngramTable]:
         """The tables by their names inside the base model, in the order of layers."""
@@ -313,7 +356,8 @@ class ModelWithTables:
         """Move tables or blocks to other tiers.
 
         Args:
-            places: as the entries of a `device_map`: name of a table or block to "cpu", "disk" or an accelerator.
+            places: as the entries of a `device_map`: name of a table or block, or three dots and its end, to "host" or
+                "cpu", "disk", "resident" or an accelerator.
             hot_rows: rows per table to keep in a cache from now on (0: none); None leaves the caches as they are.
 
         Raises:
@@ -327,19 +371,18 @@ class ModelWithTables:
         if others:
             known = known_tables(tables, self._tables_prefix())
             raise ValueError(f"place_tables moves tables and blocks only, got {', '.join(map(str, others))}. {known}")
-        check_entries(
-            entries, {name: [b.nbytes for b in table.blocks] for name, table in tables.items()}, self._tables_prefix()
-        )
-        sizes = {name: [block.nbytes for block in tables[name].blocks] for name, _ in entries}
-        current = {name: Place("") for name in sizes}
-        for name, planned in plan_places(sizes, entries, current).items():
+        sizes = {name: [block.nbytes for block in table.blocks] for name, table in tables.items()}
+        entries = resolve_entries(entries, sizes, self._tables_prefix())
+        home, main_device = self._default_places(tables)
+        stay = dict.fromkeys(tables, Place(""))
+        for name, planned in plan_places(sizes, entries, stay, home=home).items():
             for number, place in enumerate(planned):
                 if place.tier:
                     tables[name].place(number, place.tier, place.device)
-            if tables[name].hot_rows is not None:
-                tables[name].hot_rows.clear()
+            hot = tables[name].hot_rows
+            if hot is not None and any(place.tier for place in planned):
+                hot.clear()
         if hot_rows is not None:
-            _, main_device = self._default_places(tables)
             for name, table in tables.items():
                 table.keep_hot_rows(0 if table.is_resident else hot_rows, self._layer_device(name, main_device))
 
@@ -439,7 +482,7 @@ class ModelWithTables:
                 written = write_tables(stage, blocks, tables, prefix, max_shard_size)
                 saved = publish(stage, Path(tables_to), written, self.config)
         with publishing(folder), staging(folder) as stage:
-            if is_checkpoint and run.begins_checkpoint(folder):
+            if run is not None and is_checkpoint and run.begins_checkpoint(folder):
                 remove_marker(folder)
             if with_code:
                 save_code(stage)
@@ -451,7 +494,7 @@ class ModelWithTables:
             saved |= publish(stage, folder, written, self.config, variant)
             if not with_code:
                 remove_code(folder)
-        if is_checkpoint:
+        if run is not None and is_checkpoint:
             run.last_checkpoint = (folder.resolve(), run.steps)
         if state_dict is None:
             for name, table in tables.items():

@@ -19,11 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import logging
 
 from .disk_files import BlockSource, MappedFile, TableFile
+from .table_formats import RowFormat
 
 
+DRAWN_BYTES = 2**26
 RESIDENT, HOST, DISK = "resident", "host", "disk"
 # Parts of the rows that a training checkpoint keeps beside its blocks.
 ROW_IDS, ROWS, DIGESTS, STAMP = "row_ids", "rows", "digests", "stamp"
@@ -98,6 +101,25 @@ def split_into_blocks(rows_of_head: Sequence[int], head_dim: int, block_elements
             blocks.append([])
         blocks[-1].append(rows)
     return blocks
+
+
+class RowBlocks(nn.ParameterList):
+    """The parameters of a table's blocks."""
+
+    def __init__(self, stored_as: RowFormat, head_dim: int):
+        super().__init__()
+        self.stored_as, self.head_dim = stored_as, head_dim
+
+    @torch.no_grad()
+    def init_weights(self, std: float) -> None:
+        """Draw all rows from a normal distribution, in place."""
+        for block in self:
+            if self.stored_as.is_trainable:
+                init.normal_(block, mean=0.0, std=std)
+            elif not block.is_meta and not getattr(block, "_is_hf_initialized", False):
+                for part in block.split(max(1, DRAWN_BYTES // (block.shape[1] * block.element_size()))):
+                    rows = torch.empty(part.shape[0], self.head_dim, device=block.device).normal_(0.0, std)
+                    part.copy_(self.stored_as.encode(rows))
 
 
 class Block:

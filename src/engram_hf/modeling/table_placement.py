@@ -1,12 +1,13 @@
 """Which block goes to which tier: `device_map` in, tiers out. Pure functions of names and sizes.
 
-Names of tables are those inside the base model, `layers.1.engram.table`; entries of a `device_map` may have the prefix
-of the model around it.
+A place has these names wherever it is given: "host" or "cpu" (RAM), "disk" (the checkpoint's own files), "resident"
+(with its layer), or an accelerator such as 0 or "cuda:0". A key is the name of a table or of a block, with or without
+the prefix of the model around it, or three dots and the end of such names: "...table" is every table.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import is_accelerate_available
@@ -17,7 +18,10 @@ from .table_blocks import DISK, HOST, RESIDENT
 if is_accelerate_available():
     from accelerate.utils import get_max_memory
 
-TABLE_KEY = re.compile(r"^(?:.*\.)?(layers\.\d+\.engram\.table)(?:\.blocks)?(?:\.(\d+))?$")
+# The name of a table, and of a block in it.
+TABLE_KEY = re.compile(r"^((?:.*\.)?table)(?:\.blocks)?(?:\.(\d+))?$")
+# Before the end of a name, in a key that matches all names with this end.
+ANY_BEGINNING = "..."
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 # The entry of tables without one of their own.
 EVERY_TABLE = (None, None)
@@ -43,30 +47,39 @@ def split_device_map(device_map):
     For command lines that take no dict, "cpu+disk" is a map of the backbone and an entry of every table.
 
     Returns:
-        the map without these entries (None where nothing is left of it), and a dict (table name, number of the block or
-        None for all) to the entry's value.
+        the map without these entries (None where nothing is left of it), and a dict (table name or its end, number of
+        the block or None for all) to the entry's value, for `resolve_entries`.
 
     Raises:
         ValueError: what it gives the backbone is no device.
     """
     if isinstance(device_map, str):
         backbone_map, plus, tables = device_map.partition("+")
+        backbone_map = _without_host(backbone_map)
         if backbone_map not in AUTOMATIC:
             _check_device(backbone_map)
         return backbone_map, {EVERY_TABLE: tables} if plus else {}
     if not isinstance(device_map, Mapping):
         return device_map, {}
-    backbone, entries = {}, {}
+    backbone: dict[str, Any] = {}
+    entries: dict[tuple[str, int | None], Any] = {}
     for key, value in device_map.items():
         match = TABLE_KEY.match(key)
-        if match is None:
-            backbone[key] = value
+        if match is None and not key.startswith(ANY_BEGINNING):
+            backbone[key] = _without_host(value)
+        elif match is None:
+            entries[key, None] = value
         else:
             entries[match[1], None if match[2] is None else int(match[2])] = value
     for value in backbone.values():
         if value != DISK:
             _check_device(value)
     return backbone or None, entries
+
+
+def _without_host(value):
+    """A place of the backbone, as transformers knows it."""
+    return "cpu" if value == HOST else value
 
 
 def _check_device(value) -> None:
@@ -110,20 +123,32 @@ def known_tables(tables: Iterable[str], prefix: str) -> str:
     return f"The tables of this model are: {', '.join(f'{prefix}{name}' for name in tables) or 'none'}."
 
 
-def place_of_entry(value) -> Place:
-    """What an entry of a table or block means: "cpu" is host, "disk" is disk, a device is resident there.
+def place_in_map(device_map: Mapping, name: str, otherwise):
+    """What a `device_map` says of a module or tensor: the value of the longest key that its name begins with."""
+    keys = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
+    return device_map[max(keys, key=len)] if keys else otherwise
+
+
+def place_of_entry(value, home: Place) -> Place:
+    """What an entry of a table or block means.
+
+    Args:
+        value: "host" or "cpu", "disk", "resident", or an accelerator.
+        home: the place of its layer.
 
     Raises:
         ValueError: it is none of these.
     """
-    if value == "disk":
-        return Place(DISK)
+    if value in (DISK, HOST):
+        return Place(value)
+    if value == RESIDENT:
+        return home
     try:
         device = as_device(value)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f'A table or block goes to "cpu" (host memory), "disk", or an accelerator such as 0 or "cuda:0"; got '
-            f"{value!r}."
+            f'A table or block goes to "host" (also called "cpu": RAM), "disk", "resident" (with its layer), or an '
+            f'accelerator such as 0 or "cuda:0"; got {value!r}.'
         ) from error
     if device.type == "meta":
         raise ValueError('A table cannot be placed on "meta": there it has no rows. "disk" takes no memory either.')
@@ -140,26 +165,44 @@ def place_of_layer(value, main_device: torch.device) -> Place:
     return Place(RESIDENT, device)
 
 
-def check_entries(entries: Mapping, blocks: Mapping[str, Sequence[int]], prefix: str) -> None:
-    """
+def resolve_entries(entries: Mapping, blocks: Mapping[str, Sequence[int]], prefix: str) -> dict:
+    """Entries under the names of this model's tables. A longer key counts more than a shorter one.
+
     Args:
         entries: as `split_device_map` gives them.
-        blocks: table name to the bytes of its blocks.
-        prefix: of the names of this model's tables, for the message.
+        blocks: table name inside the base model to the bytes of its blocks.
+        prefix: of the names of this model's tables.
+
+    Returns:
+        (table name inside the base model, number of the block or None for all) to the entry's value.
 
     Raises:
-        ValueError: an entry names no table, or no block of one.
+        ValueError: an entry names no table, or no block of one, or its value is no place.
     """
-    for (table, number), value in entries.items():
-        place_of_entry(value)
-        if (table, number) == EVERY_TABLE:
+    resolved: dict = {}
+    for (key, number), value in sorted(entries.items(), key=lambda item: len(item[0][0] or "")):
+        place_of_entry(value, Place(RESIDENT))
+        if (key, number) == EVERY_TABLE:
+            resolved[EVERY_TABLE] = value
             continue
-        if table not in blocks:
-            raise ValueError(f"device_map names {table}, which is no table. {known_tables(blocks, prefix)}")
-        if number is not None and number >= len(blocks[table]):
-            raise ValueError(
-                f"device_map names block {number} of {table}, which has blocks 0 to {len(blocks[table]) - 1}."
-            )
+        if key.startswith(ANY_BEGINNING):
+            named = {(table, number): f".{prefix}{table}" for table in blocks}
+            if number is None:
+                named |= {(t, i): f".{prefix}{t}.blocks.{i}" for t in blocks for i in range(len(blocks[t]))}
+            end = f".{key.removeprefix(ANY_BEGINNING).lstrip('.')}"
+            found = [entry for entry, name in named.items() if name.endswith(end)]
+        else:
+            # Whatever model is around this one, the name ends in that of the table.
+            found = [(table, number) for table in blocks if f".{key}".endswith(f".{table}")]
+        if not found:
+            raise ValueError(f"device_map names {key}, which is no table. {known_tables(blocks, prefix)}")
+        for table, i in found:
+            if i is not None and i >= len(blocks[table]):
+                raise ValueError(
+                    f"device_map names block {i} of {table}, which has blocks 0 to {len(blocks[table]) - 1}."
+                )
+        resolved |= dict.fromkeys(found, value)
+    return resolved
 
 
 def plan_places(
@@ -167,16 +210,19 @@ def plan_places(
     entries: Mapping,
     default: Mapping[str, Place],
     free: dict[object, int] | None = None,
+    home: Mapping[str, Place] | None = None,
 ) -> dict[str, list[Place]]:
     """A place for every block: its own entry, its table's, or the default; limited by memory where there is a limit.
 
     Args:
         blocks: table name to the bytes of its blocks.
-        entries: as `split_device_map` gives them.
+        entries: as `resolve_entries` gives them.
         default: table name to the place of blocks without an entry.
         free: bytes left by device, with "cpu" for RAM; blocks without an entry then go where they fit, in order: their
             default, host, disk. None: they go to their default.
+        home: table name to the place of its layer, which "resident" means; None where that is the default.
     """
+    home = default if home is None else home
     free = None if free is None else dict(free)
     places: dict[str, list[Place]] = {}
     for table, sizes in blocks.items():
@@ -184,7 +230,7 @@ def plan_places(
         for number, nbytes in enumerate(sizes):
             value = entries.get((table, number), entries.get((table, None), entries.get(EVERY_TABLE)))
             if value is not None:
-                place = place_of_entry(value)
+                place = place_of_entry(value, home[table])
             elif free is None:
                 place = default[table]
             else:
@@ -197,6 +243,22 @@ def plan_places(
 
 def _fits(place: Place, nbytes: int, free: Mapping[object, int]) -> bool:
     return place.tier == DISK or free.get(memory_of(place), 0) >= nbytes
+
+
+def left_by_backbone(limits: Mapping[object, int], used: Mapping[object, int]) -> dict[object, int]:
+    """Bytes that the backbone leaves to tables, by device, with "cpu" for RAM.
+
+    Args:
+        limits: bytes that may be used.
+        used: bytes of the backbone; "disk" among them.
+
+    Where a part of the backbone found no place on an accelerator, accelerators leave nothing: that part passes through
+    what is free there in every forward.
+    """
+    keys = set(limits) - {"cpu"}
+    is_offloaded = bool(keys) and any(used.get(place) for place in ("cpu", DISK))
+    free = {key: limit - used.get(key, 0) for key, limit in limits.items()}
+    return {key: 0 if is_offloaded and key in keys else nbytes for key, nbytes in free.items()}
 
 
 def memory_of(place: Place) -> object:

@@ -254,6 +254,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         self.patience, self.steps_here = patience, 0
         self.run = TrainingRun() if run is None else run
         self.rows_moved = dict.fromkeys(rows, 0)
+        self.row_states: dict[nn.Parameter, dict[str, int]] = {}
         self.row_groups: dict[str, dict[str, Any]] = {
             name: {
                 "params": [updates.gradients.norm],
@@ -277,8 +278,15 @@ class EngramOptimizer(torch.optim.Optimizer):
         self._show_state()
 
     def _show_state(self) -> None:
-        """Show the state of all dense parameters as any optimizer does; that of rows is in `rows`."""
-        self.state = cast(Any, ChainMap(*(part.optimizer.state for part in self.parts)))
+        """Show the state of all dense parameters as any optimizer does; that of rows is in `rows`.
+
+        Distributed checkpoints make a step with an optimizer that shows none, so a table shows its steps.
+        """
+        self.state = cast(Any, ChainMap(*(part.optimizer.state for part in self.parts), self.row_states))
+
+    def _show_steps(self, updates: RowUpdates) -> None:
+        if updates.steps:
+            self.row_states[updates.gradients.norm] = {"steps": updates.steps}
 
     def add_param_group(self, param_group: dict) -> None:
         """Train more dense parameters, by the optimizer of the others.
@@ -312,13 +320,13 @@ class EngramOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.steps_here += 1
-        # Distributed checkpoints make a step at a rate of 0, to see which state there is.
-        self.run.steps += any(float(group["lr"]) for group in self.param_groups)
+        self.run.steps += 1
         for part in self.parts:
             part.step()
         for name, updates in self.rows.items():
             lr = float(self.row_groups[name]["lr"]) * self.row_groups[name]["lr_scale"]
             rows_with_gradient = updates.step(lr)
+            self._show_steps(updates)
             self.rows_moved[name] += rows_with_gradient if lr else 0
             if self.steps_here == self.patience and not self.rows_moved[name]:
                 why = "its learning rate was 0" if rows_with_gradient else "no gradient has reached it"
@@ -398,6 +406,7 @@ class EngramOptimizer(torch.optim.Optimizer):
                 part.load(states, [values[id(group)] for group in part.groups])
         for name, updates in self.rows.items():
             updates.load_state_dict(of_rows[name])
+            self._show_steps(updates)
             self.row_groups[name].update(values[id(self.row_groups[name])])
 
     def _checked(self, state_dict: Any) -> tuple[dict, list[dict]]:
@@ -462,6 +471,7 @@ class EngramOptimizer(torch.optim.Optimizer):
                 part.load_early(saved)
         for name, saved in zip(self.rows, row_groups, strict=True):
             self.rows[name].load_state_dict(of_rows[name])
+            self._show_steps(self.rows[name])
             # Its rates, and those of its scheduler, are the rows' own.
             self.row_groups[name].update({**saved, "lr_scale": 1.0})
 

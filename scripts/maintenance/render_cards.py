@@ -1,0 +1,60 @@
+"""Write hub_cards/: the model card of each of the paper's models, and that of the demo's model.
+
+    python scripts/maintenance/render_cards.py                       five seconds
+    python scripts/maintenance/render_cards.py --demo output/tiny    takes facts and curves of the demo's last run
+
+Without --demo, the demo's card is rendered from the facts in hub_cards/. A test fails when the folder is not what this
+script writes.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from engram_hf import CardFacts, EngramMoEConfig, gather_facts, read_facts, render_card
+from engram_hf.modeling.configuration_engram_moe import PRESETS
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "hub_cards"
+DEMO = "engram-tiny"
+# The paper does not print them. configuration_engram_moe.py says how they were inferred.
+INFERRED = (
+    "The ranks of MLA and the widths of the feed-forward layers are inferred: they fit every total the paper prints."
+)
+
+
+def take_demo(folder: Path) -> None:
+    """Copy facts and picture of a model that train_tiny.py saved. Few colours make the picture four times smaller."""
+    facts = read_facts(folder)
+    if facts is None or facts.picture is None:
+        raise ValueError(f"{folder} has no card with curves; run `make demo` first, with matplotlib installed.")
+    picture = f"{DEMO}.png"
+    Image.open(folder / facts.picture).convert("RGB").quantize(48).save(FOLDER / picture, optimize=True)
+    content = replace(facts, name=DEMO, picture=picture).as_dict()
+    (FOLDER / f"{DEMO}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def rendered_cards() -> dict[str, str]:
+    """Name of each file to its content."""
+    demo = CardFacts.from_dict(json.loads((FOLDER / f"{DEMO}.json").read_text()))
+    presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PRESETS]
+    return {f"{facts.name}.md": render_card(facts) for facts in (demo, *presets)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="folder that train_tiny.py has written")
+    arguments = parser.parse_args()
+    if arguments.demo is not None:
+        take_demo(arguments.demo)
+    cards = rendered_cards()
+    for name, card in cards.items():
+        (FOLDER / name).write_text(card, encoding="utf-8")
+    print(f"wrote {', '.join(cards)} in {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()

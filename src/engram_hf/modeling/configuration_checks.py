@@ -1,0 +1,265 @@
+# Copyright 2026 The engram-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the file of a config may say, checked before anything is built from it. Functions only, which change nothing."""
+
+import dataclasses
+import difflib
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+# Sizes are bounded before anything is allocated, looped over or searched for. The bounds are far above every model that
+# exists, and so low that a config within them costs a second and some hundred megabytes before any weight is read.
+# Rows of a head: addresses stay within 64 bits at any width.
+MAX_ROWS = 2**40
+# Widths of all kinds: the number of elements of a weight stays within 64 bits.
+MAX_WIDTH = 2**20
+# The token map is an array of this length.
+MAX_VOCAB_SIZE = 2**24
+# Every layer is a module.
+MAX_LAYERS = 1024
+MAX_EXPERTS = 2**16
+# Names of classes, which transformers makes one by one.
+MAX_LABELS = 2**16
+# Each token looked back at has a hash multiplier or a tap of the convolution.
+MAX_REACH = 256
+# Hash heads over all layers and orders. Each takes a prime, which has to be found.
+MAX_HEADS = 2**14
+# Field to its least and its largest value.
+SIZES = {
+    "vocab_size": (1, MAX_VOCAB_SIZE),
+    "hidden_size": (1, MAX_WIDTH),
+    "intermediate_size": (1, MAX_WIDTH),
+    "moe_intermediate_size": (1, MAX_WIDTH),
+    "num_hidden_layers": (1, MAX_LAYERS),
+    "num_mtp_layers": (0, MAX_LAYERS),
+    "num_attention_heads": (1, MAX_WIDTH),
+    "kv_lora_rank": (1, MAX_WIDTH),
+    "qk_rope_head_dim": (2, MAX_WIDTH),
+    "qk_nope_head_dim": (1, MAX_WIDTH),
+    "v_head_dim": (1, MAX_WIDTH),
+    "n_routed_experts": (1, MAX_EXPERTS),
+    "n_shared_experts": (0, MAX_EXPERTS),
+    "first_k_dense_replace": (0, MAX_LAYERS),
+    "max_position_embeddings": (1, 2**40),
+    "hc_mult": (1, 256),
+    "hc_sinkhorn_iters": (1, 10_000),
+    "engram_max_ngram_size": (2, MAX_REACH),
+    "engram_n_heads": (1, MAX_HEADS),
+    "engram_head_dim": (1, MAX_WIDTH),
+    "engram_kernel_size": (0, MAX_REACH),
+    "engram_block_elements": (1, 2**62),
+    "engram_seed": (0, 2**62),
+}
+# JSON types of keys whose type transformers does not check.
+KINDS: dict[str, tuple[type, ...]] = {
+    "_attn_implementation": (str, dict),
+    "_experts_implementation": (str, dict),
+    "architectures": (list,),
+    "attn_implementation": (str, dict),
+    "auto_map": (dict,),
+    "experts_implementation": (str, dict),
+    "id2label": (dict,),
+    "label2id": (dict,),
+    "num_labels": (int,),
+    "output_attentions": (bool,),
+    "output_hidden_states": (bool,),
+    "problem_type": (str,),
+    "quantization_config": (dict, QuantizationConfigMixin),
+    "return_dict": (bool,),
+    "transformers_version": (str,),
+}
+# Keys of configs that hold others.
+SUB_CONFIGS = {"decoder", "encoder", "generator", "per_layer_config", "text_config", "text_encoder"}
+# Token ids and numbers that end in tensors.
+MAX_TOKEN_ID = 2**31
+MAX_NUMBER = 2**53
+# What the classes of transformers raise for values of a kind that they do not expect.
+UNEXPECTED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_source(name: str | os.PathLike, presets: Iterable[str], cache_dir: str | Path | None = None) -> None:
+    """See that a name can be that of a model before anybody asks the Hub for it, which takes half a minute offline.
+
+    Args:
+        name: folder, file or repository.
+        presets: names of configs without weights.
+        cache_dir: of the Hub's files, where it is not the usual one.
+
+    Raises:
+        FileNotFoundError: it is none of these. A repository of an EngramMoE is always called user/model. A name of two
+            parts is that of a missing folder where the first part is a folder here and the cache has no such
+            repository.
+    """
+    name = os.fspath(name)
+    if os.path.exists(name):
+        return
+    if name in presets:
+        raise FileNotFoundError(
+            f"{name} is a preset, which has no weights. EngramMoEConfig.preset({name!r}) is its config."
+        )
+    try:
+        validate_repo_id(name)
+        is_repository = "/" in name
+    except HFValidationError:
+        is_repository = False
+    if not is_repository:
+        raise FileNotFoundError(f"{name} is no folder, no repository (user/model) and no preset: {', '.join(presets)}.")
+    parent = os.path.dirname(name)
+    if os.path.isdir(parent) and try_to_load_from_cache(name, "config.json", cache_dir=cache_dir) is None:
+        raise FileNotFoundError(
+            f"{name} is no folder, though {parent} is one, and no repository in the cache. If you mean the repository "
+            f"of the Hub, download it first: hf download {name}."
+        )
+
+
+def check_sizes(config) -> None:
+    """See that no size of a config is so large that using it would take time or memory.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, (least, most) in SIZES.items():
+        value = getattr(config, name)
+        if value is None or not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least}, {most}], got {shorten(value)}.")
+    if config.q_lora_rank is not None and not 1 <= config.q_lora_rank <= MAX_WIDTH:
+        raise ValueError(f"q_lora_rank must be None or lie in [1, {MAX_WIDTH}], got {shorten(config.q_lora_rank)}.")
+
+
+def check_rope(rope: Mapping[str, Any]) -> None:
+    """See that rotary embeddings are of a kind that MLA can have.
+
+    Args:
+        rope: `rope_parameters` of a config.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
+        raise ValueError(
+            f"rope_type in rope_parameters must be default, {', '.join(ROPE_INIT_FUNCTIONS)}; got {shorten(kind)}."
+        )
+    for name, value in rope.items():
+        is_other = name in ("rope_type", "type", "truncate", "short_factor", "long_factor") or value is None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_other and not (is_number and 0 <= value <= MAX_NUMBER):
+            raise ValueError(f"{name} in rope_parameters must be a number in [0, {MAX_NUMBER}], got {shorten(value)}.")
+    if (rope.get("rope_theta") or 0) <= 1:
+        raise ValueError(f"rope_theta in rope_parameters must be above 1, got {rope.get('rope_theta')}.")
+    if (rope.get("factor", 1) or 0) < 1:
+        raise ValueError(f"factor in rope_parameters must be at least 1, got {rope['factor']}.")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError("partial_rotary_factor in rope_parameters must be 1: qk_rope_head_dim says what is rotated.")
+    is_scaled = rope.get("attention_factor") is not None or rope.get("mscale") and rope.get("mscale_all_dim")
+    if kind == "yarn" and not is_scaled:
+        raise ValueError(
+            "rope_parameters of type yarn must have mscale and mscale_all_dim, as DeepSeek's models do. Without "
+            "them YaRN's factor would scale the rotary part of the attention scores and not the rest. Set both to "
+            "1.0, or set attention_factor to the factor of the rotary part."
+        )
+
+
+def with_own_names(content: Mapping[str, Any], config_class) -> dict[str, Any]:
+    """The content of a config file with every field under its own name, so that its type is checked.
+
+    Raises:
+        ValueError: a field is given under two names with different values.
+    """
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    renamed = dict(content)
+    for alias, target in config_class.attribute_map.items():
+        field, other = (target, alias) if target in fields else (alias, target)
+        if other in renamed:
+            value = renamed.pop(other)
+            if field in renamed and renamed[field] != value:
+                raise ValueError(f"{other} is another name of {field}, and they have different values.")
+            renamed[field] = value
+    return renamed
+
+
+def check_content(content: Mapping[str, Any], config_class) -> None:
+    """See that the keys of a config file are those of a config, and that what transformers never looks at is of its
+    type. Types of fields are checked when they are set.
+
+    Raises:
+        ValueError: names the key.
+    """
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    for name in content.keys() - set(fields):
+        if name.startswith("engram_"):
+            near = difflib.get_close_matches(name, [field for field in fields if field.startswith("engram_")], n=1)
+            raise ValueError(f"{name} is no field." + (f" Did you mean {near[0]}?" if near else ""))
+        of_class = inspect.getattr_static(config_class, name, None)
+        is_settable = of_class is None or isinstance(of_class, property) and of_class.fset is not None
+        if not is_settable and name != "model_type" and not name.startswith("base_model_"):
+            raise ValueError(f"{name} is no field, but the name of an attribute that every config has.")
+        if name in SUB_CONFIGS and content[name] is not None:
+            raise ValueError(f"{name} is no field: this model has one config for all of it.")
+    for name, kinds in KINDS.items():
+        value = content.get(name)
+        if value is not None and not isinstance(value, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} must be of type {names}, got {shorten(value)}.")
+    if not 0 <= (content.get("num_labels") or 0) <= MAX_LABELS:
+        raise ValueError(f"num_labels must lie in [0, {MAX_LABELS}], got {shorten(content['num_labels'])}.")
+    if not all(isinstance(name, str) for name in content.get("architectures") or []):
+        raise ValueError(f"architectures must be names of classes, got {shorten(content['architectures'])}.")
+    for name in ("dtype", "torch_dtype"):
+        value = content.get(name)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{name} must be a floating type such as bfloat16, got {shorten(value)}.")
+
+
+def explain(error: Exception, content: Mapping[str, Any], config_class) -> str:
+    """What is wrong with a config, from the error that transformers or a check of ours raised for it."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    text = shorten(cause, 400)
+    if isinstance(cause, ValueError | TypeError) and any(
+        name in text for name in {*content, *SIZES, "engram_layer_ids"}
+    ):
+        return text
+    for name, value in content.items():
+        try:
+            config_class(**{other: content[other] for other in content if other != name})
+        except UNEXPECTED:
+            continue
+        return f"{name} cannot be {shorten(value)} ({text})."
+    return f"its fields do not go together ({text})."
+
+
+def shorten(value: object, length: int = 80) -> str:
+    """A value as it is written in Python, or the text of an error, for a message of one sentence."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."

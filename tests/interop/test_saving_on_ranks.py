@@ -1,0 +1,71 @@
+"""transformers 5.24 calls `save_pretrained` on every rank: one whole checkpoint is left, whoever calls it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_saves import WAYS
+from tiers import load, logits_of
+from tiny import tiny_model
+
+from engram_hf import verify_tables
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def save_in_processes(out: Path, **options) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("run_saves.py")), str(out), json.dumps(options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+def assert_is_whole(folder: Path, expected_names: list[str], seeds: list[int]) -> None:
+    """The folder holds the files of one save, and the model of one of the seeds."""
+    assert names(folder) == expected_names
+    verify_tables(folder)
+    found = logits_of(load(folder))
+    assert any(torch.equal(found, logits_of(tiny_model(seed=seed))) for seed in seeds), folder
+
+
+@pytest.fixture(scope="module")
+def expected_names(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("one") / "model"
+    tiny_model().save_pretrained(folder)
+    return names(folder)
+
+
+def save_and_read(out: Path, processes: list[int], rounds: list[int], expected_names: list[str]) -> None:
+    ways = [(way, number) for number in processes for way in (WAYS if number == 2 else WAYS[:1])]
+    for way, number in ways:
+        tiny_model(seed=99).save_pretrained(out / f"{way}-existing-{number}" / "model")
+    save_in_processes(out, processes=processes, rounds=rounds)
+    for each in rounds:
+        for way, number in ways:
+            for kind in ("new", "existing"):
+                assert_is_whole(out / f"{way}-{kind}-{number}" / str(each), expected_names, [each])
+        assert_is_whole(out / "strangers" / str(each), expected_names, [each, each + 1])
+
+
+def test_processes_that_save_at_once_leave_one_whole_checkpoint(tmp_path, expected_names):
+    save_and_read(tmp_path, [2, 3, 4], [0], expected_names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_fifty_saves_at_once_leave_a_whole_checkpoint_each_time(tmp_path, expected_names, processes):
+    save_and_read(tmp_path, [processes], list(range(50)), expected_names)
