@@ -371,13 +371,18 @@ class EngramTable(nn.Module):
         """From now on, leave gradients of rows behind for whoever updates them; blocks get no gradient any more.
 
         Args:
-            run: the training run, whose checkpoints hold the changed rows of this table beside its blocks.
+            run: the training run, whose checkpoints hold the changed rows of this table beside its blocks. A later
+                run takes the place of an earlier one.
             exchange: makes the rows of all processes out of those of this one.
         """
         if not self.is_in_training:
-            self.row_gradients.begin(self.blocks[0].device, torch.promote_types(self.dtype, torch.float32), exchange)
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            self.row_gradients.begin(self.blocks[0].device, dtype, self.row_width)
             self.changes.settle()
             self.changes.begin(self, TrainingRun() if run is None else run)
+        elif run is not None:
+            self.changes.run = run
+        self.row_gradients.exchange = exchange
         return self.row_gradients
 
     def watch_lookups(self, watch: Watch | None) -> None:
@@ -506,6 +511,8 @@ class EngramTable(nn.Module):
         if found:
             name = prefix.removesuffix(".")
             self.changes.arrive(name, self, ChangedRows.from_tensors(found, name, "the loaded state dict"))
+        elif loaded:
+            self.changes.forget_stamp()
         super()._load_from_state_dict(state_dict, prefix, *args)
         # The blocks themselves are loaded after this, by their ParameterList.
         self._loaded = loaded

@@ -11,8 +11,8 @@ from transformers.trainer_callback import TrainerCallback
 class LossFreeBalancingCallback(TrainerCallback):
     """Moves `e_score_correction_bias` of every router by a fixed step: up for experts that saw less than the mean.
 
-    The bias decides which experts are chosen, never how their outputs are weighted. It is a buffer of the checkpoint,
-    so a resumed run goes on where it stopped. An adapter's checkpoint holds none, so models with adapters are refused.
+    The bias decides which experts are chosen, never how their outputs are weighted. It is a buffer, so a checkpoint
+    has it and a resumed run goes on with it. The checkpoint of an adapter has none, so adapters are refused.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[LossFreeBalancingCallback()])
@@ -21,12 +21,12 @@ class LossFreeBalancingCallback(TrainerCallback):
     def __init__(self, update_rate: float = 1e-3):
         """
         Args:
-            update_rate: step of the bias, in units of the router's sigmoid scores. The source's value.
+            update_rate: step of the bias, in units of the router's sigmoid scores. The default is the paper's.
         """
         if update_rate <= 0:
             raise ValueError(f"update_rate must be above 0, got {update_rate}.")
         self.update_rate = update_rate
-        # Choices since the last step, (experts,) per router.
+        # How often each expert was chosen since the last step, (experts,) per router.
         self.choices: dict[nn.Module, torch.Tensor] = {}
         self._hooks: list = []
 
@@ -34,8 +34,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         self._remove_hooks()
         if hasattr(model, "peft_config"):
             raise ValueError(
-                "LossFreeBalancingCallback moves the bias of routers, which an adapter does not save: what is loaded "
-                "or resumed would be another model. Leave the callback out; an adapter leaves routers as they are."
+                "LossFreeBalancingCallback moves the bias of routers, which an adapter does not save: loading or "
+                "resuming would give another model. Leave the callback out; an adapter leaves routers as they are."
             )
         routers = [
             module
@@ -44,7 +44,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         ]
         if not routers:
             raise ValueError(
-                "LossFreeBalancingCallback found no router with a correction bias; this model has no experts."
+                "LossFreeBalancingCallback found no router with a correction bias, so this model has no experts. Leave "
+                "the callback out."
             )
         for router in routers:
             self.choices[router] = torch.zeros_like(router.e_score_correction_bias, dtype=torch.float32)
