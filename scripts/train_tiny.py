@@ -90,7 +90,7 @@ def refuse_folder(output: Path) -> None:
     if any(output.glob("checkpoint-*")) or not (output / "config.json").exists():
         return refuse_used(output, go_on)
     facts = read_facts(output)
-    commands = {figure.command for figure in facts.evaluation} if facts is not None else set()
+    commands = {figure["command"] for figure in facts.evaluation} if facts is not None else set()
     is_demo = any(command and command.startswith(COMMAND) for command in commands)
     if not is_demo or any("--dataset" in command for command in commands if command):
         raise ValueError(f"{output} holds a model that is not the demo's; {go_on}.")

@@ -15,7 +15,7 @@ LEVELS = [
         "modeling.disk_safetensors",
         "modeling.table_formats",
         "modeling.table_gradients",
-        "modeling.hot_rows",
+        "modeling.table_hot_rows",
     ],
     ["modeling.configuration_engram_moe", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.disk_reading", "modeling.table_blocks"],
@@ -35,10 +35,10 @@ LEVELS = [
     ["training.row_updates"],
     ["training."],
     ["adapters."],
-    ["hub.card_facts", "hub.card_metadata"],
-    ["hub.card_gathering"],
+    ["hub.card_facts"],
     ["hub.card"],
     ["hub."],
+    ["commands.inspecting"],
     ["commands.", ""],
 ]
 BROUGHT_BY_TORCH_AND_TRANSFORMERS = {

@@ -17,8 +17,7 @@ from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
 from .checkpoints.verifying import verify_tables
 from .hub.card import render_card, update_card
-from .hub.card_facts import CardFacts, read_facts
-from .hub.card_gathering import gather_facts
+from .hub.card_facts import CardFacts, gather_facts, read_facts
 from .hub.fetching import fetch_blocks
 from .hub.pushing import push_engram
 from .insight.plotting import plot_training

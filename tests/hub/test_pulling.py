@@ -64,7 +64,7 @@ def test_a_part_of_a_table_brings_its_file_only(hub, model):
     for wanted, message in [({"layers": [1]}, "no layer 1"), ({"blocks": [9]}, "no block 9")]:
         with pytest.raises(ValueError, match=message):
             fetch_blocks("user/tiny", **wanted)
-    with pytest.raises(TypeError, match="and no rows"):
+    with pytest.raises(TypeError, match="but not rows"):
         fetch_blocks("user/tiny", rows=[1])
 
 

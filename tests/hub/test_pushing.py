@@ -1,22 +1,25 @@
 """What goes to a Hub: everything or nothing to be seen, sent once, and whole when it is read again."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from engram_hf import (
     EngramMoEForCausalLM,
     EngramMoEForSequenceClassification,
+    engram_optimizers,
     fetch_blocks,
     gather_facts,
     inspect_checkpoint,
@@ -61,16 +64,12 @@ def digest_of(files: dict[str, bytes], name: str) -> str:
     return json.loads(files[INDEX])["metadata"]["sha256"][name]
 
 
-@pytest.mark.parametrize("door", ["push_to_hub", "push_engram", "push_engram of a folder", "save_pretrained"])
-def test_all_of_a_model_is_pushed_in_one_commit(hub, model, tokenizer, folder, tmp_path, door):
-    if door == "push_to_hub":
-        model.push_to_hub("user/tiny", tokenizer=tokenizer)
-    elif door == "push_engram":
+@pytest.mark.parametrize("what", ["model", "folder"])
+def test_all_of_a_model_is_pushed_in_one_commit(hub, model, tokenizer, folder, what):
+    if what == "model":
         push_engram(model, "user/tiny", tokenizer=tokenizer)
-    elif door == "push_engram of a folder":
-        push_engram(folder, "user/tiny")
     else:
-        model.save_pretrained(folder, push_to_hub=True, repo_id="user/tiny")
+        push_engram(folder, "user/tiny")
     assert len(hub.commits("user/tiny")) == 1
     files = hub.files("user/tiny")
     named = set(json.loads(files[INDEX])["weight_map"].values())
@@ -224,9 +223,11 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
         index["weight_map"]["model.layers.0.engram.table.changed.row_ids"] = table.name
         (folder / INDEX).write_text(json.dumps(index))
     elif what == "another tokenizer":
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_tokens(["brand-new"])
-        tokenizer.save_pretrained(folder)
+        # Two tokens change places: the same ids stand for other text.
+        content = json.loads((folder / "tokenizer.json").read_text())
+        vocab = content["model"]["vocab"]
+        vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
     else:
         (folder / "config.json").unlink()
     message = {
@@ -234,12 +235,22 @@ def test_what_is_not_whole_is_not_pushed(hub, folder, tokenizer, what):
         "truncated": "truncated",
         "missing": "does not exist",
         "of a training run": "merge_changed_rows",
-        "another tokenizer": "map",
+        "another tokenizer": "tokenizer",
         "empty": "no folder of a checkpoint",
     }[what]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         push_engram(folder, "user/tiny")
     assert "user/tiny" not in hub.repositories or not hub.commits("user/tiny")
+
+
+def test_tokens_that_were_added_after_training_are_pushed(hub, folder, model):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["brand-new"])
+    push_engram(model, "user/tiny", tokenizer=tokenizer)
+    push_engram(folder, "user/tiny", tokenizer=tokenizer)
+    tokenizer.save_pretrained(folder)
+    push_engram(folder, "user/tiny")
+    assert "brand-new" in AutoTokenizer.from_pretrained("user/tiny").get_vocab()
 
 
 def test_what_a_trainer_leaves_stays_here(hub, folder):
@@ -272,7 +283,7 @@ model = AutoModelForCausalLM.from_pretrained("user/tiny", trust_remote_code=True
 ids = load_file(out)["ids"]
 with torch.no_grad():
     logits = model(ids).logits
-model.push_to_hub("user/again", tokenizer=AutoTokenizer.from_pretrained("user/tiny"))
+model.push_to_hub("user/again")
 save_file({"ids": ids, "logits": logits}, out)
 """
 
@@ -297,7 +308,7 @@ def test_code_from_the_hub_gives_the_logits_of_the_package_and_pushes_whole_mode
     assert torch.equal(load_file(out)["logits"], logits(model))
     pulled = AutoModelForCausalLM.from_pretrained("user/again")
     assert torch.equal(logits(pulled), logits(model))
-    assert set(CODE_FILES) <= set(hub.files("user/again")) and "tokenizer.json" in hub.files("user/again")
+    assert set(CODE_FILES) <= set(hub.files("user/again"))
     assert verify_tables("user/again")
 
 
@@ -313,7 +324,7 @@ def test_the_card_is_edited_in_its_own_section_and_shows_the_run(hub, folder, tm
     push_engram(folder, "user/tiny", card=card)
     files = hub.files("user/tiny")
     readme = files["README.md"].decode()
-    body = "# My model\r\n\nHand-written, with   odd spaces.\n"
+    body = "# My model\n\nHand-written, with   odd spaces.\n"
     assert body in readme and "license: mit" in readme and "- mine" in readme and "- engram" in readme
     assert "(training.png)" in readme and files["training.png"].startswith(b"\x89PNG")
     assert "Python's standard library" in readme and f"{model_rows(folder):,} rows" in readme
@@ -389,42 +400,32 @@ def write_readme(repo_id: str, revision: str | None = None, text: str = MINE) ->
     )
 
 
-@pytest.mark.parametrize("door", ["push_engram", "push_to_hub"])
-def test_a_name_without_a_namespace_is_that_of_the_user(hub, folder, model, tokenizer, door):
+def test_a_name_without_a_namespace_is_that_of_the_user(hub, folder, model):
     HfApi(token="hf_nobody").create_repo("tiny")
     write_readme("user/tiny")
-    if door == "push_engram":
-        push_engram(folder, "tiny", tables_repo="tables")
-        config = json.loads(hub.files("user/tiny")["config.json"])
-        assert config["engram_tables_repo"] == "user/tables"
-        assert 'where = "user/tiny"' in hub.files("user/tiny")["README.md"].decode()
-    else:
-        model.push_to_hub("tiny", tokenizer=tokenizer)
+    push_engram(folder, "tiny", tables_repo="tables")
+    assert json.loads(hub.files("user/tiny")["config.json"])["engram_tables_repo"] == "user/tables"
+    assert 'where = "user/tiny"' in hub.files("user/tiny")["README.md"].decode()
     assert "Hand-written." in hub.files("user/tiny")["README.md"].decode()
     assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny")), logits(model))
     with pytest.raises(ValueError, match="itself"):
         push_engram(folder, "tiny", tables_repo="user/tiny")
 
 
-@pytest.mark.parametrize("door", ["push_engram", "push_to_hub"])
-def test_a_readme_that_could_not_be_read_is_not_replaced(hub, folder, model, tokenizer, monkeypatch, door):
+def test_a_readme_that_could_not_be_downloaded_is_not_replaced(hub, folder, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     HfApi(token="hf_nobody").create_repo("user/tiny")
     write_readme("user/tiny")
     hub.failing.add("README.md")
     with pytest.raises(OSError):
-        push_engram(folder, "user/tiny") if door == "push_engram" else model.push_to_hub("user/tiny")
+        push_engram(folder, "user/tiny")
     assert hub.files("user/tiny")["README.md"].decode() == MINE and len(hub.commits("user/tiny")) == 1
 
 
-@pytest.mark.parametrize("door", ["push_engram", "push_to_hub"])
-def test_a_new_branch_keeps_the_readme_that_it_begins_with(hub, folder, model, tokenizer, door):
+def test_a_new_branch_keeps_the_readme_that_it_begins_with(hub, folder):
     HfApi(token="hf_nobody").create_repo("user/tiny")
     write_readme("user/tiny")
-    if door == "push_engram":
-        push_engram(folder, "user/tiny", revision="next")
-    else:
-        model.push_to_hub("user/tiny", tokenizer=tokenizer, revision="next")
+    push_engram(folder, "user/tiny", revision="next")
     assert "Hand-written." in hub.files("user/tiny", "next")["README.md"].decode()
     assert hub.files("user/tiny")["README.md"].decode() == MINE
 
@@ -456,7 +457,7 @@ def test_facts_of_one_push_stay_as_long_as_they_are_true(hub, folder, tokenizer,
     readme = hub.files("user/tiny")["README.md"].decode()
     assert "license: mit" in readme and "user/base" in readme
     assert not any(fact in readme for fact in ("Some text", "English", "python evaluate.py", "model-index"))
-    with pytest.raises(ValueError, match="no licence"):
+    with pytest.raises(ValueError, match="but not licence"):
         push_engram(folder, "user/tiny", card={"licence": "mit"})
 
 
@@ -485,21 +486,17 @@ def test_variants_go_with_their_files(hub, folder, model, tokenizer, tables_repo
         assert_same_logits(logits(pulled), logits(model))
     for name in ("model.safetensors.index.json",):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match="variant only"):
+    with pytest.raises(ValueError, match="only a variant"):
         push_engram(folder, "user/tiny")
 
 
-@pytest.mark.parametrize("door", ["folder", "tokenizer", "push_to_hub"])
-def test_further_chat_templates_go_with_the_tokenizer(hub, folder, model, door):
+@pytest.mark.parametrize("where", ["folder", "argument"])
+def test_further_chat_templates_go_with_the_tokenizer(hub, folder, where):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    if door == "folder":
+    if where == "folder":
         tokenizer.save_pretrained(folder)
-        push_engram(folder, "user/tiny")
-    elif door == "tokenizer":
-        push_engram(folder, "user/tiny", tokenizer=tokenizer)
-    else:
-        model.push_to_hub("user/tiny", tokenizer=tokenizer)
+    push_engram(folder, "user/tiny", tokenizer=tokenizer if where == "argument" else None)
     assert AutoTokenizer.from_pretrained("user/tiny").chat_template == tokenizer.chat_template
 
 
@@ -514,10 +511,135 @@ def test_an_adapter_is_not_a_model(hub, folder, tmp_path):
     assert not hub.repositories
 
 
-def test_a_readme_that_push_to_hub_cannot_read_stays(hub, model, tokenizer):
+def test_a_readme_of_the_repository_that_cannot_be_edited_stays(hub, folder):
     HfApi(token="hf_nobody").create_repo("user/tiny")
     for text in (b"\xe4", b"---\nlicense: [\n---\n"):
         hub.repositories["user/tiny"].branches["main"][-1][1]["README.md"] = text
-        with pytest.raises(ValueError, match="README.md of user/tiny cannot be read"):
-            model.push_to_hub("user/tiny", tokenizer=tokenizer)
-    assert not hub.commits("user/tiny")
+        with pytest.raises(ValueError, match="README.md of user/tiny .*nothing was changed"):
+            push_engram(folder, "user/tiny", tables_repo="user/tables")
+    assert not hub.commits("user/tiny") and not hub.commits("user/tables")
+
+
+def test_push_to_hub_of_transformers_pushes_a_model_that_loads(hub, model, folder, tmp_path):
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/saved")
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/saved")), logits(model))
+    model.push_to_hub("user/tiny")
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/tiny")), logits(model))
+    assert "[More Information Needed]" in hub.files("user/tiny")["README.md"].decode()
+    # The form is nobody's text; the card of push_engram says how tables go to a repository of their own.
+    push_engram(folder, "user/tiny")
+    card = hub.files("user/tiny")["README.md"].decode()
+    assert "[More Information Needed]" not in card and "push_engram(model, repo_id, tables_repo=...)" in card
+
+
+def test_after_the_pushes_of_a_trainer_the_repository_holds_what_its_index_names(hub, model, tokenizer, tmp_path):
+    arguments = TrainingArguments(
+        tmp_path / "run",
+        max_steps=4,
+        save_steps=2,
+        learning_rate=0.01,
+        push_to_hub=True,
+        hub_model_id="user/tiny",
+        hub_always_push=True,
+        report_to=[],
+        use_cpu=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tiny_ids(16, 9)]
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=engram_optimizers(arguments),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    pulled = AutoModelForCausalLM.from_pretrained("user/tiny")
+    assert_same_logits(logits(pulled), logits(model.eval()))
+    files = hub.files("user/tiny")
+    named = set(json.loads(files[INDEX])["weight_map"].values())
+    weights = {name for name in files if name.endswith(".safetensors")}
+    assert not any(name.startswith("rows") for name in named)
+    # Trainer deletes nothing: rows that it pushed while it trained stay until the next push of push_engram.
+    assert {name for name in weights - named if not name.startswith("rows-layer")} == set()
+    before = files["README.md"].decode()
+    push_engram(tmp_path / "run", "user/tiny")
+    files = hub.files("user/tiny")
+    assert {name for name in files if name.endswith(".safetensors")} == named
+    assert "generated automatically according to the information the Trainer" in before
+    assert before.split("---\n", 2)[2].strip() in files["README.md"].decode()
+    assert "push_engram(model, repo_id, tables_repo=...)" in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "weights", "additional_chat_templates"])
+def test_files_from_outside_of_the_folder_are_not_sent(hub, folder, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.jinja").write_text("secret")
+    path = sorted(folder.glob("tables-*"))[0] if name == "weights" else folder / name
+    if name == "additional_chat_templates":
+        target = tmp_path / "outside"
+    else:
+        target = tmp_path / "outside" / "secret"
+        path.rename(target) if path.exists() else target.write_text("secret")
+    path.symlink_to(target)
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        push_engram(folder, "user/tiny")
+    assert not hub.repositories
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        push_engram(folder, "user/tiny", dry_run=True)
+
+
+def test_links_inside_a_folder_and_into_the_cache_of_the_hub_are_followed(hub, folder, model, tmp_path):
+    push_engram(folder, "user/tiny")
+    snapshot = Path(snapshot_download("user/tiny"))
+    assert all(path.is_symlink() for path in snapshot.glob("*.safetensors"))
+    push_engram(snapshot, "user/copy")
+    (tmp_path / "mine").mkdir()
+    for path in snapshot.iterdir():
+        (tmp_path / "mine" / path.name).symlink_to(path)
+    (tmp_path / "mine" / "notes.txt").symlink_to("config.json")
+    push_engram(tmp_path / "mine", "user/mine")
+    for repository in ("user/copy", "user/mine"):
+        assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(repository)), logits(model))
+    # The cache of another repository is no part of a snapshot that lies elsewhere.
+    other = tmp_path / "other" / "models--user--secret" / "blobs"
+    other.mkdir(parents=True)
+    (other / "0").write_text("secret")
+    (tmp_path / "mine" / "more.txt").symlink_to(other / "0")
+    with pytest.raises(ValueError, match="more.txt is a link that leads out"):
+        push_engram(tmp_path / "mine", "user/mine")
+
+
+ON_EVERY_RANK = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[2])
+from tiny import tiny_config, tiny_model
+from engram_hf import push_engram
+torch.distributed.init_process_group("gloo")
+model = tiny_model(tiny_config())
+for what in (model, sys.argv[1]):
+    push = push_engram(what, "user/ranks")
+    assert bool(push.commits) == (torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+"""
+
+
+def test_a_push_on_every_rank_pushes_once(hub, tmp_path):
+    model = tiny_model(tiny_config(), seed=1)
+    model.save_pretrained(tmp_path / "model")
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_nobody", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment["MASTER_PORT"] = str(free.getsockname()[1])
+    command = [sys.executable, "-c", ON_EVERY_RANK, str(tmp_path / "model"), str(Path(__file__).parent.parent)]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    assert len(hub.commits("user/ranks")) == 2 and list(hub.repositories) == ["user/ranks"]
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained("user/ranks")), logits(model))

@@ -1,4 +1,4 @@
-"""Names of places and keys of maps: one meaning wherever a place is given, and the tables listed where a key has none."""
+"""Names of places and keys of maps: one meaning wherever a place is given. A key without a table lists the tables."""
 
 import pytest
 from tiny import tiny_model

@@ -1,102 +1,53 @@
-"""What a model card may say, as data, and how it is found in a card again. What is not known is None."""
+"""What a model card may say: read from a checkpoint or a config, from a training log, or given by the author.
 
+No tensor is read and nothing is guessed. What is not known is None or empty, and the card leaves it out.
+"""
+
+import copy
+import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from ..checkpoints.inspecting import inspect_checkpoint
+from ..insight.plotting import read_state
+from ..modeling.checkpoint_loading import find_checkpoint, read_digests
+from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
+from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
+from ..planning import count_parameters, estimate_memory
 
 
-# A card's section lies between these two lines, and ends with its facts in a comment.
-BEGIN = "<!-- engram-hf: begin -->"
-END = "<!-- engram-hf: end -->"
-SECTION = re.compile(rf"^{BEGIN}[ \t]*\r?\n.*?^{END}(?=[ \t]*\r?$)", re.MULTILINE | re.DOTALL)
-RECORD = re.compile(r"^<!-- engram-hf: facts (\{.*\}) -->[ \t]*\r?$", re.MULTILINE)
-# What the log holds of a memory layer, and a card shows.
+logger = logging.get_logger(__name__)
+CAUSAL_LM = "EngramMoEForCausalLM"
+# Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
+BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
+SECTION = re.compile(rf"^{BEGIN}[ \t]*$.*?^{END}[ \t]*$", re.MULTILINE | re.DOTALL)
+RECORD = re.compile(r"^<!-- engram-hf: facts ([0-9a-f]{16}) (\{.*\}) -->$", re.MULTILINE)
+TABLE_FIELDS = ("name", "rows", "head_dim", "dtype", "nbytes")
+DATA_FIELDS = ("description", "datasets", "languages", "tokens")
+RESULT_FIELDS = ("metric", "value", "dataset", "command", "dataset_id", "split", "unit")
+CONFIG_FIELDS: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "hc_mult", "vocab_size")
+CONFIG_FIELDS += ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "first_k_dense_replace")
+CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads", "engram_compressed_vocab_size")
+CONFIG_FIELDS += ("engram_fingerprint", "max_position_embeddings")
+# What a card shows of a memory layer: the last value in the log.
 LAYER_FIGURES = ("gate_mean", "memory_share", "rows_touched", "ngrams_per_row", "ngrams_per_row_perfect_hash")
 
 
 @dataclass(frozen=True)
-class CardTable:
-    """A table: its name inside the base model, rows, numbers of a row, their type, bytes."""
-
-    name: str
-    rows: int
-    head_dim: int
-    dtype: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a model was trained on: in words, data sets of the Hub, languages as the Hub writes them.
-
-    tokens: of all of it, each counted once, however often the run came by.
-    """
-
-    description: str
-    datasets: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """What Trainer has logged.
-
-    steps, epochs: done.
-    loss, eval_loss: the last ones that were logged.
-    learning_rate: the largest one that was logged.
-    layers: for a memory layer, by its id, the last of each of LAYER_FIGURES.
-    """
-
-    steps: int
-    epochs: float | None = None
-    loss: float | None = None
-    eval_loss: float | None = None
-    learning_rate: float | None = None
-    layers: Mapping[str, Mapping[str, float]] | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A number, and the command that gives it. dataset_id: on the Hub, where it is there; unit: "nats per token"."""
-
-    metric: str
-    value: float
-    dataset: str
-    command: str
-    dataset_id: str | None = None
-    split: str | None = None
-    unit: str | None = None
-
-    def __post_init__(self):
-        is_number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
-        if not is_number or not math.isfinite(self.value):
-            raise ValueError(f"{self.metric} on {self.dataset} must be a finite number, got {self.value!r}.")
-        if not self.command.strip():
-            raise ValueError(f"{self.metric} on {self.dataset} needs the command that gives it.")
-
-
-@dataclass(frozen=True)
 class CardFacts:
-    """All that a card says of a model; `as_dict` and `from_dict` are its way through JSON.
+    """Everything that a card says about a model, in the types of JSON.
 
-    name: title of the card. architecture: the model's class. preset: of the paper, where it is exactly that.
-    weights: digest of all weight files as saving has written them; None without weights, or where no digest was saved.
-    has_code, has_tokenizer: whether the checkpoint brings its modeling files, and a tokenizer.
-    dtype: of the backbone; for a config without weights, the one that bytes are counted in.
-    parameters: "total", "active", "tables", and "memory_share" of the sparse budget; of causal language models alone.
-    shape: layers, widths and numbers of experts, by the config's names.
-    backbone_nbytes, disk_nbytes: of everything but the tables; of all weight files, also of tables that are apart.
-    fingerprint: of the hash. vocab_size, compressed_vocab_size: ids, and what the memory makes of them, as in a config.
-    repo_id, tables_repo: where the model is on the Hub, and its tables where they are apart.
-    picture: of the curves, a path inside the repository.
-    limits: sentences.
+    `weights` is a digest of all weight files: None without weights, or if saving wrote no digests. `parameters` are
+    counted for causal language models only. `preset` is a name of the paper, if the config is exactly that one.
     """
 
     name: str
@@ -107,33 +58,28 @@ class CardFacts:
     has_code: bool
     has_tokenizer: bool
     dtype: str
-    parameters: Mapping[str, float] | None
-    shape: Mapping[str, int]
-    tables: tuple[CardTable, ...]
+    config: dict[str, Any]
+    parameters: dict[str, float] | None
+    tables: list[dict[str, Any]]
     backbone_nbytes: int
     disk_nbytes: int
-    fingerprint: Mapping[str, str] | None
-    vocab_size: int
-    compressed_vocab_size: int | str | None
     repo_id: str | None = None
     tables_repo: str | None = None
     license: str | None = None
-    base_model: tuple[str, ...] = ()
-    data: TrainingData | None = None
-    training: TrainingRun | None = None
+    base_model: list[str] = field(default_factory=list)
+    data: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
     picture: str | None = None
-    evaluation: tuple[Evaluation, ...] = ()
-    limits: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        for repository in (self.repo_id, self.tables_repo):
-            if repository is not None:
-                validate_repo_id(repository)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
     @property
     def tables_nbytes(self) -> int:
-        """Bytes of all tables."""
-        return sum(table.nbytes for table in self.tables)
+        return sum(table["nbytes"] for table in self.tables)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.config["first_k_dense_replace"] < self.config["num_hidden_layers"]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -141,67 +87,239 @@ class CardFacts:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "CardFacts":
-        """The facts that `as_dict` gave, also by way of JSON.
-
-        Raises:
-            ValueError: they are of another release of the package.
-        """
-        made = {**content}
+        """The facts that `as_dict` gave. Raises ValueError if they are of another release."""
         try:
-            made["tables"] = tuple(CardTable(**table) for table in content["tables"])
-            made["evaluation"] = as_evaluations(content["evaluation"])
-            made["data"] = as_training_data(content["data"])
-            made["training"] = content["training"] and TrainingRun(**content["training"])
-            for name in ("base_model", "limits"):
-                made[name] = tuple(content[name])
-            return cls(**made)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"These are no facts of a card, or those of another release: {error}.") from error
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"These are not facts of a card, or they are of another release: {error}.") from error
 
 
-def facts_in(text: str) -> CardFacts | None:
-    """The facts of a card's section; None where there is no section, or one of another release."""
-    section = SECTION.search(text)
-    record = RECORD.search(section[0]) if section is not None else None
-    try:
-        return CardFacts.from_dict(json.loads(record[1])) if record is not None else None
-    except ValueError:
-        return None
+def gather_facts(
+    source: str | Path | EngramMoEConfig,
+    *,
+    training: str | Path | None = None,
+    data: str | Mapping | None = None,
+    evaluation: Mapping | Iterable[Mapping] | None = None,
+    license: str | None = None,
+    base_model: str | Iterable[str] | None = None,
+    repo_id: str | None = None,
+    tables_repo: str | None = None,
+    name: str | None = None,
+    picture: str | None = None,
+    limits: str | Iterable[str] | None = None,
+) -> CardFacts:
+    """The facts of a checkpoint, or of a config without weights.
+
+    Facts that you do not give come from the card in the folder, as long as they are still true of the weights.
+
+    Args:
+        source: folder of a checkpoint, or a config.
+        training: folder of the run, with Trainer's log.
+        data: what the model was trained on: a description, or a dict with "description" and, if known, "datasets" (ids
+            on the Hub), "languages" (as the Hub writes them) and "tokens" (of the text, each counted once).
+        evaluation: results, each a dict with "metric", "value", "dataset", the "command" that gives the value and, if
+            known, "dataset_id" (on the Hub), "split" and "unit".
+        license: as the Hub writes it ("apache-2.0").
+        base_model: repositories of the models that this one was made from.
+        repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
+        name: title; by default the name of the repository, preset or folder.
+        picture: of the training curves; a file in `source`, named from there.
+        limits: sentences.
+
+    Raises:
+        FileNotFoundError: there are no weights, no log or no picture.
+        ValueError: a file is damaged, an id is not valid on the Hub, or a result is not a number.
+
+    Example:
+        >>> facts = gather_facts("output/tiny", data="Python's standard library", license="apache-2.0")
+        >>> facts.tables[0]["rows"]
+        53826
+    """
+    folder = None if isinstance(source, EngramMoEConfig) else Path(source)
+    given: dict[str, Any] = {
+        "repo_id": repo_id,
+        "tables_repo": tables_repo,
+        "license": license,
+        "base_model": as_list(base_model),
+        "data": None if data is None else _data(data),
+        "training": None if training is None else _training(training),
+        "picture": picture,
+        "evaluation": [_result(result) for result in as_list(evaluation)],
+        "limits": as_list(limits),
+    }
+    datasets = given["data"]["datasets"] if given["data"] else []
+    for repository in filter(None, [repo_id, tables_repo, *given["base_model"], *datasets]):
+        validate_repo_id(repository)
+    if picture is not None:
+        path = None if folder is None else (folder / picture).resolve()
+        if folder is None or path is None or not path.is_file() or not path.is_relative_to(folder.resolve()):
+            raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
+    facts = CardFacts(**_find_facts(source), **given)
+    known = None if folder is None else read_facts(folder)
+    if known is not None:
+        name = name or (known.name if repo_id is None and known.weights == facts.weights else None)
+        facts = keep_known(facts, known)
+    return replace(facts, name=name or (repo_id.split("/")[-1] if repo_id else facts.name))
 
 
 def read_facts(path: str | Path) -> CardFacts | None:
-    """The facts of a card's section; None where there is no card, no section, or one of another release.
+    """The facts that a card records; None if there is no card, or no section of this package in it.
+
+    A record that was edited, or that another release wrote, is not used; a warning says so.
 
     Args:
         path: a card, or the folder of its README.md.
     """
     path = Path(path) / "README.md" if Path(path).is_dir() else Path(path)
-    return facts_in(path.read_bytes().decode("utf-8", "replace")) if path.is_file() else None
+    return facts_in(path.read_bytes(), path) if path.is_file() else None
 
 
-def as_training_data(data: str | Mapping | TrainingData | None) -> TrainingData | None:
-    if data is None or isinstance(data, TrainingData):
-        return data
-    content: dict[str, Any] = {"description": data} if isinstance(data, str) else {**data}
-    unknown = set(content) - {field.name for field in fields(TrainingData)}
-    if unknown or not content.get("description"):
-        allowed = ", ".join(field.name for field in fields(TrainingData))
-        raise ValueError(f"data must have a description, and may have {allowed}; got {sorted(content)}.")
-    made = TrainingData(
-        description=content["description"],
-        datasets=tuple(content.get("datasets", ())),
-        languages=tuple(content.get("languages", ())),
-        tokens=content.get("tokens"),
-    )
-    for dataset in made.datasets:
-        validate_repo_id(dataset)
-    return made
-
-
-def as_evaluations(results: Mapping | Evaluation | Iterable[Mapping | Evaluation]) -> tuple[Evaluation, ...]:
-    results = [results] if isinstance(results, Mapping | Evaluation) else list(results)
+def facts_in(content: bytes, where: object) -> CardFacts | None:
+    """As `read_facts`, for what a file holds. `where` names the file in messages."""
+    section = SECTION.search(decode_card(content, where))
+    record = None if section is None else RECORD.search(section[0])
+    if section is None:
+        return None
     try:
-        return tuple(result if isinstance(result, Evaluation) else Evaluation(**result) for result in results)
-    except TypeError as error:
-        needed = ", ".join(field.name for field in fields(Evaluation))
-        raise ValueError(f"A result has {needed}, the last three if they are known: {error}.") from error
+        if record is not None and record[1] == _digest(record[2]):
+            return CardFacts.from_dict(json.loads(record[2]))
+    except ValueError:
+        pass
+    logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
+    return None
+
+
+def decode_card(content: bytes, where: object) -> str:
+    """The text of a card, with plain line feeds.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error}). Save it as UTF-8; nothing was changed.") from error
+
+
+def record_of(facts: CardFacts) -> str:
+    """The comment that `facts_in` reads. No text in it can end the comment."""
+    text = json.dumps(facts.as_dict(), sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
+    return f"<!-- engram-hf: facts {_digest(text)} {text} -->"
+
+
+def keep_known(facts: CardFacts, known: CardFacts) -> CardFacts:
+    """`facts`, with what an earlier card said and nobody has given again.
+
+    Licence and base models are always kept, everything else only if the weights are the same.
+    """
+    kept: dict[str, Any] = {"license": known.license, "base_model": known.base_model}
+    of_weights = {name: getattr(known, name) for name in ("data", "training", "picture", "evaluation", "limits")}
+    if known.weights is not None and known.weights == facts.weights:
+        kept |= {**of_weights, "repo_id": known.repo_id, "tables_repo": known.tables_repo}
+    elif lost := [name for name, value in of_weights.items() if value and not getattr(facts, name)]:
+        logger.warning(
+            f"The weights changed since this card was written. Removed: {', '.join(lost)}. Pass the values again if "
+            "they still apply."
+        )
+    return replace(facts, **{name: value for name, value in kept.items() if value and not getattr(facts, name)})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def as_list(value) -> list:
+    return [] if value is None else [value] if isinstance(value, str | Mapping) else list(value)
+
+
+def _data(data: str | Mapping) -> dict[str, Any]:
+    content = {"description": data} if isinstance(data, str) else {**data}
+    if not content.get("description") or set(content) - {*DATA_FIELDS}:
+        allowed = ", ".join(DATA_FIELDS)
+        raise ValueError(f"data must have a description, and may have {allowed}; got {sorted(content)}.")
+    lists = {name: as_list(content.get(name)) for name in ("datasets", "languages")}
+    return {"description": content["description"], "tokens": content.get("tokens"), **lists}
+
+
+def _result(result: Mapping) -> dict[str, Any]:
+    if set(result) - {*RESULT_FIELDS} or {*RESULT_FIELDS[:4]} - set(result):
+        wanted = ", ".join(RESULT_FIELDS)
+        raise ValueError(f"A result has {wanted}, the last three if they are known; got {sorted(result)}.")
+    what, value = f"{result['metric']} on {result['dataset']}", result["value"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}.")
+    if not result["command"].strip():
+        raise ValueError(f"{what} needs the command that gives it.")
+    return {name: result.get(name) for name in RESULT_FIELDS}
+
+
+def _find_facts(source: str | Path | EngramMoEConfig) -> dict[str, Any]:
+    """What a checkpoint says by itself, or a config, which stands for its causal language model."""
+    is_config = isinstance(source, EngramMoEConfig)
+    # Before the config is read: this says what is wrong with a folder.
+    inspection = None if isinstance(source, EngramMoEConfig) else inspect_checkpoint(source)
+    config: Any = source if is_config else EngramMoEConfig.from_pretrained(source)
+    architecture = CAUSAL_LM if is_config else (config.architectures or [CAUSAL_LM])[0]
+    dtype = str(config.dtype or ("bfloat16" if is_config else "float32")).removeprefix("torch.")
+    counted = count_parameters(config) if architecture == CAUSAL_LM else None
+    with torch.device("meta"):
+        # A copy: the type that a model is built in is written into its config.
+        model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
+    described = _tables(model.engram_tables(), architecture)
+    facts = {
+        "architecture": architecture,
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
+        "dtype": dtype,
+        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
+        "tables": described,
+        **dict.fromkeys(("has_weights", "has_code", "has_tokenizer"), not is_config),
+    }
+    tables_nbytes = sum(table["nbytes"] for table in described)
+    if isinstance(source, EngramMoEConfig) or inspection is None:
+        presets = [name for name in PRESETS if EngramMoEConfig.preset(name).to_dict() == config.to_dict()]
+        backbone = sum(estimate_memory(config, "cpu", dtype).backbone.values())
+        facts |= {"name": [*presets, config.model_type][0], "preset": presets[0] if presets else None, "weights": None}
+        return {**facts, "backbone_nbytes": backbone, "disk_nbytes": backbone + tables_nbytes}
+    folder, digests = Path(source), read_digests(source)
+    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
+    disk_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
+    return {
+        **facts,
+        "tables": _tables(inspection.tables, architecture) or described,
+        "name": folder.resolve().name,
+        "preset": None,
+        # Not of file names, so that saving the same weights again changes nothing.
+        "weights": _digest(json.dumps(sorted(digests.values()))) if digests else None,
+        "has_code": getattr(config, "auto_map", None) is not None,
+        "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
+        "backbone_nbytes": inspection.backbone_nbytes,
+        # Tables that are elsewhere are as the config describes them.
+        "disk_nbytes": disk_nbytes + (0 if checkpoint.blocks() else tables_nbytes),
+    }
+
+
+def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
+    prefix = "" if architecture == "EngramMoEModel" else "model."
+    found = [{name: getattr(table, name) for name in TABLE_FIELDS} for table in tables]
+    return [{**table, "name": prefix + table["name"].removeprefix("model.")} for table in found]
+
+
+def _training(folder: str | Path) -> dict[str, Any]:
+    state = read_state(folder)
+    last: dict[str, float] = {}
+    rates = [0.0]
+    for line in state["log_history"]:
+        numbers = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
+        last |= {key: value for key, value in numbers.items() if math.isfinite(value)}
+        rates.append(numbers.get("learning_rate", 0.0))
+    layers: dict[str, dict[str, float]] = {}
+    for key, value in last.items():
+        if (match := re.fullmatch(rf"engram/({'|'.join(LAYER_FIGURES)})/layer_(\d+)", key)) is not None:
+            layers.setdefault(match[2], {})[match[1]] = value
+    return {
+        "steps": state["global_step"],
+        "epochs": state.get("epoch"),
+        **{name: last.get(name) for name in ("loss", "eval_loss")},
+        "learning_rate": max(rates) or None,
+        "layers": dict(sorted(layers.items(), key=lambda item: int(item[0]))),
+    }

@@ -1,12 +1,15 @@
-"""A checkpoint pushed with its card; its tables beside it, or in a repository of their own that the config names."""
+"""`push_engram`: a checkpoint with its card in one commit, its tables beside it or in a repository of their own.
+
+`model.push_to_hub` and `trainer.push_to_hub` are those of transformers. They neither check files nor write this card.
+"""
 
 import json
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
@@ -14,11 +17,10 @@ from transformers.utils import logging
 
 from ..checkpoints.verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 from ..insight.plotting import plot_training
-from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, SINGLE_FILE
-from ..modeling.disk_safetensors import read_header, read_index
-from .card import update_card
-from .card_facts import CardFacts, facts_in
-from .card_gathering import gather_facts
+from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
+from ..modeling.disk_safetensors import read_header, read_index, read_json
+from .card import updated_card
+from .card_facts import facts_in, gather_facts, keep_known
 from .uploading import (
     CARD_FILE,
     INDEX_FILES,
@@ -43,17 +45,17 @@ tags:
 - engram
 ---
 
-Tables of [{repo_id}](https://huggingface.co/{repo_id}), whose config names a commit of this repository. Load that one.
+Tables of [{repo_id}](https://huggingface.co/{repo_id}). Load that repository: its config names a commit of this one.
 """
-# Stands in a dry run for the commit that the push will make.
+# In a dry run this stands for the commit that a push would make.
 NO_COMMIT = "0" * 40
 
 
 @dataclass(frozen=True, repr=False)
 class Push:
-    """What is pushed: files by repository, in the order of the commits, and the commits; none after a dry run.
+    """The files by repository, in the order of the commits, and the commits; there are none after a dry run.
 
-    Printed, it is a line for every file with its bytes.
+    Printed, it is one line for each file, with its bytes.
     """
 
     files: dict[str, list[UploadFile]]
@@ -86,88 +88,120 @@ def push_engram(
     max_shard_size: str | int = "5GB",
     dry_run: bool = False,
 ) -> Push:
-    """Push a model or the folder of one: weights, tables, code, config, tokenizer and a card, in one commit.
+    """Push a model, or the folder of a checkpoint: weights, tables, code, config, tokenizer and card in one commit.
 
-    A reader never sees an index without its files: tables that have a repository of their own are committed first, and
-    the config names that commit. After a break, call it again: files that are there are not sent again.
+    A reader never sees an index without its files. Tables in a repository of their own are committed first, and the
+    config names that commit. If a push breaks off, call it again: files that arrived are not sent again.
+
+    If a process group is initialised, call this on every rank. Rank 0 pushes; the others return an empty `Push`.
 
     Args:
-        model: a model, or the folder of a checkpoint, from which files are sent as they are. A model is saved to a
-            temporary folder first; for tables of many gigabytes, save it where there is room and give that folder.
-        repo_id: repository, made where there is none. Its README is edited in our section only.
-        tables_repo: repository for the tables, if they are not to lie beside the backbone.
-        tokenizer: to go with the model; by default the one in the folder, or where the model was loaded from.
-        card: facts that a checkpoint does not hold, as `gather_facts` takes them: training, data, evaluation, license,
-            base_model. Of a training run, curves are drawn, unless a picture is named.
+        model: a model, or a folder, whose files are sent as they are. A model is saved to a temporary folder first. If
+            its tables are large, save it to a disk with room and give that folder.
+        repo_id: repository; it is created if it does not exist. Only our section of its README is changed.
+        tables_repo: repository for the tables, if they should not lie beside the backbone.
+        tokenizer: goes with the model; by default the one in the folder, or where the model was loaded from.
+        card: facts that a checkpoint does not hold, as arguments of `gather_facts`: training, data, evaluation,
+            license, base_model, name, picture, limits. Without a picture, the curves of `training` are drawn.
         token, private, revision, create_pr, commit_message, max_shard_size: as in `push_to_hub`.
-        dry_run: send nothing. What is returned lists every file with its size, `print` shows it.
+        dry_run: send nothing. Print the result to see every file with its size.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds no whole checkpoint; files are damaged, or too large; the
-            tokenizer is another one than the model's.
-        OSError, huggingface_hub.errors.HTTPError: of the connection, or of rights; what was committed before stays.
+        FileNotFoundError, ValueError: the folder holds no whole checkpoint; a file is damaged, too large or outside the
+            folder; the tokenizer is not the model's.
+        OSError, huggingface_hub.errors.HTTPError: the connection broke or a right is missing. Commits that were made
+            stay.
 
     Example:
         >>> push_engram("output/tiny", "user/engram-tiny", card={"license": "apache-2.0"}, dry_run=True)
     """
-    for name in (repo_id, tables_repo):
-        if name is not None:
-            validate_repo_id(name)
-    if unknown := set(card or {}) - CARD_FACTS:
-        raise ValueError(f"card may hold {', '.join(sorted(CARD_FACTS))}, and no {sorted(unknown)[0]}.")
+    card = card or {}
+    for name in filter(None, (repo_id, tables_repo)):
+        validate_repo_id(name)
+    if unknown := sorted(set(card) - CARD_FACTS):
+        raise ValueError(f"card may hold {', '.join(sorted(CARD_FACTS))}, but not {unknown[0]}.")
     target: dict[str, Any] = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, files = _files(model, tokenizer, max_shard_size, Path(scratch))
-        config = json.loads((folder / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        folder, tokenizer = _save(model, tokenizer, max_shard_size, scratch)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            return Push({}, {})
+        files = _files(folder, tokenizer, scratch)
+        config = read_json(folder / "config.json")
         _check_tables(folder, config, tables_repo)
-        curves = _curves(card or {}, Path(scratch))
         tables: list[UploadFile] = []
         if tables_repo is not None:
             config |= {"engram_tables_repo": None, "engram_tables_revision": None}
-            tables, files = _split(files, folder)
-            tables.append(_json("config.json", _config_of_tables(config)))
-        files = [
-            file for file in files if file.name != CARD_FILE and (tables_repo is None or file.name != "config.json")
-        ]
-        # Read, and found to be whole, before anything is made or sent.
-        ready, ready_tables = prepare([]) if dry_run else prepare(files + curves), prepare([] if dry_run else tables)
+            files, tables = _split([file for file in files if file.name != "config.json"], folder)
+            # Without classes: tables alone are not a model.
+            of_tables = {key: value for key, value in config.items() if key not in ("architectures", "auto_map")}
+            tables.append(_json("config.json", of_tables))
+        files += _curves(card, scratch)
+        # Every file is read and compared with its digest before a repository is created.
+        additions, table_additions = ([], []) if dry_run else (prepare(files), prepare(tables))
+
         repository = None if dry_run else open_repository(repo_id, **target)
-        place_of_tables = None if dry_run or tables_repo is None else open_repository(tables_repo, **target)
-        if repository is not None:
-            repo_id = repository.repo_id
-        if place_of_tables is not None:
-            tables_repo = place_of_tables.repo_id
+        tables_repository = None if dry_run or tables_repo is None else open_repository(tables_repo, **target)
+        # The Hub adds the user's namespace to a bare name.
+        repo_id = repo_id if repository is None else repository.repo_id
+        tables_repo = tables_repo if tables_repository is None else tables_repository.repo_id
         if tables_repo == repo_id:
-            raise ValueError(f"tables_repo is {repo_id} itself; leave it out to keep tables beside the backbone.")
-        if place_of_tables is not None:
-            refuse_model_in_repository(place_of_tables)
-        facts = gather_facts(folder, repo_id=repo_id, tables_repo=tables_repo, **(card or {}))
-        facts = replace(facts, picture=curves[0].name) if curves else facts
-        readme = UploadFile(CARD_FILE, _card(folder, facts, repository))
+            raise ValueError(f"tables_repo is {repo_id} itself. Leave it out to keep tables beside the backbone.")
+        if tables_repository is not None:
+            refuse_model_in_repository(tables_repository)
+        late = [_card(folder, card, repo_id, tables_repo, repository, files)]
 
         push = Push({}, {})
         if tables_repo is not None:
-            if place_of_tables is None or CARD_FILE not in place_of_tables.files:
+            if tables_repository is None or CARD_FILE not in tables_repository.files:
                 tables.append(UploadFile(CARD_FILE, TABLES_CARD.format(repo_id=repo_id).encode()))
-                ready_tables += prepare(tables[-1:])
+                table_additions += prepare(tables[-1:])
             push.files[tables_repo] = tables
-            commit = NO_COMMIT
-            if place_of_tables is not None:
+            if tables_repository is not None:
                 message = f"{commit_message} (tables of {repo_id})"
-                push.commits[tables_repo] = upload(place_of_tables, ready_tables, message)
-                commit = push.commits[tables_repo].oid
+                push.commits[tables_repo] = upload(tables_repository, table_additions, message)
+            commit = NO_COMMIT if dry_run else push.commits[tables_repo].oid
             config |= {"engram_tables_repo": tables_repo, "engram_tables_revision": commit}
-            files.append(_json("config.json", config))
-            ready += prepare(files[-1:])
-        push.files[repo_id] = [*files, *curves, readme]
+            late.append(_json("config.json", config))
+        push.files[repo_id] = files + late
         if repository is not None:
-            push.commits[repo_id] = upload(repository, [*ready, *prepare([readme])], commit_message)
+            push.commits[repo_id] = upload(repository, additions + prepare(late), commit_message)
     return push
 
 
-def _config_of_tables(config: dict) -> dict:
-    """The config for a repository of tables: what its rows are, and no classes, which would load no model."""
-    return {key: value for key, value in config.items() if key not in ("architectures", "auto_map")}
+def _save(model, tokenizer, max_shard_size: str | int, scratch: Path) -> tuple[Path, Any]:
+    """The folder to push and the tokenizer to add to it. All ranks save, since a model may be spread over them."""
+    if isinstance(model, str | Path):
+        return Path(model), tokenizer
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "This model has an adapter. Its own push_to_hub pushes the adapter. To push the whole model, merge the "
+            "adapter (merge_and_unload) and push the result."
+        )
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+        except (OSError, ValueError):
+            logger.debug(f"No tokenizer lies in {model.name_or_path!r}.")
+    needs_map = model.config.engram_layer_ids and model.config.engram_compressed_vocab_size is not None
+    if tokenizer is not None and needs_map:
+        model.bind_tokenizer(tokenizer)
+    model.save_pretrained(scratch / "model", max_shard_size=max_shard_size)
+    return scratch / "model", tokenizer
+
+
+def _files(folder: Path, tokenizer, scratch: Path) -> list[UploadFile]:
+    """The files of the checkpoint and of its tokenizer; the card is made later."""
+    files = {file.name: file for file in files_to_upload(folder) if file.name != CARD_FILE}
+    if tokenizer is not None:
+        check_tokenizer(folder, tokenizer)
+        tokenizer.save_pretrained(scratch / "tokenizer")
+        files |= {file.name: file for file in files_beside(scratch / "tokenizer")}
+    elif TOKENIZER_FILES & set(files):
+        check_tokenizer(folder, read_tokenizer(folder))
+    else:
+        logger.warning("The model has no tokenizer beside it, so none is pushed. Pass push_engram(..., tokenizer=...).")
+    return list(files.values())
 
 
 def _check_tables(folder: Path, config: dict, tables_repo: str | None) -> None:
@@ -175,21 +209,54 @@ def _check_tables(folder: Path, config: dict, tables_repo: str | None) -> None:
     Raises:
         ValueError: the folder holds no tables, and names no repository that does.
     """
-    tensors = [tensor for index in folder.glob(INDEX_FILES) for tensor in read_index(index)["weight_map"]]
-    tensors += [tensor for path in folder.glob(SINGLE_FILE) for tensor in read_header(path)]
-    if not config.get("engram_layer_ids") and tables_repo is not None:
-        raise ValueError(f"{folder} is a model without memory layers: it has no tables for {tables_repo}.")
-    if config.get("engram_layer_ids") and not any(map(BLOCK_KEY.match, tensors)):
-        named = config.get("engram_tables_repo")
-        if named is None or tables_repo is not None:
-            raise ValueError(
-                f"{folder} holds no tables{'' if named is None else f', they are in {named}'}. Load the model (with "
-                "tables_from=, where they lie in a folder of their own), and push the model itself."
-            )
+    if not config.get("engram_layer_ids"):
+        if tables_repo is not None:
+            raise ValueError(f"{folder} is a model without memory layers: it has no tables for {tables_repo}.")
+        return
+    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
+    named = config.get("engram_tables_repo")
+    if not (checkpoint and checkpoint.blocks()) and (named is None or tables_repo is not None):
+        raise ValueError(
+            f"{folder} holds no tables{'' if named is None else f', they are in {named}'}. Load the model (with "
+            "tables_from=, if they lie in a folder of their own), and push the model itself."
+        )
+
+
+def _split(files: list[UploadFile], folder: Path) -> tuple[list[UploadFile], list[UploadFile]]:
+    """The files of the backbone and those of the tables, each with an index of its own.
+
+    Raises:
+        ValueError: there is no index, or a file holds blocks and other tensors.
+    """
+    indices = {path.name: read_index(path) for path in sorted(folder.glob(INDEX_FILES))}
+    if not indices:
+        raise ValueError(f"{folder} has no {INDEX_FILE}. Load the model and save it once with save_pretrained.")
+    named = [entry for index in indices.values() for entry in index["weight_map"].items()]
+    tables = {file for tensor, file in named if BLOCK_KEY.match(tensor)}
+    if mixed := sorted(tables & {file for tensor, file in named if not BLOCK_KEY.match(tensor)}):
+        raise ValueError(f"{mixed[0]} holds tables and other tensors. Load the model and save it once first.")
+
+    def part(index: dict, is_tables: bool) -> dict:
+        weight_map = {tensor: file for tensor, file in index["weight_map"].items() if (file in tables) is is_tables}
+        own, metadata = sorted(set(weight_map.values())), {**(index.get("metadata") or {})}
+        digests = metadata.get("sha256") or {}
+        metadata["total_size"] = sum(place.nbytes for file in own for place in read_header(folder / file).values())
+        metadata["sha256"] = {file: digests[file] for file in own if file in digests}
+        return {"metadata": metadata, "weight_map": weight_map}
+
+    rest = [file for file in files if file.name not in indices]
+    return (
+        [file for file in rest if file.name not in tables] + [_json(n, part(i, False)) for n, i in indices.items()],
+        [file for file in rest if file.name in tables] + [_json(n, part(i, True)) for n, i in indices.items()],
+    )
+
+
+def _json(name: str, content: dict) -> UploadFile:
+    return UploadFile(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _curves(card: dict, scratch: Path) -> list[UploadFile]:
-    """A picture of the training run, where one is named and no picture of it is."""
+    """A picture of the training run, if `card` names the run and no picture."""
     if card.get("training") is None or card.get("picture") is not None:
         return []
     try:
@@ -199,111 +266,27 @@ def _curves(card: dict, scratch: Path) -> list[UploadFile]:
         return []
 
 
-def _card(folder: Path, facts: CardFacts, repository: Repository | None) -> bytes:
-    """The README that the repository has, else the folder's, with our section in it; or a new one."""
-    existing = None if repository is None else repository.read(CARD_FILE)
-    if existing is None and (folder / CARD_FILE).is_file():
-        existing = (folder / CARD_FILE).read_bytes()
-    elif existing is not None and repository is not None:
-        facts = _with_earlier_facts(facts, facts_in(existing.decode("utf-8", "replace")), repository.files)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / CARD_FILE
-        if existing is not None:
-            path.write_bytes(existing)
-        update_card(path, facts)
-        return path.read_bytes()
-
-
-def _with_earlier_facts(facts: CardFacts, earlier: CardFacts | None, files: Collection[str]) -> CardFacts:
-    """The facts, with those of the last push that are not given again: all where the weights are the same, otherwise
-    those that are not of the weights."""
-    if earlier is None:
-        return facts
-    kept: dict[str, Any] = {"license": earlier.license, "base_model": earlier.base_model}
-    of_weights = {name: getattr(earlier, name) for name in ("data", "training", "evaluation", "limits")}
-    if earlier.picture in files:
-        of_weights["picture"] = earlier.picture
-    if earlier.weights is not None and earlier.weights == facts.weights:
-        kept |= of_weights
-    elif lost := sorted(name for name, value in of_weights.items() if value and not getattr(facts, name)):
-        logger.warning(
-            f"The weights are other ones than those that the card was written for, so it says nothing any more of "
-            f"{', '.join(lost)}. Give what holds for them too: push_engram(..., card={{...}})."
-        )
-    return replace(facts, **{name: value for name, value in kept.items() if value and not getattr(facts, name)})
-
-
-def _files(model, tokenizer, max_shard_size, scratch: Path) -> tuple[Path, list[UploadFile]]:
-    """The folder of the checkpoint, which is made where a model is given, and its files, with the tokenizer's."""
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "This model has an adapter. Its own push_to_hub pushes the adapter; to push the whole model, merge it "
-            "(merge_and_unload) and push what that gives."
-        )
-    if not isinstance(model, str | Path):
-        folder = scratch / "model"
-        tokenizer = _tokenizer_of(model, tokenizer)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return folder, files_to_upload(folder)
-    folder = Path(model)
-    files = {file.name: file for file in files_to_upload(folder)}
-    if tokenizer is None and not TOKENIZER_FILES & set(files):
-        logger.warning(f"{folder} holds no tokenizer, so none is pushed. Give it as push_engram(..., tokenizer=...).")
-        return folder, list(files.values())
-    check_tokenizer(folder, tokenizer or read_tokenizer(folder))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(scratch / "tokenizer")
-        files |= {file.name: file for file in files_beside(scratch / "tokenizer")}
-    return folder, list(files.values())
-
-
-def _tokenizer_of(model, tokenizer):
-    """The given tokenizer, or the one beside the weights that the model was loaded from; None, with a warning, if there
-    is neither."""
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
-        except (OSError, ValueError):
-            logger.warning(
-                "There is no tokenizer where this model was loaded from, so none is pushed. Give it as "
-                "push_engram(..., tokenizer=tokenizer)."
-            )
-            return None
-    if model.config.engram_layer_ids and model.base_model.ngram_hash.token_map is not None:
-        model.bind_tokenizer(tokenizer)
-    return tokenizer
-
-
-def _split(files: list[UploadFile], folder: Path) -> tuple[list[UploadFile], list[UploadFile]]:
-    """The files of the tables and those of the backbone, each with an index of its own.
-
-    Raises:
-        ValueError: there is no index, or a file holds blocks and other tensors.
-    """
-    indices = {path.name: read_index(path) for path in sorted(folder.glob(INDEX_FILES))}
-    if not indices:
-        raise ValueError(f"{folder} has no {INDEX_FILE}; load the model and save it once with save_pretrained.")
-    tables = {f for index in indices.values() for t, f in index["weight_map"].items() if BLOCK_KEY.match(t)}
-    others = {f for index in indices.values() for t, f in index["weight_map"].items() if not BLOCK_KEY.match(t)}
-    if mixed := tables & others:
-        raise ValueError(f"{sorted(mixed)[0]} holds tables and other tensors; load the model and save it once first.")
-
-    def part(index: dict, names: set[str]) -> dict:
-        weight_map = {tensor: file for tensor, file in index["weight_map"].items() if file in names}
-        own = sorted(set(weight_map.values()))
-        metadata = {**(index.get("metadata") or {})}
-        digests = metadata.get("sha256") or {}
-        metadata["total_size"] = sum(place.nbytes for file in own for place in read_header(folder / file).values())
-        metadata["sha256"] = {file: digests[file] for file in own if file in digests}
-        return {"metadata": metadata, "weight_map": weight_map}
-
-    of_tables = [file for file in files if file.name in tables]
-    of_backbone = [file for file in files if file.name not in tables and file.name not in indices]
-    of_tables += [_json(name, part(index, tables)) for name, index in indices.items()]
-    return of_tables, of_backbone + [_json(name, part(index, others)) for name, index in indices.items()]
-
-
-def _json(name: str, content: dict) -> UploadFile:
-    return UploadFile(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+def _card(
+    folder: Path,
+    card: dict,
+    repo_id: str,
+    tables_repo: str | None,
+    repository: Repository | None,
+    files: list[UploadFile],
+) -> UploadFile:
+    """The README of the repository, else of the folder, else a new one, with our section."""
+    facts = gather_facts(folder, repo_id=repo_id, tables_repo=tables_repo, **card)
+    there = {file.name for file in files}
+    if card.get("training") is not None and card.get("picture") is None and CURVES_FILE in there:
+        facts = replace(facts, picture=CURVES_FILE)
+    content = None if repository is None else repository.read(CARD_FILE)
+    where: object = f"{CARD_FILE} of {repo_id}"
+    if content is not None and repository is not None:
+        there |= repository.files
+        if (known := facts_in(content, where)) is not None:
+            facts = keep_known(facts, known)
+    elif (folder / CARD_FILE).is_file():
+        where = folder / CARD_FILE
+        content = (folder / CARD_FILE).read_bytes()
+    facts = replace(facts, picture=facts.picture if facts.picture in there else None)
+    return UploadFile(CARD_FILE, updated_card(content or b"", facts, where))

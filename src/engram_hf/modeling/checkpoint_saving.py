@@ -48,7 +48,7 @@ CODE_FILES = (
     "disk_files.py",
     "disk_reading.py",
     "disk_safetensors.py",
-    "hot_rows.py",
+    "table_hot_rows.py",
     "ids_hashing.py",
     "ids_reach.py",
     "ids_recovery.py",

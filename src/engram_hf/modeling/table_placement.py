@@ -7,7 +7,7 @@ the prefix of the model around it, or three dots and the end of such names: "...
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import is_accelerate_available
@@ -61,7 +61,8 @@ def split_device_map(device_map):
         return backbone_map, {EVERY_TABLE: tables} if plus else {}
     if not isinstance(device_map, Mapping):
         return device_map, {}
-    backbone, entries = {}, {}
+    backbone: dict[str, Any] = {}
+    entries: dict[tuple[str, int | None], Any] = {}
     for key, value in device_map.items():
         match = TABLE_KEY.match(key)
         if match is None and not key.startswith(ANY_BEGINNING):
