@@ -51,7 +51,7 @@ from .configuration_engram_moe import PRESETS, TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import block_name, is_of_table
+from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_placement import (
@@ -71,6 +71,8 @@ from .table_placement import (
 
 
 logger = logging.get_logger(__name__)
+# Read by torch's DistributedDataParallel.
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
 
@@ -265,6 +267,23 @@ class ModelWithTables:
                 table.changes.bring(name, table, changed)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
+        self._name_ignored_by_ddp()
+
+    def _name_ignored_by_ddp(self) -> None:
+        """Tell torch's DistributedDataParallel to leave out blocks off the device: it refuses parameters on two kinds of
+        device."""
+        ours, off_device = set(), set()
+        for name, table in self.named_tables().items():
+            if table.is_in_training:
+                # The optimizer has named all of it.
+                continue
+            name = f"{self._tables_prefix()}{name}"
+            ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
+            blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
+            off_device |= {each for each in ours if each.startswith(f"{name}.")} - blocks
+        ignored = (set(getattr(self, DDP_IGNORES, ())) - ours) | off_device
+        if ignored or getattr(self, DDP_IGNORES, ()):
+            setattr(self, DDP_IGNORES, sorted(ignored))
 
     def _confirm_hash(self, where: str) -> None:
         """See that rows are addressed as the config says, after everything is loaded."""
@@ -391,6 +410,7 @@ class ModelWithTables:
         if hot_rows is not None:
             for name, table in tables.items():
                 table.keep_hot_rows(0 if table.is_resident else hot_rows, self._layer_device(name, main_device))
+        self._name_ignored_by_ddp()
 
     @torch.no_grad()
     def prefetch(
@@ -414,7 +434,7 @@ class ModelWithTables:
             return
         row_ids = base.ngram_hash(input_ids, position_ids, attention_mask).row_ids
         for layer in base.memory_layers():
-            layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
+            layer.engram.table.bring_pages(row_ids[layer.engram.layer_idx])
 
     def save_pretrained(
         self,

@@ -44,7 +44,10 @@ class Grouping(NamedTuple):
     starts: torch.Tensor
 
     def to(self, device: torch.device) -> "Grouping":
-        return Grouping(*(tensor.to(device) for tensor in self))
+        if self.order.device == device:
+            return self
+        # One copy instead of four.
+        return Grouping(*torch.cat(self).to(device).split([len(tensor) for tensor in self]))
 
     def sum(self, gradients: torch.Tensor) -> torch.Tensor:
         """(n, width) to (m, width): the gradients of equal row ids added up, in their order.
