@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from engram_hf import EngramRowStatisticsCallback, engram_optimizers, push_engram
-from engram_hf.commands.main import app
+from engram_hf_command import app
 
 
 ROOT = Path(__file__).parent.parent

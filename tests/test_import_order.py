@@ -38,6 +38,7 @@ LEVELS = [
     ["hub.card_facts"],
     ["hub.card"],
     ["hub."],
+    ["commands.inspecting"],
     ["commands.", ""],
 ]
 BROUGHT_BY_TORCH_AND_TRANSFORMERS = {

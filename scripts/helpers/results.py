@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -76,7 +77,15 @@ class Results:
         """A section of docs/results.md."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         made = f"`{self.command}`; {self.hardware}; {versions}; commit {self.commit}, {self.date}."
-        return "\n\n".join([f"## {self.title}", self.about, *(table.markdown() for table in self.tables), made])
+        parts = [wrap(part) for part in self.about.split("\n\n")]
+        return "\n\n".join([f"## {self.title}", *parts, *(table.markdown() for table in self.tables), wrap(made)])
+
+
+def wrap(paragraph: str) -> str:
+    """Lines of a readable length; a list stays as it is."""
+    if paragraph.startswith("* "):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def about(doc: str) -> str:

@@ -88,12 +88,12 @@ def count_parameters(config: EngramMoEConfig | str | os.PathLike) -> ParameterCo
     config.engram_table_dtype = None
     with torch.device("meta"):
         model = EngramMoEForCausalLM(config)
-    sizes = {n: p.numel() for n, p in model.named_parameters() if not n.endswith(".row_gradients.norm")}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not _is_norm(name)}
     total = sum(sizes.values())
     tables = sum(size for name, size in sizes.items() if ".table.blocks." in name)
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-    unused = routed - routed * config.num_experts_per_tok // config.n_routed_experts
+    unused = routed - routed * (config.num_experts_per_tok or 0) // config.n_routed_experts
     return ParameterCount(total, total - tables - vocabulary - unused, tables, routed)
 
 
@@ -176,7 +176,11 @@ def estimate_memory(
     prefix = f"{model.base_model_prefix}."
     entries = resolve_entries(entries, blocks, prefix)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    sizes = {name: _nbytes(name, tensor, model) for name, tensor in tensors.items() if BLOCK_KEY.match(name) is None}
+    sizes = {
+        name: _nbytes(name, tensor, model)
+        for name, tensor in tensors.items()
+        if BLOCK_KEY.match(name) is None and not _is_norm(name)
+    }
     check_backbone_keys(backbone_map, tensors, prefix, blocks)
 
     step = max(_moments(config, dtype, batch_size * seq_length))
@@ -217,12 +221,17 @@ def estimate_memory(
             where = str(as_device(place.device)) if is_resident else place.tier
             where = "cpu" if where == HOST and main_device.type == "cpu" else where
             _add_block(estimate, where, block, on_disk)
-    for device in [device for device in devices if device.type == main_device.type]:
+    for device in {main_device, *(device for device in devices if device.type == main_device.type)}:
         _add(estimate.step, str(device), step)
     if limits is not None:
         estimate.max_memory.update(usable or {})
         _add_lacking(estimate, limits)
     return estimate
+
+
+def _is_norm(name: str) -> bool:
+    """Whether a parameter is the number that stands for a table's gradients where they are clipped: no weight."""
+    return name.endswith(".row_gradients.norm")
 
 
 def _floating_type(dtype: torch.dtype | str) -> torch.dtype:
@@ -346,5 +355,5 @@ def _moments(config: EngramMoEConfig, dtype: torch.dtype, tokens: int) -> Iterat
         scores = 2 * config.hc_mult * config.hidden_size * 4
         yield 3 * streams + tokens * (config.engram_width * (4 + dtype.itemsize) + scores)
     # Gate, up and product of the widest feed-forward layer.
-    routed = config.num_experts_per_tok * config.moe_intermediate_size
+    routed = (config.num_experts_per_tok or 0) * config.moe_intermediate_size
     yield 2 * streams + 3 * tokens * max(config.intermediate_size, routed) * dtype.itemsize

@@ -27,8 +27,8 @@ from engram_hf import (
     quantize_tables,
     verify_tables,
 )
-from engram_hf.commands.main import app
 from engram_hf.training.checkpoints import last_complete_checkpoint
+from engram_hf_command import app
 
 
 # What a reader may raise.

@@ -94,7 +94,7 @@ def test_padding_between_tokens_is_the_gap_that_it_is_in_a_mask_of_two_dimension
     def tokens():
         return model(ids, attention_mask=as_mask(sees), **positions).logits[is_token]
 
-    right_or_refused(tokens, expected[is_token], "token before it")
+    right_or_refused(tokens, expected[is_token], "directly before")
 
 
 @torch.no_grad()
@@ -114,9 +114,9 @@ def test_a_prefix_shared_by_two_answers_is_right_or_refused(model, as_mask, with
     # Without positions the second answer stands three places further from the prefix: other logits, and an error of
     # the memory all the same.
     if with_positions:
-        right_or_refused(shared, expected, "token before it")
+        right_or_refused(shared, expected, "directly before")
     else:
-        with pytest.raises(REFUSALS, match="token before it"):
+        with pytest.raises(REFUSALS, match="directly before"):
             shared()
 
 
@@ -138,9 +138,9 @@ def test_a_tree_of_candidates_behind_a_cache_is_right_or_refused(model, as_mask,
         return model(candidates, attention_mask=as_mask(sees), cache=cache, **positions).logits
 
     if with_positions:
-        right_or_refused(tree, expected, "token before it|do not go on where the cache ends")
+        right_or_refused(tree, expected, "directly before|do not go on where the cache ends")
     else:
-        with pytest.raises(REFUSALS, match="token before it"):
+        with pytest.raises(REFUSALS, match="directly before"):
             tree()
 
 
@@ -169,7 +169,7 @@ def test_a_token_that_sees_nothing_of_a_cache_begins_a_document_or_is_refused(mo
     def behind():
         return model(ids[:, 6:], attention_mask=as_mask(sees), cache=cache, **positions).logits
 
-    right_or_refused(behind, model(ids[:, 6:]).logits, "token before it|Leave the cache out")
+    right_or_refused(behind, model(ids[:, 6:]).logits, "directly before|Leave the cache out")
 
 
 @torch.no_grad()
@@ -196,5 +196,5 @@ def test_the_compiled_forward_is_right_or_refused_too():
     assert_same_logits(packed[:, 5:], model(ids[:, 5:]).logits)
     sees = causal(11)
     sees[8:, 5:8] = False
-    with pytest.raises((*REFUSALS, RuntimeError), match="token before it"):
+    with pytest.raises((*REFUSALS, RuntimeError), match="directly before"):
         compiled(ids, attention_mask=sees[None, None], position_ids=torch.arange(11)[None], use_cache=False)

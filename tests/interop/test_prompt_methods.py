@@ -41,11 +41,12 @@ def test_learned_prompts_are_right_or_refused_in_a_forward(kind):
     try:
         actual = logits_of(model, ids, attention_mask=torch.ones_like(ids))
     except REFUSALS as error:
-        assert "prompt" in str(error).lower() and "engram_input_ids" not in str(error)
+        assert "Prompt tuning of PEFT" in str(error)
     else:
         assert_same_logits(actual, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_learned_prompts_are_right_or_refused_in_generation(kind):
     model, ids = adapted(kind), tiny_ids(1, 6)
@@ -53,7 +54,7 @@ def test_learned_prompts_are_right_or_refused_in_generation(kind):
     try:
         generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     except REFUSALS as error:
-        assert "prompt" in str(error).lower() and "engram_input_ids" not in str(error)
+        assert ("Prefix tuning of PEFT" if kind == "prefix" else "Prompt tuning of PEFT") in str(error)
         return
     assert kind != "prefix", "keys and values of a prefix belong to no tokens: nothing says what is right"
     seen = ids
@@ -62,14 +63,14 @@ def test_learned_prompts_are_right_or_refused_in_generation(kind):
     assert torch.equal(generated, seen)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_a_learned_prefix_is_right_or_refused_in_a_forward():
     """A stock model sees the prefix in its attention only; a memory has nothing to look up there."""
     model, ids = adapted("prefix"), tiny_ids(2, 9)
     try:
         logits = logits_of(model, ids, attention_mask=torch.ones_like(ids))
     except REFUSALS as error:
-        assert "prefix" in str(error).lower() or "prompt" in str(error).lower()
-        assert "Build the cache from the config" not in str(error)
+        assert "Prefix tuning of PEFT" in str(error)
     else:
         # The first memory layer comes before all attention, so it reads what it reads without a prefix.
         gates = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_engram_gates=True).engram_gates[0]

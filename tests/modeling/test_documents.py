@@ -35,10 +35,10 @@ def test_a_packed_piece_may_begin_at_any_position(model, start):
 def test_a_document_that_begins_behind_a_cache_is_refused(model, length, mask):
     ids = tiny_ids(1, 12)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     options = {"attention_mask": torch.ones(1, 6 + length, dtype=torch.int64)} if mask else {}
     with pytest.raises(ValueError, match="do not continue where the cache ends.*Leave the cache out"):
-        model(ids[:, 6 : 6 + length], past_key_values=cache, position_ids=torch.arange(length)[None], **options)
+        model(ids[:, 6 : 6 + length], cache=cache, position_ids=torch.arange(length)[None], **options)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_padding_between_tokens_is_a_gap_in_every_way_of_computing(model):
     whole = model(ids, attention_mask=mask).logits
     cache, steps = DynamicCache(config=model.config), []
     for start, end in ((0, 4), (4, 8), (8, 9), (9, 12)):
-        steps.append(model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+        steps.append(model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache).logits)
     assert_same_logits(
         torch.cat(steps, dim=1)[:, [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]], whole[:, [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]]
     )

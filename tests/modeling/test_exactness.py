@@ -27,7 +27,7 @@ def chunked_logits(model, ids, chunks, cache=None, **kwargs):
     cache = DynamicCache(config=model.config) if cache is None else cache
     for start, end in chunks:
         here = {name: value[:, start:end] for name, value in kwargs.items()}
-        logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **here).logits)
+        logits.append(model(ids[:, start:end], cache=cache, use_cache=True, **here).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -66,7 +66,7 @@ def test_rows_of_different_length_padded_left_decode_as_alone(model):
     logits = []
     for start, end in [(0, 2), (2, 14), (14, 15), (15, SEQ)]:
         here = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
-        logits.append(model(padded[:, start:end], past_key_values=cache, **here).logits)
+        logits.append(model(padded[:, start:end], cache=cache, **here).logits)
     assert_same_logits(torch.cat(logits, dim=1)[:, -6:], alone)
 
 
@@ -113,7 +113,7 @@ def test_padding_free_batches_of_transformers_collator(model, with_positions):
 def test_packed_documents_with_a_cache_or_with_padding_are_refused(model):
     _, ids, positions = packed([3, 5])
     with pytest.raises(ValueError, match="cannot share a cache"):
-        model(ids, position_ids=positions, past_key_values=DynamicCache(config=model.config))
+        model(ids, position_ids=positions, cache=DynamicCache(config=model.config))
     mask = torch.ones_like(ids)
     mask[:, -1] = 0
     with pytest.raises(ValueError, match="need attention_mask=None"):
@@ -238,7 +238,7 @@ def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backe
     _, ids, positions = packed([3, 1, 11, 6])
     compiled = torch.compile(model, backend=backend)
     with pytest.raises((ValueError, RuntimeError), match="Leave the cache out"):
-        compiled(ids, position_ids=positions, past_key_values=DynamicCache(config=model.config))
+        compiled(ids, position_ids=positions, cache=DynamicCache(config=model.config))
     padded = torch.ones_like(ids)
     padded[:, :2] = 0
     with pytest.raises((ValueError, RuntimeError), match="need attention_mask=None"):
@@ -256,7 +256,7 @@ def test_the_compiled_forward_takes_positions_beside_a_cache_or_padding(model):
     ids, positions = tiny_ids(2, SEQ), torch.arange(SEQ).expand(2, -1)
     compiled = torch.compile(model, backend="aot_eager")
     cache = DynamicCache(config=model.config)
-    assert_same_logits(compiled(ids, position_ids=positions, past_key_values=cache).logits, model(ids).logits)
+    assert_same_logits(compiled(ids, position_ids=positions, cache=cache).logits, model(ids).logits)
     mask = torch.ones_like(ids)
     mask[:, :4] = 0
     shifted = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -275,7 +275,7 @@ def test_the_forward_compiled_by_inductor_gives_the_same_logits():
 @torch.no_grad()
 def test_a_cache_made_without_a_config_changes_nothing():
     model, ids, cache = tiny_model(), tiny_ids(2, 9), DynamicCache()
-    pieces = [model(ids[:, start:end], past_key_values=cache).logits for start, end in ((0, 4), (4, 5), (5, 9))]
+    pieces = [model(ids[:, start:end], cache=cache).logits for start, end in ((0, 4), (4, 5), (5, 9))]
     assert_same_logits(torch.cat(pieces, 1), model(ids).logits)
 
 
@@ -284,7 +284,7 @@ def test_a_cache_that_holds_tokens_that_the_memory_has_not_read_is_refused():
     model, plain = tiny_model(), tiny_model(tiny_config(engram_layer_ids=[]))
     cache = plain(tiny_ids(1, 3), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds 3 tokens that the memory has not read"):
-        model(tiny_ids(1, 1), past_key_values=cache)
+        model(tiny_ids(1, 1), cache=cache)
 
 
 @torch.no_grad()

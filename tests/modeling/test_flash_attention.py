@@ -62,7 +62,7 @@ def test_a_batch_and_its_tokens_one_by_one(models, calls):
     ids, cache = tiny_ids(2, 11), DynamicCache(config=flash.config)
     expected = sdpa(ids).logits
     assert_same_logits(flash(ids).logits, expected)
-    pieces = [flash(ids[:, start:end], past_key_values=cache).logits for start, end in [(0, 6), (6, 10), (10, 11)]]
+    pieces = [flash(ids[:, start:end], cache=cache).logits for start, end in [(0, 6), (6, 10), (10, 11)]]
     assert_same_logits(torch.cat(pieces, dim=1), expected)
     assert calls == ["flash"] * 12
 

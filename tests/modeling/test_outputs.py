@@ -16,8 +16,8 @@ from engram_hf.modeling.modeling_engram_moe import CACHE_NAME
 NAMES = ["cache", "past_key_values"]
 SEQ = 11
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-# A class of transformers takes the old name with a warning.
-takes_the_old_name = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+# Ours take the old name with a warning, as classes of transformers do.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 
 def new_cache(model):
@@ -58,7 +58,6 @@ def test_a_forward_takes_the_cache_by_its_place():
     assert_same_logits(model(ids[:, 6:], None, None, cache).logits, model(ids).logits[:, 6:])
 
 
-@takes_the_old_name
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_class", [EngramMoEForSequenceClassification, EngramMoEForTokenClassification])
@@ -100,7 +99,6 @@ def test_checkpointing_writes_no_cache_twice(name):
         torch.testing.assert_close(model.get_parameter(key).grad, gradient, rtol=1e-5, atol=1e-7, msg=key)
 
 
-@takes_the_old_name
 def test_generation_goes_on_with_a_cache_or_says_what_to_call_it():
     model = tiny_model()
     first = model.generate(tiny_ids(1, 7), **NEW, return_dict_in_generate=True)

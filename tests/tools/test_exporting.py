@@ -92,5 +92,5 @@ def test_continuous_batching_is_refused():
     model = tiny_model()
     assert not hasattr(model, "init_continuous_batching")
     for start in (model.generate_batch, model.continuous_batching_context_manager):
-        with pytest.raises(ValueError, match="Continuous batching pages keys and values.*padded on the left"):
+        with pytest.raises(NotImplementedError, match="Continuous batching is not supported.*padded on the left"):
             start([[5, 6, 7]])

@@ -47,7 +47,7 @@ def decoded(model, ids):
     """Logits token by token, with a cache."""
     cache, logits = None, []
     for token in ids.split(1, dim=1):
-        outputs = model(token, past_key_values=cache, use_cache=True)
+        outputs = model(token, cache=cache, use_cache=True)
         cache = outputs.past_key_values
         logits.append(outputs.logits)
     return torch.cat(logits, dim=1)

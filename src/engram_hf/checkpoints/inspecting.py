@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
-from ..modeling.configuration_engram_moe import EngramMoEConfig
+from ..modeling.configuration_checks import check_source
+from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
 from ..modeling.disk_safetensors import TensorPlace, read_places
 from ..modeling.modeling_engram_moe import EngramMoEModel
 from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
@@ -115,6 +116,7 @@ def inspect_checkpoint(
 
 def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
     """Arguments that read a folder, or a repository at its present commit, or without a connection from the cache."""
+    check_source(where, PRESETS)
     if Path(where).is_dir():
         return {"local_files_only": True}
     try:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sympy import nextprime
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
@@ -32,6 +32,8 @@ REPLACEMENT_CHARACTER = "\ufffd"
 SPACE_SENTINEL = "\ue000"
 # What a tokenizer makes of this text tells its normalizer, its pre-tokenizer and its merges from those of others.
 PROBE_TEXT = "Zürich İSTANBUL ﬁnE\tnaïve  3.14159 10007\n\nWqxz_JKL(vB)≠Ωß 日本語がкЖ किताब 🙂🏽 e\u0301\u00a0 \u200bQ"
+# How many of its own tokens a tokenizer is given as text.
+SAMPLED_TOKENS = 1000
 # Parts of a fingerprint that say which tokenizer was bound; the others say which rows an n-gram reads.
 TOKENIZER_PARTS = ("tokens", "vocabulary", "text")
 
@@ -483,7 +485,7 @@ class NgramHash(nn.Module):
     def _take(self, token_map: torch.Tensor | None, fingerprint: dict[str, str]) -> None:
         """Look rows up by this map from now on."""
         self.config.engram_fingerprint = fingerprint
-        if token_map is not None:
+        if token_map is not None and self.token_map is not None:
             self.token_map.copy_(token_map)
             self._bound_map = self.token_map.clone()
         self._draw_constants()
@@ -551,14 +553,23 @@ def map_tokens(tokenizer, config) -> tuple[torch.Tensor, dict[str, str]]:
     full_map = torch.full((config.vocab_size,), int(token_map[config.engram_pad_token_id]), dtype=torch.int64)
     full_map[:known] = token_map[:known]
     tokens = tokenizer.convert_ids_to_tokens(list(range(known)))
-    encoding = tokenizer.backend_tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
-    encoded = [i for i, is_text in zip(encoding.ids, encoding.attention_mask) if is_text and i < known]
+    backend = tokenizer.backend_tokenizer
+    sample = range(0, known, max(1, known // SAMPLED_TOKENS))
+    texts = [PROBE_TEXT, *backend.decode_batch([[i] for i in sample], skip_special_tokens=False)]
     identity = {
         "tokens": str(known),
         "vocabulary": digest(json.dumps(tokens).encode()),
-        "text": digest(str(encoded).encode()),
+        "text": digest(str([encode_without_added_tokens(backend, text) for text in texts]).encode()),
     }
     return full_map, identity
+
+
+def encode_without_added_tokens(backend: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, whatever tokens were added and whatever padding or truncation the last call has set."""
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    pieces = [text] if backend.pre_tokenizer is None else [p for p, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for piece in pieces for token in backend.model.tokenize(piece)]
 
 
 def digest(content: bytes) -> str:

@@ -38,7 +38,8 @@ def recover_token_ids(inputs_embeds: torch.Tensor, weight: torch.Tensor) -> torc
             raise ValueError(
                 f"The memory needs token ids, and the embedding at batch {row}, position {column} {what} of the "
                 "embedding matrix. Pass the token ids beside the embeddings as engram_input_ids, of shape "
-                f"({batch}, {seq}), with -1 for positions that are no tokens."
+                f"({batch}, {seq}), with -1 for positions that are no tokens. Prompt tuning of PEFT puts embeddings "
+                "of no token in front, and is not supported beside a memory: train LoRA instead."
             )
     return token_ids.view(batch, seq)
 

@@ -171,7 +171,8 @@ def memory_cache_layer(cache: Cache, num_model_layers: int) -> MemoryCacheLayer:
     if int(cache.get_seq_length()):
         raise ValueError(
             f"The cache holds {int(cache.get_seq_length())} tokens that the memory has not read, so n-grams across its "
-            "end would be wrong. Start from an empty cache."
+            "end would be wrong. Start from an empty cache. Prefix tuning of PEFT begins with such a cache, and is not "
+            "supported beside a memory: train LoRA instead."
         )
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < num_model_layers:
@@ -206,7 +207,10 @@ class EngramRMSNorm(nn.Module):
 class ShortConvolution(nn.Conv1d):
     """Depthwise, causal and dilated. It works tap by tap, since each token has its own reach."""
 
-    def forward(self, channels: torch.Tensor, history: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    # Under another signature than Conv1d's: each token brings its history and its reach.
+    def forward(  # type: ignore[override]
+        self, channels: torch.Tensor, history: torch.Tensor, reach: torch.Tensor
+    ) -> torch.Tensor:
         """
         Args:
             channels: (batch, seq, channels), the tokens themselves.
@@ -246,7 +250,8 @@ class EngramLayer(nn.Module):
         self.key_proj = nn.Linear(config.engram_width, self.streams * self.hidden_size, bias=False)
         self.key_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
         self.query_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
-        self.conv_norm = self.conv = None
+        self.conv_norm: EngramRMSNorm | None = None
+        self.conv: ShortConvolution | None = None
         if self.kernel_size:
             channels = self.streams * self.hidden_size
             self.conv_norm = EngramRMSNorm(self.streams, self.hidden_size, config.rms_norm_eps)
@@ -279,18 +284,20 @@ class EngramLayer(nn.Module):
         score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
         gates = torch.sigmoid(score) * (hashed.ids >= 0).unsqueeze(-1)  # (batch, seq, streams)
         gated = gates.unsqueeze(-1).to(value.dtype) * value.unsqueeze(-2)  # (batch, seq, streams, hidden)
-        if self.conv is None:
+        if self.conv is None or self.conv_norm is None:
             return gated, gates
-        return gated + F.silu(self.short_convolution(self.conv_norm(gated), hashed.reach, state)), gates
+        normed = self.conv_norm(gated)
+        return gated + F.silu(self.short_convolution(self.conv, normed, hashed.reach, state)), gates
 
     def _compute_dtype(self, hidden_streams: torch.Tensor) -> torch.dtype:
         """The type of the projections; where their weights are quantized, the type of what comes in."""
         weight = getattr(self.value_proj, "weight", None)
-        is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-        return weight.dtype if is_plain else hidden_streams.dtype
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
+            return weight.dtype
+        return hidden_streams.dtype
 
     def short_convolution(
-        self, normed: torch.Tensor, reach: torch.Tensor, state: MemoryCacheLayer | None
+        self, conv: ShortConvolution, normed: torch.Tensor, reach: torch.Tensor, state: MemoryCacheLayer | None
     ) -> torch.Tensor:
         """Depthwise, causal and dilated: (batch, seq, streams, hidden) to the same."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
@@ -301,4 +308,4 @@ class EngramLayer(nn.Module):
             history = torch.cat([past.to(channels), channels], dim=1)
         if state is not None and self.conv_reach:
             state.append(self.layer_idx, channels, self.conv_reach)
-        return self.conv(channels, history, reach).unflatten(-1, normed.shape[2:])
+        return conv(channels, history, reach).unflatten(-1, normed.shape[2:])

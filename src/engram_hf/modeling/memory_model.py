@@ -43,7 +43,8 @@ from .checkpoint_saving import (
     staging,
     write_tables,
 )
-from .configuration_engram_moe import TABLE_DTYPES
+from .configuration_checks import check_source
+from .configuration_engram_moe import PRESETS, TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
@@ -146,6 +147,8 @@ class ModelWithTables:
                 "folder. To make it smaller, quantize tables with quantize_tables and the backbone with a "
                 "quantization_config."
             )
+        if pretrained_model_name_or_path is not None:
+            check_source(pretrained_model_name_or_path, PRESETS, kwargs.get("cache_dir"))
         backbone_map, entries = split_device_map(device_map)
         limits = memory_limits(kwargs.get("max_memory")) if backbone_map in AUTOMATIC else None
         load = super().from_pretrained
@@ -259,11 +262,12 @@ class ModelWithTables:
 
     def _confirm_hash(self, where: str) -> None:
         """See that rows are addressed as the config says, after everything is loaded."""
-        if self._hash() is not None:
-            self._hash().confirm(where)
+        ngram_hash = self._hash()
+        if ngram_hash is not None:
+            ngram_hash.confirm(where)
             device = self.base_model.get_input_embeddings().weight.device
             if device.type != "meta":
-                self._hash().to(device)
+                ngram_hash.to(device)
 
     def _hash(self) -> NgramHash | None:
         """The hash of the memory layers; None for a model without them."""
@@ -375,8 +379,9 @@ class ModelWithTables:
             for number, place in enumerate(planned):
                 if place.tier:
                     tables[name].place(number, place.tier, place.device)
-            if tables[name].hot_rows is not None and any(place.tier for place in planned):
-                tables[name].hot_rows.clear()
+            hot = tables[name].hot_rows
+            if hot is not None and any(place.tier for place in planned):
+                hot.clear()
         if hot_rows is not None:
             for name, table in tables.items():
                 table.keep_hot_rows(0 if table.is_resident else hot_rows, self._layer_device(name, main_device))
@@ -477,7 +482,7 @@ class ModelWithTables:
                 written = write_tables(stage, blocks, tables, prefix, max_shard_size)
                 saved = publish(stage, Path(tables_to), written, self.config)
         with publishing(folder), staging(folder) as stage:
-            if is_checkpoint and run.begins_checkpoint(folder):
+            if run is not None and is_checkpoint and run.begins_checkpoint(folder):
                 remove_marker(folder)
             if with_code:
                 save_code(stage)
@@ -489,7 +494,7 @@ class ModelWithTables:
             saved |= publish(stage, folder, written, self.config, variant)
             if not with_code:
                 remove_code(folder)
-        if is_checkpoint:
+        if run is not None and is_checkpoint:
             run.last_checkpoint = (folder.resolve(), run.steps)
         if state_dict is None:
             for name, table in tables.items():

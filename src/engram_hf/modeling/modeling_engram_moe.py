@@ -17,6 +17,7 @@ Attention, experts, router and hyper-connections are transformers' own (deepseek
 memory enters: before the attention of its layer, and its row ids before anything else. Source: arXiv 2601.07372.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,7 @@ CACHE_NAME = "cache" if tuple(map(int, transformers_version.split(".")[:2])) >= 
 
 
 def find_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, under whichever of its names it was given.
+    """The cache, under whichever of its names it was given. The old name warns where transformers' own models do.
 
     Raises:
         ValueError: it was given under both.
@@ -72,9 +73,18 @@ def find_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     if cache is not None and past_key_values is not None:
         raise ValueError(
             "Both `cache` and `past_key_values` were given, which are names of one argument. Give one of them to a "
-            f"forward; to generate() of transformers {transformers_version} give `{CACHE_NAME}`."
+            f"forward; to generate() of transformers {transformers_version} give `{CACHE_NAME}`. Prefix tuning of PEFT "
+            "gives both, and is not supported beside a memory: train LoRA instead."
         )
-    return past_key_values if cache is None else cache
+    if past_key_values is None:
+        return cache
+    if CACHE_NAME != "past_key_values" and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"`past_key_values` is deprecated since transformers 5.24. Use `{CACHE_NAME}` instead.",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return past_key_values
 
 
 @dataclass
@@ -421,40 +431,28 @@ def refuse_other_engines(config) -> None:
         )
 
 
+NOT_PAGED = (
+    "Continuous batching is not supported. The pages of transformers hold keys and values of one shape. DeepSeek's "
+    "attention keeps compressed keys, which do not fit, and a memory keeps the last ids, which have no pages. Call "
+    "generate with a batch of prompts padded on the left: it gives what each gives alone."
+)
+
+
 class WithoutContinuousBatching:
-    """Part of `EngramMoEForCausalLM`: transformers pages keys and values only, and a memory also keeps the last ids."""
+    """Part of `EngramMoEForCausalLM`: without it, transformers would log an error and return empty lists of tokens."""
 
     @property
     def init_continuous_batching(self):
         # `transformers serve` looks for this name, and where it is missing answers one request after another.
-        if self.config.engram_layer_ids:
-            raise AttributeError(f"{type(self).__name__} has no continuous batching.")
-        return super().init_continuous_batching
+        raise AttributeError(f"{type(self).__name__} has no continuous batching.")
 
     def generate_batch(self, *args, **kwargs):
-        """As in transformers, for a model without memory layers.
-
-        Raises:
-            NotImplementedError: there are memory layers.
-        """
-        self._refuse_continuous_batching()
-        return super().generate_batch(*args, **kwargs)
+        """Not supported; call `generate`."""
+        raise NotImplementedError(NOT_PAGED)
 
     def continuous_batching_context_manager(self, *args, **kwargs):
-        """As in transformers, for a model without memory layers.
-
-        Raises:
-            NotImplementedError: there are memory layers.
-        """
-        self._refuse_continuous_batching()
-        return super().continuous_batching_context_manager(*args, **kwargs)
-
-    def _refuse_continuous_batching(self) -> None:
-        if self.config.engram_layer_ids:
-            raise NotImplementedError(
-                "Continuous batching pages keys and values, and a memory layer also keeps the last ids, which have no "
-                "pages. Call generate with a batch of prompts padded on the left: it gives what each gives alone."
-            )
+        """Not supported; call `generate`."""
+        raise NotImplementedError(NOT_PAGED)
 
 
 @auto_docstring

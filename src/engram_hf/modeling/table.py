@@ -5,6 +5,7 @@ nothing of models, hashing or gates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import accumulate
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, pages_of_rows
@@ -164,7 +166,7 @@ class EngramTable(nn.Module):
             ValueError: a block's file has changed; something that does not know tables has moved a block; a trainable
                 table off the device has nobody who updates its rows; torch exports what it cannot.
         """
-        refuse_export(self.is_resident)
+        refuse_export(self.is_resident, row_ids)
         if self.is_in_training and torch.is_grad_enabled():
             return self._look_up_to_train(row_ids).flatten(-2)
         if self.is_resident:
@@ -197,7 +199,7 @@ class EngramTable(nn.Module):
 
     def _check_row_ids(self, row_ids: torch.Tensor) -> None:
         # On an accelerator looking would wait for it, and the kernel looks by itself.
-        if torch.compiler.is_compiling() or row_ids.device.type != "cpu":
+        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
             return
         # As unsigned numbers negative ones are too large.
         numbers = row_ids.detach().numpy().astype(np.int64, copy=False).view(np.uint64)
@@ -212,7 +214,8 @@ class EngramTable(nn.Module):
     def _check_files(self) -> None:
         """Every file that a block is still mapped from is what it was when it was opened."""
         self.changes.settle()
-        for file in {block.mapped_file() for block in self.block_records} - {None}:
+        files = [block.mapped_file() for block in self.block_records]
+        for file in {file for file in files if file is not None}:
             file.check_unchanged()
 
     # Lookups that leave the device. Every one is right without a prefetch, which only brings pages closer.
@@ -223,7 +226,7 @@ class EngramTable(nn.Module):
         Args:
             row_ids: as in `forward`.
         """
-        if self.is_resident or torch.compiler.is_compiling():
+        if self.is_resident or torch.compiler.is_compiling() or is_traced(row_ids):
             return
         self._prefetch(row_ids)
 
@@ -231,7 +234,7 @@ class EngramTable(nn.Module):
     def _prefetch(self, row_ids: torch.Tensor) -> None:
         block_rows = self._split_on_cpu(row_ids)
         if row_ids.is_cuda and not self.is_in_training:
-            started = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
+            started: list[Future | None] = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
             started = [self._reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
         self._reader.remember(row_ids, [future for future in started if future is not None])
@@ -510,8 +513,10 @@ class EngramTable(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
         staying = {id(block.parameter) for block in self._present() if block.tier != RESIDENT}
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device)) if len(self.blocks) else None
-        converts = probe is not None and probe.dtype != self.dtype
+        if not len(self.blocks):
+            return super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device))
+        converts = probe.dtype != self.dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) in staying:
@@ -519,8 +524,7 @@ class EngramTable(nn.Module):
             return tensor.to(probe.device) if converts else fn(tensor)
 
         super()._apply(move, recurse)
-        if probe is not None:
-            self._move_heads(probe.device)
+        self._move_heads(probe.device)
         return self
 
     def _present(self) -> list[Block]:
@@ -567,10 +571,15 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     table._loaded = []
 
 
-def refuse_export(is_resident: bool) -> None:
+def is_traced(row_ids: torch.Tensor) -> bool:
+    """Whether torch makes a graph of this call, by `torch.jit.trace`, `make_fx` or an export."""
+    return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:
     """
     Raises:
-        ValueError: torch is exporting the model in a way that cannot hold this table.
+        ValueError: torch is exporting or tracing the model in a way that cannot hold this table.
     """
     # Where `torch.onnx.export` fails it tries `strict=True`, under which nothing tells that it is asking.
     is_strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
@@ -580,8 +589,11 @@ def refuse_export(is_resident: bool) -> None:
             "exporter does: OnnxExporter().export(model, inputs), from transformers.exporters.exporter_onnx. "
             "torch.export.export works with strict=False."
         )
-    if not is_resident and torch.compiler.is_exporting():
+    if is_resident:
+        return
+    # A compiled model leaves its graph to read rows. A graph for elsewhere would hold the rows of one example.
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and is_traced(row_ids)):
         raise ValueError(
-            "A table in host memory or on disk cannot be exported: its rows are read outside of the graph. Load the "
-            "model without entries for tables in device_map, and the graph holds them."
+            "A table in host memory or on disk cannot be exported or traced: its rows are read outside of the graph. "
+            "Load the model without entries for tables in device_map, and the graph holds them."
         )

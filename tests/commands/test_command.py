@@ -1,6 +1,12 @@
 """The command says what the functions say, and ends with the exit code that a script can rely on."""
 
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -12,7 +18,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters, estimate_memory, inspect_checkpoint
-from engram_hf.commands.main import _or_exit, app
+from engram_hf.modeling import configuration_engram_moe, table_formats
+from engram_hf_command import PRESETS, ROW_FORMATS, app, sentences
 
 
 @pytest.fixture
@@ -124,21 +131,92 @@ def test_what_the_hub_does_not_have_is_said_in_a_sentence(hub, folder, monkeypat
         said(*command)
 
 
-@pytest.mark.parametrize("error", [HTTPError("the connection broke"), OSError("no space"), ValueError("no rows")])
+@pytest.mark.parametrize(
+    "error",
+    [HTTPError("the connection broke"), OSError("no space"), ValueError("no rows"), NotImplementedError("not yet")],
+)
 def test_what_is_documented_to_fail_ends_with_one(error, capsys):
-    def fail():
+    with pytest.raises(Exit) as end, sentences():
         raise error
+    assert capsys.readouterr().err == f"error: {error}\n" and end.value.exit_code == 1
+    with pytest.raises(ZeroDivisionError), sentences():
+        raise ZeroDivisionError
 
-    with pytest.raises(Exit):
-        _or_exit(fail)
-    assert capsys.readouterr().err == f"error: {error}\n"
+
+def test_an_interrupted_command_prints_one_line():
+    """The process waits for a Hub that does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "HF_HUB_OFFLINE": "0",
+        }
+        code = "from engram_hf_command import app; app()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "inspect", "user/model"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        connection, _ = server.accept()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+        connection.close()
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def test_help_and_version_do_not_load_what_models_need():
+    commands = list(get_command(app).commands)
+    assert set(commands) == {"inspect", "plan", "verify", "push", "quantize", "merge"}
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from engram_hf_command import app\n"
+        f"uses = [['--help'], ['--version'], [], ['plan', '--sequence'], *[[c, '--help'] for c in {commands}]]\n"
+        "for arguments in uses:\n"
+        "    assert CliRunner().invoke(app, arguments).exit_code in (0, 2), arguments\n"
+        "loaded = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'engram_hf'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_names_the_presets_and_formats_that_there_are():
+    assert tuple(configuration_engram_moe.PRESETS) == PRESETS
+    assert set(table_formats.QUANTIZED_FORMATS) == set(ROW_FORMATS)
+    assert all(name in run("plan", "--help").stdout for name in PRESETS)
+
+
+DAMAGES = {
+    "engram_n_heads": "x",
+    "engram_max_ngram_size": 200_000_000,
+    "hidden_act": "gelou",
+    "dtype": "int8",
+    "engram_layers": [1],
+    "id2label": 5,
+    "rope_parameters": {"rope_type": "yarn"},
+    "engram_fingerprint": {},
+}
+
+
+@pytest.mark.parametrize("field", DAMAGES)
+def test_a_damaged_config_is_the_same_sentence_everywhere(folder, tmp_path, field):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, field: DAMAGES[field]}))
+    with pytest.raises(ValueError) as error:
+        EngramMoEForCausalLM.from_pretrained(folder)
+    sentence = str(error.value)
+    assert sentence.startswith(f"config.json of {folder}: ") and field in sentence
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        estimate_memory(folder)
+    for command in (["inspect", folder], ["plan", folder], ["verify", folder], ["quantize", folder, tmp_path / "q"]):
+        assert said(*command) == f"error: {sentence}\n"
 
 
 def test_a_config_that_is_none_is_named(folder, tmp_path):
     content = json.loads((folder / "config.json").read_text())
     for text, message in [
-        (json.dumps({**content, "model_type": "llama"}), "is a 'llama'"),
+        (json.dumps({**content, "model_type": "llama"}), "model_type is 'llama', not 'engram_moe'"),
         ("{", "config.json' is not a valid JSON"),
+        ("[" * 100_000, "config.json cannot be read (maximum recursion"),
+        ("[]", "config.json must hold an object, got []"),
     ]:
         (folder / "config.json").write_text(text)
         for command in (
@@ -157,16 +235,57 @@ def test_a_config_that_is_none_is_named(folder, tmp_path):
         (["--device-map", "{'': 0}"], "--device-map is no JSON"),
         (["--dtype", "bf16"], "got 'bf16'"),
         (["--device-map", "auto", "--max-memory", "[1]"], "--max-memory is an object in JSON"),
-        (["--max-memory", '{"cpu": "1GB"}'], "is not used with None"),
+        (["--device-map", "cpu", "--max-memory", '{"cpu": "1GB"}'], "is not used with 'cpu'"),
+        (["--device-map", '{"...tabel": "disk"}'], "names ...tabel, which is no table. The tables of this model are: "),
+        (["--max-memory", '{"gpu": "1GB"}'], "max_memory is a dict such as"),
+        (["--max-memory", '{"cpu": "1 apple"}'], "max_memory is a dict such as"),
+        (["--bandwidth", "0"], "--bandwidth must be above 0, got 0"),
     ],
 )
 def test_plan_refuses_what_means_nothing(folder, arguments, message):
     assert message in said("plan", folder, *arguments)
 
 
-def test_plan_knows_presets_by_name_alone(hub):
-    assert "engram-27b, engram-40b" in said("plan", "engram-27")
+def test_a_wrong_name_is_said_without_asking_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    with pytest.raises(FileNotFoundError, match="engram-28b is no folder, no repository"):
+        EngramMoEForCausalLM.from_pretrained("engram-28b")
+    for command in ("inspect", "plan", "verify"):
+        assert "engram-28b is no folder" in said(command, "engram-28b")
+        assert "output/nothere is no folder" in said(command, "output/nothere")
+    assert "no preset: tiny, 100m" in said("plan", "engram-28b")
     assert not hub.requests
+
+
+EXAMPLE = ["plan", "engram-27b", "--device-map", "auto", "--max-memory", '{"0": "24GB", "cpu": "64GB"}']
+
+
+def test_a_plan_says_in_words_whether_it_fits_and_what_a_step_costs():
+    ran = run(*EXAMPLE)
+    estimate = estimate_memory("engram-27b", "auto", "bfloat16", {0: "24GB", "cpu": "64GB"})
+    assert ran.exit_code == 0 and not ran.stderr and "engram-27b fits." in ran.stdout
+    rows = [line.split("│")[1].strip() for line in ran.stdout.splitlines() if line.startswith("│")]
+    assert rows == ["cuda:0", "host"]
+    moved = sum(estimate.moved_per_forward.values())
+    assert f"{moved / 1e9:.3f} GB of the backbone do not fit on accelerators" in ran.stdout
+    assert f"{moved / 25e9:.2f} s at 25 GB/s, which PCIe 4.0 x16 reaches" in ran.stdout
+    assert f"at most {25e9 / moved:.1f} tokens a second" in ran.stdout
+    assert "Each token reads 32 rows of tables from host memory, 5.120 KB" in ran.stdout
+    assert f"max_memory={estimate.max_memory})" in ran.stdout
+    faster = run(*EXAMPLE, "--bandwidth", "50").stdout
+    assert f"{moved / 50e9:.2f} s at 50 GB/s. So" in faster and "PCIe" not in faster
+    assert run(*EXAMPLE[:2], *EXAMPLE[4:]).stdout == ran.stdout
+
+
+def test_a_plan_that_does_not_fit_ends_with_exit_code_1():
+    ran = run("plan", "engram-27b", "--max-memory", '{"0": "8GB", "cpu": "32GB"}')
+    assert ran.exit_code == 1 and "engram-27b does not fit." in ran.stdout and "to load it so" not in ran.stdout.lower()
+    assert "of the backbone find no place in memory" in ran.stdout
+    assert run("plan", "engram-27b", "--max-memory", '{"cpu": "32GB"}', "--json").exit_code == 1
+    disk = ["plan", "engram-27b", "--device-map", "auto+disk", "--max-memory", '{"0": "48GB", "cpu": "1GB"}']
+    shown = run(*disk, "--disk-reads", "50000").stdout
+    assert "32 rows of tables from disk, 5.120 KB; a step of 2,048 tokens takes 1.31 s at 50,000 reads" in shown
 
 
 def test_plan_takes_the_type_of_the_checkpoint_and_says_what_does_not_fit(folder):
@@ -178,8 +297,7 @@ def test_plan_takes_the_type_of_the_checkpoint_and_says_what_does_not_fit(folder
     assert preset["backbone"] == estimate_memory(EngramMoEConfig.preset("engram-27b"), dtype="bfloat16").backbone
     limited = ["plan", folder, "--device-map", "auto", "--max-memory", '{"cpu": "100KB"}']
     assert json.loads(run(*limited, "--json").stdout)["lacking"]["disk"] > 0
-    shown = run(*limited).stdout
-    assert "does not fit: disk: " in shown and "only when training" in shown
+    assert "does not fit: " in run(*limited).stdout and "only when training" in run("plan", folder).stdout
     assert "does not fit" not in run("plan", folder).stdout
 
 

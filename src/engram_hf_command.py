@@ -1,0 +1,254 @@
+"""`engram-hf`: its commands, their options and their help. What a command does is in `engram_hf`.
+
+This module is outside the package because importing `engram_hf` registers the models with transformers, which takes
+seconds. Help, the version and a mistyped option have to answer at once, so a command imports the package when it runs.
+
+Exit codes: 0 for done, 1 for damaged or impossible (with a sentence that says what), 2 for a command without sense, 130
+for one that was interrupted.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Named in the help, which cannot ask the package. A test compares them.
+PRESETS = ("tiny", "100m", "dense-4b", "moe-27b", "engram-27b", "engram-40b")
+ROW_FORMATS = ("float8_e4m3fn", "int8", "int4")
+INTERRUPTED = 130
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Source = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False)]
+Target = Annotated[Path, typer.Argument(help="Folder to write, without weights yet.")]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(version("engram-hf"))
+        raise typer.Exit()
+
+
+@app.callback()
+def describe(
+    is_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Look at, check, size, convert and push models with Engram memory."""
+
+
+@contextmanager
+def sentences(as_json: bool = False) -> Iterator[None]:
+    """Turn what is documented to fail into one sentence and exit code 1, and Ctrl-C into one line."""
+    try:
+        from huggingface_hub.errors import HTTPError
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    except (ValueError, OSError, NotImplementedError, ImportError, HTTPError) as error:
+        if as_json:
+            typer.echo(json.dumps({"error": str(error)}, indent=2))
+        _end(f"error: {error}", 1)
+
+
+def _end(line: str, code: int) -> None:
+    typer.echo(line, err=True)
+    # The cause is in the line.
+    raise typer.Exit(code) from None
+
+
+@app.command(epilog="Example: engram-hf inspect output/tiny")
+def inspect(
+    path_or_repo: Annotated[str, typer.Argument(help="Folder, or repository of the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show tables, blocks, sizes and the fingerprint of the hash.
+
+    Reads the config and the headers of the weight files, so the size of a checkpoint does not matter and nothing is
+    downloaded from a repository but these.
+    """
+    with sentences(as_json):
+        from engram_hf.checkpoints.inspecting import inspect_checkpoint
+        from engram_hf.commands.inspecting import show_inspection
+
+        found = inspect_checkpoint(path_or_repo, revision)
+        if as_json:
+            return typer.echo(json.dumps(found.as_dict(), indent=2))
+        show_inspection(found)
+
+
+@app.command(
+    epilog='Example: engram-hf plan engram-27b --device-map auto --max-memory \'{"0": "24GB", "cpu": "64GB"}\''
+)
+def plan(
+    model: Annotated[str, typer.Argument(help=f"Folder, repository, or preset: {', '.join(PRESETS)}.")],
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help='As for from_pretrained: "auto", a device, or JSON such as {"": "cpu", "...table": "disk"}. '
+            "auto where --max-memory is given."
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help='Memory of the machine to plan for, in JSON: {"0": "24GB", "cpu": "64GB"}.')
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the backbone; by default that of its config, bfloat16 for a preset.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of the step that is counted.", min=1)] = 1,
+    seq_length: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 2048,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB a second from RAM to the accelerator; 25 (PCIe 4.0 x16) is assumed.")
+    ] = None,
+    disk_reads: Annotated[
+        int | None, typer.Option(help="Random reads a second of the disk; 100,000 (an NVMe drive) are assumed.", min=1)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what goes where, whether it fits, and what a step then moves.
+
+    Nothing is allocated, and the devices that are planned for need not be in this machine. Also counts parameters, and
+    says which share of the sparse budget the tables have: 20 to 25 % is best by the paper. Ends with exit code 1 where
+    the model does not fit.
+    """
+    with sentences(as_json):
+        limits = _from_json("--max-memory", max_memory)
+        places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
+        if bandwidth is not None and not bandwidth > 0:
+            raise ValueError(f"--bandwidth must be above 0, got {bandwidth}.")
+        from engram_hf.commands.planning import Rates, plan_as_dict, show_plan
+        from engram_hf.planning import config_of, count_parameters, estimate_memory
+
+        config = config_of(model)
+        type_of_backbone = dtype or ("bfloat16" if model in PRESETS else None)
+        if limits is not None:
+            limits = {int(key) if key.isdigit() else key: value for key, value in limits.items()}
+            places = places or "auto"
+        estimate = estimate_memory(config, places, type_of_backbone, limits, batch_size, seq_length)
+        parameters = count_parameters(config)
+        if as_json:
+            typer.echo(json.dumps(plan_as_dict(estimate, parameters), indent=2))
+        else:
+            show_plan(model, estimate, parameters, batch_size * seq_length, Rates(bandwidth, disk_reads))
+        if estimate.lacking:
+            raise typer.Exit(1)
+
+
+def _from_json(option: str, text: str | None) -> dict[str, Any] | None:
+    """
+    Raises:
+        ValueError: it is no object.
+    """
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{option} is no JSON ({error}), got {text!r:.200}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{option} is an object in JSON, such as {{"cpu": "64GB"}}; got {text!r:.200}.')
+    return content
+
+
+@app.command(epilog="Example: engram-hf verify output/tiny")
+def verify(
+    path_or_repo: Annotated[str, typer.Argument(help="Folder, or repository whose files are on this machine.")],
+    tables_from: Annotated[
+        str | None, typer.Option(help="Folder or repository of the tables, where they lie elsewhere.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a checkpoint, and say what is not as it was saved or does not belong together.
+
+    Takes as long as reading the files once. Ends with exit code 1 where something is wrong.
+    """
+    with sentences(as_json):
+        from engram_hf.checkpoints.verifying import verify_tables
+        from engram_hf.commands.inspecting import size
+
+        files = verify_tables(path_or_repo, tables_from)
+        if as_json:
+            return typer.echo(json.dumps([vars(file) for file in files], indent=2))
+        for file in files:
+            typer.echo(f"sound  {size(file.nbytes):>12}  {file.name}")
+
+
+@app.command(epilog="Example: engram-hf push output/tiny user/engram-tiny --license apache-2.0 --no-dry-run")
+def push(
+    folder: Source,
+    repo_id: Annotated[str, typer.Argument(help="Repository, made where there is none.")],
+    tables_repo: Annotated[str | None, typer.Option(help="Repository for the tables, if of their own.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card, as the Hub writes it: apache-2.0.")] = None,
+    training: Annotated[Path | None, typer.Option(help="Folder of the run, for the card.", exists=True)] = None,
+    data: Annotated[str | None, typer.Option(help="What it was trained on, for the card.")] = None,
+    base_model: Annotated[list[str] | None, typer.Option(help="What it was made from, for the card.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made where there is none.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Send nothing, print every file and its size.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Push a checkpoint, with code, tokenizer and card.
+
+    Sends nothing unless --no-dry-run is given. Log in first: hf auth login. A push that was interrupted goes on when it
+    is started again.
+    """
+    given = {"license": license, "training": training, "data": data, "base_model": base_model}
+    arguments: dict[str, Any] = {
+        "card": {name: value for name, value in given.items() if value},
+        "revision": revision,
+        "private": private or None,
+        "create_pr": create_pr,
+        "dry_run": dry_run,
+    }
+    with sentences(as_json):
+        from engram_hf.hub.pushing import push_engram
+
+        pushed = push_engram(folder, repo_id, tables_repo, **arguments)
+        if as_json:
+            return typer.echo(json.dumps(pushed.as_dict(), indent=2))
+        typer.echo(pushed)
+        for commit in pushed.commits.values():
+            typer.echo(commit.pr_url or commit.commit_url)
+        if dry_run:
+            typer.echo("a dry run; --no-dry-run sends these files")
+
+
+@app.command(epilog="Example: engram-hf quantize output/tiny output/tiny-int8 --row-format int8")
+def quantize(
+    source: Source,
+    target: Target,
+    row_format: Annotated[str, typer.Option(help=f"{', '.join(ROW_FORMATS)}.")] = "float8_e4m3fn",
+) -> None:
+    """Write a checkpoint with tables in 8 or 4 bits, block by block.
+
+    The source stays as it is. An interrupted run leaves no checkpoint in the target.
+    """
+    with sentences():
+        from engram_hf.checkpoints.quantizing import quantize_tables
+
+        quantize_tables(source, target, row_format)
+        typer.echo(f"wrote {target}")
+
+
+@app.command(epilog="Example: engram-hf merge output/run/checkpoint-500 output/model")
+def merge(source: Source, target: Target) -> None:
+    """Write a training checkpoint as a model of its own: blocks and their changed rows become blocks.
+
+    The source stays as it is. An interrupted run leaves no checkpoint in the target.
+    """
+    with sentences():
+        from engram_hf.checkpoints.merging import merge_changed_rows
+
+        merge_changed_rows(source, target)
+        typer.echo(f"wrote {target}")
