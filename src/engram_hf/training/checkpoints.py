@@ -25,7 +25,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Example:
         >>> last = last_complete_checkpoint(args.output_dir)
         >>> model = AutoModelForCausalLM.from_pretrained(last or folder)  # its tables stay on their tier, in its files
-        >>> trainer.train(resume_from_checkpoint=last)
+        >>> trained = trainer.train(resume_from_checkpoint=last)
     """
     found = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
