@@ -281,8 +281,9 @@ def check_model(
         dtype, needed_dtype = found[name].dtype, wanted[name].dtype
         is_float = dtype is not None and dtype.is_floating_point
         if dtype != needed_dtype and not (is_float and needed_dtype.is_floating_point):
+            got = found[name].type_name if dtype is None else _type_name(dtype)
             raise ValueError(
-                f"{full_names[name]} of {where} is {found[name].type_name if dtype is None else _type_name(dtype)}, and "
+                f"{full_names[name]} of {where} is {got}, and "
                 f"must be {'of a floating type' if needed_dtype.is_floating_point else _type_name(needed_dtype)}. "
                 "The checkpoint is damaged, or quantized by a tool that left no quantization_config; load the original."
             )
@@ -304,10 +305,10 @@ def check_saved_config(config, checkpoint: Checkpoint) -> None:
         ValueError: names the first field that differs.
     """
     for name, saved in checkpoint.metadata.get("config", {}).items():
-        if getattr(config, name, None) != saved:
+        if (here := getattr(config, name, None)) != saved:
             raise ValueError(
-                f"config.json of {checkpoint.where} says {name} = {shorten(getattr(config, name, None))}, and the model "
-                f"was saved with {shorten(saved)}, as its index has it. Copy config.json again; if it was changed on "
+                f"config.json of {checkpoint.where} says {name} = {shorten(here)}, and the model was saved with "
+                f"{shorten(saved)}, as its index has it. Copy config.json again; if it was changed on "
                 "purpose, load the model and save it once with save_pretrained."
             )
 

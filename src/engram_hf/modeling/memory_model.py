@@ -270,9 +270,9 @@ class ModelWithTables:
         self._name_ignored_by_ddp()
 
     def _name_ignored_by_ddp(self) -> None:
-        """Tell torch's DistributedDataParallel to leave out blocks off the device: it refuses parameters on two kinds of
-        device."""
-        ours, off_device = set(), set()
+        """Tell torch's DistributedDataParallel to leave out blocks off the device: it takes one kind of device only."""
+        ours: set[str] = set()
+        off_device: set[str] = set()
         for name, table in self.named_tables().items():
             if table.is_in_training:
                 # The optimizer has named all of it.
@@ -281,8 +281,9 @@ class ModelWithTables:
             ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
             blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
             off_device |= {each for each in ours if each.startswith(f"{name}.")} - blocks
-        ignored = (set(getattr(self, DDP_IGNORES, ())) - ours) | off_device
-        if ignored or getattr(self, DDP_IGNORES, ()):
+        named: set[str] = set(getattr(self, DDP_IGNORES, []))
+        ignored = (named - ours) | off_device
+        if ignored or named:
             setattr(self, DDP_IGNORES, sorted(ignored))
 
     def _confirm_hash(self, where: str) -> None:

@@ -3,6 +3,8 @@
 transformers holds the bias in DeepSeek's router and never moves it. Source: arXiv 2408.15664.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
@@ -62,7 +64,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         for router, counts in self.choices.items():
             if args.world_size > 1:
                 torch.distributed.all_reduce(counts)
-            router.e_score_correction_bias += self.update_rate * torch.sign(counts.mean() - counts)
+            bias: Any = router.e_score_correction_bias
+            bias += self.update_rate * torch.sign(counts.mean() - counts)
             counts.zero_()
 
     def on_train_end(self, args, state, control, **kwargs):
