@@ -264,8 +264,7 @@ class ModelWithTables:
         self._name_ignored_by_ddp()
 
     def _name_ignored_by_ddp(self) -> None:
-        """Tell torch's DistributedDataParallel to leave out blocks off the device: it refuses parameters on two kinds of
-        device."""
+        """Have torch's DistributedDataParallel leave out blocks off the device: it refuses two kinds of device."""
         ours, off_device = set(), set()
         for name, table in self.named_tables().items():
             if table.is_in_training:
