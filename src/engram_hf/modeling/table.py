@@ -228,7 +228,10 @@ class EngramTable(nn.Module):
             row_ids: as in `forward`.
             on_cpu: the same, where somebody has copied them already.
         """
-        if self.is_resident or torch.compiler.is_exporting() or is_traced(row_ids):
+        if self.is_resident or torch.compiler.is_exporting():
+            return
+        # A compiled forward leaves its graph here, as it does for the lookup.
+        if not torch.compiler.is_compiling() and is_traced(row_ids):
             return
         self._prefetch(row_ids, row_ids if on_cpu is None else on_cpu)
 
