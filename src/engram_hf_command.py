@@ -122,7 +122,7 @@ def plan(
     the model does not fit.
     """
     with sentences(as_json):
-        limits = _from_json("--max-memory", max_memory)
+        limits: dict[Any, Any] | None = _from_json("--max-memory", max_memory)
         places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"--bandwidth must be above 0, got {bandwidth}.")
