@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
+from ...modeling.ids_hashing import NgramHash
 from ...modeling.table import EngramTable
 from .reporting import EngramCallback, find_memory_layers
 
@@ -56,8 +57,9 @@ class RowPrefetcher:
             model: a model with tables; nothing happens for those that are not on disk.
             optimizer: the optimizer of the tables, to prefetch the state of their rows too.
         """
-        base = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
-        self.ngram_hash = copy.deepcopy(base.ngram_hash).cpu()
+        whole: Any = model
+        base = whole.get_base_model().base_model if hasattr(model, "get_base_model") else whole.base_model
+        self.ngram_hash: NgramHash = copy.deepcopy(base.ngram_hash).cpu()
         updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
         self.columns: dict[int, list[Column]] = {}

@@ -119,9 +119,8 @@ def find_memory_layers(model: nn.Module, who: str) -> dict[int, Any]:
     Raises:
         ValueError: the model has none.
     """
-    found: dict[int, Any] = {
-        m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "table", None), nn.Module)
-    }
+    layers: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "table", None), nn.Module)]
+    found = {layer.layer_idx: layer for layer in layers}
     if not found:
         raise ValueError(
             f"{who} found no memory layer in {type(model).__name__}. It needs a model with a memory, whose config "

@@ -280,6 +280,8 @@ class EngramRowStatisticsCallback(EngramCallback):
         os.replace(unfinished, folder / STATISTICS_FILE)
 
     def _checkpoint_folder(self) -> Path:
+        if self._run is None:
+            raise RuntimeError("Rows are counted from on_train_begin on; this run has not begun.")
         args, state = self._run
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
