@@ -404,9 +404,9 @@ def test_a_state_of_another_optimizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [1e-4, 1e-3, 1e-2, 1.0])
-@pytest.mark.parametrize("ways", [("value",), ("norm", "value"), ("value", "norm"), ("unscale", "value")])
+@pytest.mark.parametrize("ways", [("value",), ("norm", "value"), ("unscale", "value")])
 def test_rows_are_clipped_by_value_as_dense_gradients_are(tmp_path, value, ways):
-    """In any order with clipping by norm, and after a loss that was scaled; compared with the dense gradients."""
+    """Also after clipping by norm, and after a loss that was scaled; compared with the dense gradients."""
     scale = 2.0**8
     model, dense = tiny_model().train(), tiny_model().train()
     optimizer = made(model, arguments(tmp_path, optim="sgd"), row_optimizer="sgd")

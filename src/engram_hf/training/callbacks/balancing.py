@@ -28,8 +28,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         if update_rate <= 0:
             raise ValueError(f"update_rate must be above 0, got {update_rate}.")
         self.update_rate = update_rate
-        # How often each expert was chosen since the last step, (experts,) per router.
-        self.choices: dict[nn.Module, torch.Tensor] = {}
+        # Router to how often each expert was chosen since the last step, (experts,).
+        self.choices: dict[Any, torch.Tensor] = {}
         self._hooks: list = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
