@@ -1,5 +1,7 @@
 """Training rows on a GPU: the weights of the same run on a CPU, on every tier."""
 
+import dataclasses
+
 import pytest
 import torch
 from devices import DEVICES, SLEEP_CYCLES, device_map, needs_gpu
@@ -13,6 +15,9 @@ from engram_hf.training.row_exchange import exchange_rows
 from engram_hf.training.row_updates import RowUpdates
 
 
+# Its name in transformers 6, where this release has it already.
+IS_RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
+ENABLE_CHECKPOINTING = f"{'activation' if IS_RENAMED else 'gradient'}_checkpointing_enable"
 ON_EVERY_TIER = ["resident", "host", "disk"]
 
 
@@ -55,7 +60,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 def trained(folder, device, tier, rule, work_folder, accumulated=1, is_checkpointed=False):
     model = loaded(folder, device, tier)
     if is_checkpointed:
-        model.gradient_checkpointing_enable()
+        getattr(model, ENABLE_CHECKPOINTING)()
     optimizer = made_optimizer(model, rule, work_folder)
     for number in range(3):
         step(model, optimizer, number, accumulated)
