@@ -258,6 +258,14 @@ def test_a_benchmark_writes_what_is_needed_to_run_it_again(run, script, tmp_path
     assert content["command"] in page.replace("\n", " ") and content["commit"] in page and content["date"] in page
 
 
+def test_every_file_that_the_makefile_names_exists():
+    named = re.findall(r"(?:tests|scripts)/[\w/.]+\.py", (ROOT / "Makefile").read_text())
+    benchmarks = re.findall(r"\$\(BENCH\)/(\w+\.py)", (ROOT / "Makefile").read_text())
+    assert len(named) > 10 and len(benchmarks) > 5
+    for path in [*named, *(f"scripts/benchmarks/{name}" for name in benchmarks)]:
+        assert (ROOT / path).is_file(), path
+
+
 def test_the_page_of_results_is_what_the_files_give(run):
     run("maintenance/render_results.py", "--check")
 
