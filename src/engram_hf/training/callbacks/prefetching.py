@@ -58,11 +58,7 @@ class RowPrefetcher:
             optimizer: the optimizer of the tables, to prefetch the state of their rows too.
         """
         whole: Any = model
-<<<<<<< HEAD
-        base = (whole.get_base_model() if hasattr(whole, "get_base_model") else whole).base_model
-=======
         base = whole.get_base_model().base_model if hasattr(model, "get_base_model") else whole.base_model
->>>>>>> refs/heads/train
         self.ngram_hash: NgramHash = copy.deepcopy(base.ngram_hash).cpu()
         updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}

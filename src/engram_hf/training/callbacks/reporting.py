@@ -5,7 +5,6 @@ the history of the run and the console. `report_to_trackers(trainer)` sends them
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,13 +119,8 @@ def find_memory_layers(model: nn.Module, who: str) -> dict[int, Any]:
     Raises:
         ValueError: the model has none.
     """
-<<<<<<< HEAD
-    modules: Iterable[Any] = model.modules()
-    found = {m.layer_idx: m for m in modules if isinstance(getattr(m, "table", None), nn.Module)}
-=======
     layers: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "table", None), nn.Module)]
     found = {layer.layer_idx: layer for layer in layers}
->>>>>>> refs/heads/train
     if not found:
         raise ValueError(
             f"{who} found no memory layer in {type(model).__name__}. It needs a model with a memory, whose config "

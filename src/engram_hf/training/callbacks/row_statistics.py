@@ -281,11 +281,7 @@ class EngramRowStatisticsCallback(EngramCallback):
 
     def _checkpoint_folder(self) -> Path:
         if self._run is None:
-<<<<<<< HEAD
-            raise RuntimeError("There is no run yet, so there is no checkpoint.")
-=======
             raise RuntimeError("Rows are counted from on_train_begin on; this run has not begun.")
->>>>>>> refs/heads/train
         args, state = self._run
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
