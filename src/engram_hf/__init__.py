@@ -1,6 +1,7 @@
 """Engram memory for Hugging Face Transformers.
 
-Importing the package registers EngramMoE with the Auto classes, and does nothing else.
+Importing the package registers EngramMoE with transformers' Auto classes, and does nothing else. Nearly all of its time
+is that of importing torch and transformers, which registration needs; the command is therefore outside the package.
 """
 
 from transformers import (
@@ -33,6 +34,7 @@ from .planning import count_parameters, estimate_memory
 from .training.callbacks.balancing import LossFreeBalancingCallback
 from .training.callbacks.gate_statistics import EngramGateStatisticsCallback
 from .training.callbacks.prefetching import EngramPrefetchCallback
+from .training.callbacks.reporting import report_to_trackers
 from .training.callbacks.row_statistics import EngramRowStatisticsCallback
 from .training.checkpoints import last_complete_checkpoint
 from .training.optimizers import engram_optimizers
@@ -78,6 +80,7 @@ __all__ = [
     "quantize_tables",
     "read_facts",
     "render_card",
+    "report_to_trackers",
     "update_card",
     "verify_tables",
 ]

@@ -99,9 +99,10 @@ def words_of(base: Base) -> set[str]:
     """Names that a sound checkpoint consists of: files, tensors, and fields of its config."""
     words = {path.name for path in base.root.glob("**/*") if path.is_file()}
     for path in base.root.glob("**/*.index.json"):
-        words |= {part for name in read_json(path)["weight_map"] for part in (name, name.removeprefix("model."))}
+        names = {part for name in read_json(path)["weight_map"] for part in (name, name.removeprefix("model."))}
+        words |= names | {name.partition(f".{part}.")[0] for name in names for part in ("blocks", "changed")}
     words |= set(read_json(base.folder / "config.json"))
-    words |= {"sha256", "weight_map", "metadata", "total_size", "engram_fingerprint", "row_optimizer"}
+    words |= {"sha256", "weight_map", "metadata", "total_size", "changed_rows", "engram_fingerprint"}
     return words - COMMON_WORDS
 
 

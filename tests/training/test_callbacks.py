@@ -1,5 +1,6 @@
 """What the callbacks report, counted once more by hand: in the history, in the trackers' own files, after a resume."""
 
+import ast
 import dataclasses
 import gc
 import json
@@ -14,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
@@ -25,6 +27,7 @@ from engram_hf import (
     EngramRowStatisticsCallback,
     engram_optimizers,
     plot_training,
+    report_to_trackers,
 )
 from engram_hf.insight.plotting import read_history
 from engram_hf.modeling.disk_files import PAGE
@@ -36,7 +39,7 @@ ON_DISK = {"": "cpu", **dict.fromkeys(TABLES, "disk")}
 DATA = [{"input_ids": row, "labels": row} for row in tiny_ids(64, 12)]
 
 
-def train(model, out, callbacks, resume=None, optimizer=None, data=DATA, **changes):
+def train(model, out, callbacks, resume=None, optimizer=None, data=DATA, prepare=lambda trainer: None, **changes):
     fields = {
         "max_steps": 4,
         "logging_steps": 1,
@@ -58,6 +61,7 @@ def train(model, out, callbacks, resume=None, optimizer=None, data=DATA, **chang
         optimizer_cls_and_kwargs=rows,
         optimizers=(optimizer, None),
     )
+    prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -90,8 +94,9 @@ def test_gates_of_padding_are_left_out(tmp_path):
     callback = EngramGateStatisticsCallback(every=1)
     model = tiny_model().train()
     state = type("State", (), {"global_step": 0, "stateful_callbacks": {}, "log_history": []})()
-    callback.on_train_begin(None, state, None, model=model)
-    callback.on_step_begin(None, state, None)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    callback.on_train_begin(args, state, None, model=model)
+    callback.on_step_begin(args, state, None)
     ids = tiny_ids(2, 8)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -144,7 +149,7 @@ def test_rows_are_counted_as_the_model_reads_them(tmp_path):
                     counts[layer_id][int(table.head_rows[:head].sum()) + row] += 1
     last = lines(trainer)[-1]
     for layer_id, own in counts.items():
-        assert torch.equal(callback.layers[layer_id].counts.long(), own)
+        assert torch.equal(callback.layers[layer_id].rows.counts.long(), own)
         assert last[f"engram/rows_touched/layer_{layer_id}"] == pytest.approx(float((own > 0).double().mean()))
         hottest = last[f"engram/hottest_rows/layer_{layer_id}"]
         assert hottest[0]["count"] == int(own.max()) and own[hottest[0]["row"]] == own.max()
@@ -161,8 +166,9 @@ def test_rows_of_padding_are_not_counted(tmp_path):
         train(tiny_model(), tmp_path / name, [callbacks[name]], data=data, max_steps=2, learning_rate=0.0)
     for layer_id, own in callbacks["short"].layers.items():
         other = callbacks["padded"].layers[layer_id]
-        assert int(own.counts.sum()) == 2 * 4 * 8 * 4 and torch.equal(other.counts, own.counts)
-        assert torch.equal(other.last_ngrams, own.last_ngrams) and other.collisions() == own.collisions()
+        assert int(own.rows.counts.sum()) == 2 * 4 * 8 * 4 and torch.equal(other.rows.counts, own.rows.counts)
+        assert torch.equal(other.last_ngrams, own.last_ngrams)
+        assert other.shared.ngrams_per_row() == own.shared.ngrams_per_row()
 
 
 def test_ngrams_per_row_are_those_of_a_plain_count(tmp_path):
@@ -356,7 +362,7 @@ def test_a_prefetcher_reads_the_pages_that_a_forward_reads_and_no_other(tmp_path
 def test_a_worker_that_is_no_fork_collates_and_says_that_it_reads_nothing_ahead(caplog):
     collator = PrefetchingCollator(default_data_collator, RowPrefetcher(tiny_model()))
     there = pickle.loads(pickle.dumps(collator))
-    assert "workers that are not forks read no rows ahead" in caplog.text
+    assert "Prefetching needs forked DataLoader workers" in caplog.text
     assert torch.equal(there(DATA[:3])["input_ids"], collator(DATA[:3])["input_ids"])
 
 
@@ -394,11 +400,11 @@ def test_trackers_get_every_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     tiny_model().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK)
-    # One that is added later stands before the trackers too.
     trainer = train(
         model,
         tmp_path / "run",
         all_callbacks(),
+        prepare=report_to_trackers,
         report_to=["tensorboard", "trackio"],
         project="tests",
         run_name="run",
@@ -422,6 +428,61 @@ def test_trackers_get_every_figure(tmp_path, monkeypatch):
     tables = [name for (name,) in database.execute("select name from sqlite_master where type='table'")]
     content = " ".join(str(row) for table in tables for row in database.execute(f"select * from {table}"))
     assert all(key in content for key in keys)
+
+
+def test_a_run_that_keeps_figures_from_its_trackers_says_so(tmp_path, caplog):
+    args = {"report_to": ["tensorboard"], "max_steps": 1}
+    train(tiny_model(), tmp_path / "one", all_callbacks()[:1], **args)
+    assert "engram_hf.report_to_trackers(trainer)" in caplog.text and "tensorboard" in caplog.text
+    caplog.clear()
+    train(tiny_model(), tmp_path / "two", all_callbacks()[:1], prepare=report_to_trackers, **args)
+    assert "report_to_trackers" not in caplog.text
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_the_console_shows_a_line_with_at_most_three_figures_of_the_memory(tmp_path, capsys, times):
+    def prepare(trainer):
+        for _ in range(times):
+            report_to_trackers(trainer)
+
+    report_to = {"report_to": ["tensorboard"]} if times else {}
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK)
+    trainer = train(model, tmp_path / "run", all_callbacks(), prepare=prepare, max_steps=2, **report_to)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
+    assert len(printed) == 2
+    for line, logged in zip(printed, lines(trainer), strict=True):
+        shown = ast.literal_eval(line)
+        figures = {name for name in shown if name.startswith("engram/")}
+        assert figures == {"engram/gate_mean", "engram/rows_touched", "engram/prefetch_in_time"}
+        assert len([name for name in logged if name.startswith("engram/")]) > 25
+        assert float(shown["engram/gate_mean"]) == pytest.approx(
+            sum(logged[f"engram/gate_mean/layer_{i}"] for i in (0, 2)) / 2, abs=1e-3
+        )
+
+
+def test_asking_a_callback_for_its_state_writes_nothing(tmp_path):
+    callback = EngramRowStatisticsCallback()
+    trainer = train(tiny_model(), tmp_path / "run", [callback], save_strategy="steps", save_steps=4)
+    written = tmp_path / "run" / "checkpoint-4" / "row_statistics.safetensors"
+    assert written.exists() and not list(written.parent.glob("*unfinished*"))
+    written.unlink()
+    assert callback.state()["attributes"]["saved_in"] == str(written.parent)
+    assert not written.exists() and trainer.state.stateful_callbacks["EngramRowStatisticsCallback"]
+
+
+@pytest.mark.parametrize("name, value", [("0.watched", -1), ("0.rows.2", 10**6), ("2.counts", None)])
+def test_damaged_statistics_are_counted_anew_and_it_is_said(tmp_path, caplog, name, value):
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train(tiny_model(), tmp_path / "run", [EngramRowStatisticsCallback()], **fields)
+    path = tmp_path / "run" / "checkpoint-2" / "row_statistics.safetensors"
+    saved = load_file(path)
+    saved[name] = saved[name][:-1].clone() if value is None else torch.full_like(saved[name], value)
+    save_file(saved, path)
+    callback = EngramRowStatisticsCallback()
+    train(tiny_model(), tmp_path / "run", [callback], str(path.parent), **fields)
+    assert "counted from 0 again" in caplog.text
+    assert int(callback.layers[2].rows.counts.sum()) == 2 * 4 * 12 * 4
 
 
 def test_statistics_survive_a_resume(tmp_path):
@@ -460,7 +521,7 @@ def test_a_forward_that_is_made_again_is_counted_once(tmp_path, is_reentrant):
     callbacks = [EngramRowStatisticsCallback(every=1), EngramGateStatisticsCallback(every=1)]
     trainer = train(tiny_model(), tmp_path / "run", callbacks, max_steps=1, **options)
     tokens = 4 * 12
-    assert int(callbacks[0].layers[0].counts.sum()) == tokens * 4
+    assert int(callbacks[0].layers[0].rows.counts.sum()) == tokens * 4
     assert sum(lines(trainer)[0]["engram/gate_histogram/layer_0"]) == tokens * 2
 
 
@@ -473,7 +534,7 @@ def test_statistics_survive_a_resume_into_another_folder(tmp_path):
     train(tiny_model(), tmp_path / "other", [EngramRowStatisticsCallback()], **half)
     callback = EngramRowStatisticsCallback()
     train(tiny_model(), tmp_path / "other", [callback], str(tmp_path / "run" / "checkpoint-2"), **fields)
-    assert int(callback.layers[0].counts.sum()) == 4 * 4 * 12 * 4
+    assert int(callback.layers[0].rows.counts.sum()) == 4 * 4 * 12 * 4
 
 
 def test_a_half_written_state_hides_no_curves(tmp_path):

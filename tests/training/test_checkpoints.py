@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
@@ -288,6 +289,64 @@ def test_only_a_complete_checkpoint_counts(run, tmp_path):
     os.truncate(next((out / "checkpoint-2").glob("rows-*")), 50)
     assert last_complete_checkpoint(out) is None
     assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+def under_fsdp(checkpoint, is_sharded):
+    """A copy of a checkpoint under the names that accelerate gives the same things with FSDP."""
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    weights = load(checkpoint).state_dict()
+    (checkpoint / "optimizer.pt").unlink()
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    if is_sharded:
+        dcp.save({"optimizer": state}, checkpoint_id=checkpoint / "optimizer_0", no_dist=True)
+        dcp.save({"model": weights}, checkpoint_id=checkpoint / "pytorch_model_fsdp_0", no_dist=True)
+    else:
+        torch.save(state, checkpoint / "optimizer.bin")
+        torch.save(weights, checkpoint / "pytorch_model_fsdp.bin")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_checkpoints_of_fsdp_count_when_they_are_complete(run, tmp_path, caplog, is_sharded):
+    out = tmp_path / "run"
+    for step in (6, 8):
+        shutil.copytree(run[0] / "run" / f"checkpoint-{step}", out / f"checkpoint-{step}")
+        under_fsdp(out / f"checkpoint-{step}", is_sharded)
+    last = out / "checkpoint-8"
+    assert last_complete_checkpoint(out) == str(last)
+    if is_sharded:
+        (last / "optimizer_0" / ".metadata").unlink()
+    else:
+        os.truncate(last / "optimizer.bin", 1000)
+    assert last_complete_checkpoint(out) == str(out / "checkpoint-6")
+    reason = "optimizer_0 has no .metadata" if is_sharded else "optimizer.bin is truncated"
+    assert f"checkpoint-8 is not a complete checkpoint: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("trainer_state.json", None, "it has no trainer_state.json"),
+        ("trainer_state.json", "[1, 2]", "trainer_state.json is of step None"),
+        ("trainer_state.json", '{"global_step": 6}', "trainer_state.json is of step 6"),
+        ("trainer_state.json", "[" * 100_000, "trainer_state.json cannot be read"),
+        ("optimizer.pt", None, "it has no state of an optimizer"),
+        ("scheduler.pt", "", "scheduler.pt is truncated"),
+        ("rows-layer-00.safetensors", None, "rows-layer-00.safetensors does not exist"),
+        ("model.safetensors.index.json", None, "it holds no weights"),
+        ("model.safetensors.index.json", "{}", "is damaged"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_said(run, tmp_path, caplog, name, content, reason):
+    last = tmp_path / "run" / "checkpoint-8"
+    shutil.copytree(run[0] / "run" / "checkpoint-8", last)
+    assert last_complete_checkpoint(tmp_path / "run") == str(last)
+    (last / name).unlink()
+    if content is not None:
+        (last / name).write_text(content)
+    assert last_complete_checkpoint(tmp_path / "run") is None
+    assert f"{last} is not a complete checkpoint" in caplog.text and reason in caplog.text
 
 
 def test_a_checkpoint_that_a_run_writes_again_does_not_count_until_it_is_done(run, tmp_path):

@@ -6,7 +6,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from engram_hf import RowSGD, engram_optimizers
-from engram_hf.training.optimizers import matrices_of_backbone
+from engram_hf.training.dense_parts import matrices_of_backbone
 from engram_hf.training.work_files import WorkFile
 
 
@@ -31,7 +31,8 @@ def test_rates_and_decay_come_from_the_arguments(tmp_path):
         0,
     ]
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.7) and group["eps"] == 1e-5 for group in dense)
-    assert all(group["lr"] == pytest.approx(1.2e-3) for group in rows)
+    # Schedulers see one rate for all; rows move at a multiple of it.
+    assert all(group["lr"] == 3e-4 and group["lr_scale"] == 4.0 for group in rows)
     rule = next(iter(optimizer.rows.values())).rule
     assert rule.betas == (0.8, 0.7) and rule.eps == 1e-5
     # The groups are those that Trainer makes by itself, without the tables.
@@ -133,7 +134,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(ValueError, match="StatelessRule keeps no state"):
         made(model, tmp_path, row_optimizer=StatelessRule())
     muon = made(model, tmp_path, backbone="muon").state_dict()
-    with pytest.raises(ValueError, match="optimizer of the backbone is another one"):
+    with pytest.raises(ValueError, match="same backbone= of engram_optimizers"):
         made(model, tmp_path).load_state_dict(muon)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):

@@ -289,6 +289,8 @@ def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[s
         EngramMoEConfig.from_pretrained(folder),
         find_checkpoint(str(folder), {"local_files_only": True}),
     )
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
     architecture = (config.architectures or [CAUSAL_LM])[0]
     here = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
     return {

@@ -281,6 +281,12 @@ class RowChanges:
         }
         self._brought, self.stamp = changed.row_ids, changed.stamp
 
+    def forget_stamp(self) -> None:
+        """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
+        dict has brought wait for such blocks."""
+        if not self._arrived:
+            self.stamp = None
+
     def follow_load(self, table: RowStore, loaded: Sequence[Block]) -> None:
         """A state dict was loaded into these blocks: write the rows over every block that they are changes of."""
         for block in loaded:

@@ -5,8 +5,7 @@ touched, wherever the table lives. It is counted in the backward, so a forward t
 checkpointing) counts once. This file knows row ids; it knows nothing of blocks, tiers or optimizers.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,15 @@ UNUSED_BEFORE_WARNING = 5
 
 logger = logging.get_logger(__name__)
 Rows = tuple[torch.Tensor, torch.Tensor]
-Exchange = Callable[[torch.Tensor, torch.Tensor], Rows]
+# Far below any gradient that is clipped, and exact in every floating type: what it is scaled by can be read from it.
+UNIT = 2.0**-60
+
+
+class Exchange(Protocol):
+    """Makes the rows of all processes out of those of each one (training/row_exchange.py)."""
+
+    def expect(self) -> None:
+        """Called inside a backward that has left gradients of rows."""
 
 
 class Grouping(NamedTuple):
@@ -37,7 +44,10 @@ class Grouping(NamedTuple):
     starts: torch.Tensor
 
     def to(self, device: torch.device) -> "Grouping":
-        return Grouping(*(tensor.to(device) for tensor in self))
+        if self.order.device == device:
+            return self
+        # One copy instead of four.
+        return Grouping(*torch.cat(self).to(device).split([len(tensor) for tensor in self]))
 
     def sum(self, gradients: torch.Tensor) -> torch.Tensor:
         """(n, width) to (m, width): the gradients of equal row ids added up, in their order.
@@ -79,9 +89,12 @@ class RowsOfLookups(torch.autograd.Function):
 class RowGradients(nn.Module):
     """What the backwards since the last step have left behind for one table.
 
-    norm: a parameter of one number that stands for all rows where gradients are clipped or unscaled: its gradient is
-        the norm of theirs, and what it is scaled by they are scaled by when they are taken. It is always there, so
-        that copies of a model have the same parameters; no checkpoint holds it.
+    norm: a small parameter that stands for all rows where gradients are clipped or unscaled. Its gradient is the
+        largest number in the gradients of rows, what else their norm is made of, and a constant. From what becomes of
+        these three, `take` knows what the gradients of rows are to be scaled by and clamped to. (After clipping by
+        value it no longer has their norm, so clip by norm first.) It is always there, so that copies of a model have
+        the same parameters; no checkpoint holds it.
+    exchange: is told of gradients; None where there is one process.
     """
 
     norm: nn.Parameter
@@ -90,25 +103,27 @@ class RowGradients(nn.Module):
         super().__init__()
         # Not registered as others are: accelerate's `init_empty_weights` would leave it without memory, and no
         # checkpoint would bring it back.
-        self._parameters["norm"] = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"), requires_grad=False)
+        self._parameters["norm"] = nn.Parameter(torch.zeros(3, dtype=torch.float32, device="cpu"), requires_grad=False)
         self.is_collecting = False
-        self._exchange: Exchange | None = None
+        self.exchange: Exchange | None = None
+        self.row_width = 0
         self._rows: Rows | None = None
-        # (n,), of each row, and of all of them.
+        # (n,), of each row.
         self._norms = torch.zeros(0, device="cpu")
-        self._norm_of_rows = torch.zeros((), device="cpu")
+        # What the gradient of `norm` was set to.
+        self._measured = torch.zeros(3, device="cpu")
         self._unused = 0
 
-    def begin(self, device: torch.device, dtype: torch.dtype, exchange: Exchange | None = None) -> None:
+    def begin(self, device: torch.device, dtype: torch.dtype, row_width: int) -> None:
         """Collect gradients from now on.
 
         Args:
             device, dtype: of the gradients.
-            exchange: makes the rows of all processes out of those of this one; None where there is one process.
+            row_width: numbers in a row.
         """
         self.norm.data = self.norm.data.to(device, dtype)
         self.norm.requires_grad_(True)
-        self.is_collecting, self._exchange = True, exchange
+        self.is_collecting, self.row_width = True, row_width
 
     def look_up(
         self, rows: torch.Tensor, groups: Grouping, are_trained: torch.Tensor | None, is_trainable: bool
@@ -145,20 +160,39 @@ class RowGradients(nn.Module):
     @torch.no_grad()
     def _add(self, row_ids: torch.Tensor, gradients: torch.Tensor) -> None:
         row_ids = row_ids.to(gradients.device)
-        # Whoever sets the gradients of a model to None or to zero (`zero_grad`) means these too.
-        was_kept = self.norm.grad is not None and bool(self.norm.grad != 0)
-        if self._rows is not None and not was_kept:
-            self._count_unused()
+        earlier = self.rows
+        if earlier is not None:
+            row_ids, gradients = sum_rows(torch.cat([earlier[0], row_ids]), torch.cat([earlier[1], gradients]))
         elif self._rows is not None:
-            earlier_ids, earlier = self._rows
-            row_ids, gradients = sum_rows(torch.cat([earlier_ids, row_ids]), torch.cat([earlier, gradients]))
-        if self._exchange is not None:
-            row_ids, gradients = self._exchange(row_ids, gradients)
+            self._count_unused()
+        self.replace(row_ids, gradients)
+        if self.exchange is not None:
+            self.exchange.expect()
+
+    @property
+    def rows(self) -> Rows | None:
+        """Row ids and gradients as the backwards have left them; None where there are none or they were cleared.
+
+        Whoever sets the gradients of a model to None or to zero (`zero_grad`) means these too.
+        """
+        is_cleared = self.norm.grad is None or not bool(self.norm.grad[2])
+        return None if is_cleared else self._rows
+
+    @torch.no_grad()
+    def replace(self, row_ids: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Set the rows and their gradients.
+
+        Args:
+            row_ids: (n,) int64, ascending and distinct.
+            gradients: (n, row width).
+        """
         self._rows = row_ids, gradients
         self._norms = torch.linalg.vector_norm(gradients, dim=-1)
-        norm = torch.linalg.vector_norm(self._norms).to(self.norm.device)
-        self.norm.grad = norm
-        self._norm_of_rows = norm.clone()
+        norm = torch.linalg.vector_norm(self._norms)
+        largest = torch.linalg.vector_norm(gradients, float("inf")) if len(gradients) else torch.zeros_like(norm)
+        rest = (norm.square() - largest.square()).clamp_min(0).sqrt()
+        self._measured = torch.stack([largest, rest, torch.full_like(norm, UNIT)]).to(self.norm)
+        self.norm.grad = self._measured.clone()
 
     def take(self) -> Rows | None:
         """The rows and their gradients, clipped and unscaled as `norm` was; None where no backward came by.
@@ -166,13 +200,18 @@ class RowGradients(nn.Module):
         Returns:
             (n,) int64, ascending and distinct, and (n, width) in the type of the leaves.
         """
-        rows, self._rows = self._rows, None
-        if rows is None or self.norm.grad is None or bool(self.norm.grad == 0):
+        rows, self._rows = self.rows, None
+        if rows is None or self.norm.grad is None:
             return None
         self._unused = 0
         row_ids, gradients = rows
-        if not torch.equal(self.norm.grad, self._norm_of_rows):
-            gradients = gradients * (self.norm.grad / self._norm_of_rows).to(gradients.device)
+        largest, _, unit = self.norm.grad.tolist()
+        scale = unit / UNIT
+        if scale != 1:
+            gradients = gradients * scale
+        if largest < float(self._measured[0]) * scale * (1 - 1e-5):
+            # Clipped by value.
+            gradients = gradients.clamp(-largest, largest)
         # Rows that only padding reads, for one, have a gradient of zero: no step moves them.
         has_any = self._norms != 0
         return (row_ids, gradients) if has_any.all() else (row_ids[has_any], gradients[has_any])

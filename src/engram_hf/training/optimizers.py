@@ -1,31 +1,49 @@
-"""One optimizer for a model with tables, through Trainer's own door: dense parameters by torch's or transformers' own
-optimizers, rows of tables by row updates.
+"""One optimizer for a model with tables: a dense optimizer for the backbone, row updates for the tables.
+
+Trainer builds it through its own argument, so no subclass of Trainer is needed:
 
     trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=engram_optimizers(args))
 
-What `TrainingArguments` say of learning rate, decay, betas and schedule is said of every group.
+Learning rate, weight decay, betas, schedule and `optim` come from `TrainingArguments`. How a row moves is in
+row_rules.py, where its state lives in row_updates.py; the dense optimizers are in dense_parts.py.
 """
 
+from collections import ChainMap
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.table import EngramTable
 from ..modeling.table_changes import TrainingRun
-from .row_exchange import exchange_rows
+from .dense_parts import (
+    DensePart,
+    MatrixPart,
+    check_values,
+    dense_part,
+    errors_of_the_backbone,
+    groups_by_decay,
+    matrices_of_backbone,
+    values_of,
+)
+from .row_exchange import RowExchange
 from .row_rules import RowAdam, RowRule, RowSGD, RowwiseAdagrad, RowwiseAdam
 from .row_updates import RowUpdates
 
 
-# Steps after which a table without any gradient is worth a warning.
+# Steps after which a table that has not moved is worth a warning.
 STEPS_WITHOUT_GRADIENT = 10
-# Read by torch's DistributedDataParallel.
+# torch's DistributedDataParallel reads this attribute of a model.
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+# They step inside the backward and keep no gradients, so rows could not be clipped together with the backbone.
+FUSED_INTO_BACKWARD = ("lomo", "adalomo")
+# They sort the parameters of the whole model by themselves.
+LOW_RANK = ("galore", "apollo")
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,42 +59,41 @@ def engram_optimizers(
     work_folder: str | Path | None = None,
     state_dtype: torch.dtype | None = None,
 ) -> tuple[type, dict]:
-    """What Trainer takes as `optimizer_cls_and_kwargs`, so that tables are trained row by row, wherever they live.
+    """Make the value of Trainer's `optimizer_cls_and_kwargs` that trains tables row by row, on any tier.
 
     Args:
-        args: of the same Trainer; learning rate, weight decay, betas, epsilon, seed and `optim` are read from it.
-        row_optimizer: "adam" (lazy Adam, the paper's), "rowwise_adam", "adagrad" (row-wise) or "sgd" (with momentum);
-            or a rule with values of its own, such as RowSGD(momentum=0.5).
-        table_lr_scale: times the learning rate, for rows. Tables have no weight decay.
-        backbone: "adamw" is what `args.optim` names, for all dense parameters; "muon" gives matrices of the backbone
-            and the memory's projections to torch.optim.Muon, at step sizes like AdamW's, the rest to `args.optim`.
-        work_folder: where tables that are on disk are copied to be trained, with the state of their rows.
-        state_dtype: of what a row optimizer keeps per weight; None is bfloat16 for tables of bfloat16, else float32.
+        args: the arguments of the same Trainer. They are read when Trainer makes its optimizer, so a sweep may change
+            them after this call.
+        row_optimizer: "adam" (lazy Adam, as in the paper), "rowwise_adam", "adagrad" (row-wise) or "sgd" (with
+            momentum); or a rule with values of your own, such as RowSGD(momentum=0.5).
+        table_lr_scale: rows learn at this many times the learning rate. Tables have no weight decay.
+        backbone: "adamw" trains all dense parameters with the optimizer that `args.optim` names. "muon" trains
+            matrices of the backbone and the projections of the memory with torch.optim.Muon, at step sizes like
+            AdamW's, and the rest with `args.optim`.
+        work_folder: folder for the training copies of tables on disk, and for the state of their rows.
+        state_dtype: type of the state that a row optimizer keeps per weight. None means bfloat16 for bfloat16 tables,
+            and float32 for others.
+
+    Raises:
+        ValueError: a value that is not listed here.
 
     Example:
         >>> args = TrainingArguments("output", learning_rate=4e-4)
         >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=engram_optimizers(args))
     """
-    betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-    rules: dict[str, Callable[[], RowRule]] = {
-        "adam": lambda: RowAdam(betas, eps),
-        "rowwise_adam": lambda: RowwiseAdam(betas, eps),
-        "adagrad": RowwiseAdagrad,
-        "sgd": RowSGD,
-    }
-    if not isinstance(row_optimizer, RowRule) and row_optimizer not in rules:
-        raise ValueError(f"row_optimizer must be one of {sorted(rules)} or a RowRule, got {row_optimizer!r}.")
+    if not isinstance(row_optimizer, RowRule) and row_optimizer not in ROW_RULES:
+        raise ValueError(f"row_optimizer must be one of {sorted(ROW_RULES)} or a RowRule, got {row_optimizer!r}.")
     if backbone not in ("adamw", "muon"):
         raise ValueError(f'backbone must be "adamw" or "muon", got {backbone!r}.')
     if state_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype}.")
     if not table_lr_scale > 0:
         raise ValueError(
-            f"table_lr_scale must be above 0, got {table_lr_scale}; freeze tables to leave them as they are."
+            f"table_lr_scale must be above 0, got {table_lr_scale}. To leave tables as they are, freeze them."
         )
     return EngramOptimizerFactory, {
         "args": args,
-        "rule": row_optimizer if isinstance(row_optimizer, RowRule) else rules[row_optimizer](),
+        "row_optimizer": row_optimizer,
         "table_lr_scale": table_lr_scale,
         "backbone": backbone,
         "work_folder": work_folder,
@@ -84,159 +101,140 @@ def engram_optimizers(
     }
 
 
+ROW_RULES: dict[str, Callable[["TrainingArguments"], RowRule]] = {
+    "adam": lambda args: RowAdam((args.adam_beta1, args.adam_beta2), args.adam_epsilon),
+    "rowwise_adam": lambda args: RowwiseAdam((args.adam_beta1, args.adam_beta2), args.adam_epsilon),
+    "adagrad": lambda args: RowwiseAdagrad(),
+    "sgd": lambda args: RowSGD(),
+}
+
+
 class EngramOptimizerFactory:
-    """Called by Trainer with its model; see `engram_optimizers`."""
+    """Trainer calls an instance with its model; see `engram_optimizers` for the arguments."""
 
     def __call__(
         self,
         model: nn.Module,
         *,
         args: "TrainingArguments",
-        rule: RowRule,
+        row_optimizer: str | RowRule,
         table_lr_scale: float,
         backbone: str,
         work_folder: str | Path | None,
         state_dtype: torch.dtype | None,
     ) -> "EngramOptimizer":
+        refuse_unsupported(args, backbone)
         tables = find_tables(model)
-        # A checkpoint of an adapted model is the adapter alone.
+        # A checkpoint of an adapted model holds the adapter alone.
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):
-            refused = [name for name in ("save_only_model", "load_best_model_at_end") if getattr(args, name)]
-            if refused:
-                raise ValueError(
-                    f"{refused[0]} cannot be used with LoRA and trainable tables: a checkpoint of an adapter holds no "
-                    "rows but in its optimizer's state. Leave it out, freeze the tables, or train without LoRA."
-                )
-        run, exchange = TrainingRun(Path(args.output_dir or ".")), exchange_rows if args.world_size > 1 else None
+            refuse_checkpoints_without_rows(args)
+        rule = row_optimizer if isinstance(row_optimizer, RowRule) else ROW_RULES[row_optimizer](args)
+        run = TrainingRun(Path(args.output_dir or "."))
+        exchange = RowExchange() if args.world_size > 1 else None
         rows = {
             name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows, run, exchange)
             for name, table in tables.items()
             if table.is_trainable
         }
+        for name, updates in rows.items():
+            # A gradient scaler copies its scale to every device, and to the CPU without waiting for it.
+            updates.gradients.norm.data = updates.gradients.norm.data.to(device_beside(model, name))
         if args.world_size > 1:
             leave_tables_out_of_ddp(model, tables)
-        # Trainer brings libraries that nobody needs who only loads a model.
-        from transformers import Trainer
-
-        blocks = {id(parameter) for table in tables.values() for parameter in table.parameters()}
-        dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in blocks}
-        decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
+        of_tables = {id(parameter) for table in tables.values() for parameter in table.parameters()}
+        dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_tables}
+        if exchange is not None:
+            for updates in rows.values():
+                exchange.add(updates.gradients)
+            exchange.follow(model, list(dense.values()))
         matrices = matrices_of_backbone(model) if backbone == "muon" else set()
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
         parts: list[DensePart] = []
-        for is_muon in (True, False):
-            own = {n: p for n, p in dense.items() if (n in matrices) == is_muon}
-            groups = [
-                {"params": [p for n, p in own.items() if n in decaying], "weight_decay": args.weight_decay},
-                {"params": [p for n, p in own.items() if n not in decaying], "weight_decay": 0.0},
-            ]
-            groups = [group for group in groups if group["params"]]
-            if groups and is_muon:
-                parts.append(MatrixPart(groups, args.learning_rate))
-            elif groups:
-                parts.append(DensePart(groups, optimizer_class, options))
+        if groups := groups_by_decay(model, args, {n: p for n, p in dense.items() if n in matrices}):
+            parts.append(MatrixPart(groups, args.learning_rate))
+        if rest := {n: p for n, p in dense.items() if n not in matrices}:
+            parts.append(dense_part(model, args, rest))
         patience = min(STEPS_WITHOUT_GRADIENT, args.max_steps) if args.max_steps > 0 else STEPS_WITHOUT_GRADIENT
-        return EngramOptimizer(parts, rows, args.learning_rate * table_lr_scale, patience, run)
+        return EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience, run)
+
+
+def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
+    """
+    Raises:
+        NotImplementedError: rows cannot be trained this way.
+        ValueError: two of the settings do not go together.
+    """
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"Trainer would run this model in torch.nn.DataParallel on {args.n_gpu} GPUs, which copies every table to "
+            f"each of them. Start it with `torchrun --nproc-per-node {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.distributed_state is not None and args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
+        raise NotImplementedError(
+            "engram_optimizers cannot run under DeepSpeed, which steps flat copies of all parameters. Use DDP or FSDP2."
+        )
+    if optim in FUSED_INTO_BACKWARD:
+        raise NotImplementedError(
+            f"optim={optim!r} updates parameters inside the backward and leaves no gradients, so rows of tables cannot "
+            "be trained beside it. Choose another optim, such as adamw_torch."
+        )
+    if optim.endswith("layerwise"):
+        raise NotImplementedError(
+            f"optim={optim!r} steps each parameter inside the backward, so rows of tables cannot be trained beside it. "
+            f"Choose {optim.removesuffix('_layerwise')!r}."
+        )
+    if backbone == "muon" and optim.startswith(LOW_RANK):
+        raise ValueError(
+            f'backbone="muon" and optim={optim!r} both train the matrices of the backbone. Choose one of them.'
+        )
+
+
+def refuse_checkpoints_without_rows(args: "TrainingArguments") -> None:
+    """
+    Raises:
+        ValueError: a checkpoint of an adapter would be read without the state of the optimizer, which holds the rows.
+    """
+    refused = [name for name in ("save_only_model", "load_best_model_at_end") if getattr(args, name)]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} cannot be used with LoRA and trainable tables: a checkpoint of an adapter holds rows in its "
+            "optimizer's state only. Leave it out, freeze the tables, or train without LoRA."
+        )
 
 
 def find_tables(model: nn.Module) -> dict[str, EngramTable]:
-    """The tables of a model by the names of their modules, known by what they can do."""
+    """The tables of a model by the names of their modules."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "collect_row_gradients")}
 
 
+def device_beside(model: nn.Module, table_name: str) -> torch.device:
+    """Where the memory layer of a table computes, wherever the table is."""
+    layer = model.get_submodule(table_name.rpartition(".")[0])
+    table = {id(parameter) for parameter in model.get_submodule(table_name).parameters()}
+    return next((p.device for p in layer.parameters() if id(p) not in table), torch.device("cpu"))
+
+
 def leave_tables_out_of_ddp(model: nn.Module, tables: dict[str, EngramTable]) -> None:
-    """DistributedDataParallel would broadcast a table, and hold a gradient of its size: name them as not its own."""
+    """Keep DistributedDataParallel from broadcasting tables, and from holding gradients of their size."""
     names = [f"{name}.{parameter}" for name, table in tables.items() for parameter, _ in table.named_parameters()]
     ignored = set(getattr(model, DDP_IGNORES, ()))
     setattr(model, DDP_IGNORES, sorted(ignored | set(names)))
 
 
-def matrices_of_backbone(model: nn.Module) -> set[str]:
-    """Names of the weights that are matrices, or stacks of an expert's matrices: all linear layers but the head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_linear = isinstance(module, nn.Linear) and module is not head and parameter.ndim == 2
-            is_stack = parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
-            if is_linear or is_stack:
-                names.add(f"{module_name}.{name}".lstrip("."))
-    return names
-
-
-class DensePart:
-    """A dense optimizer, and the groups that Trainer and its scheduler see of it."""
-
-    def __init__(self, groups: list[dict], optimizer_class: type, options: dict):
-        self.optimizer = optimizer_class(groups, **options)
-        self.groups = self.optimizer.param_groups
-
-    def step(self) -> None:
-        self.optimizer.step()
-
-    def state_dict(self) -> dict:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.optimizer.load_state_dict(saved)
-        self.groups = self.optimizer.param_groups
-
-
-class MatrixPart(DensePart):
-    """torch.optim.Muon, which takes matrices only: of a stack of them it is given one at a time."""
-
-    def __init__(self, groups: list[dict], lr: float):
-        self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
-        inner = []
-        for group in groups:
-            matrices = []
-            for parameter in group["params"]:
-                own = [nn.Parameter(matrix) for matrix in parameter.detach().unbind()] if parameter.ndim == 3 else []
-                self.slices.append((parameter, own))
-                matrices += own or [parameter]
-            inner.append({**group, "params": matrices})
-        # AdamW's step sizes, so that a learning rate means what it means for the rest of the model.
-        self.optimizer = torch.optim.Muon(inner, lr=lr, adjust_lr_fn="match_rms_adamw")
-        self.groups = self._outer_groups([group["params"] for group in groups])
-
-    def _outer_groups(self, parameters: list[list[nn.Parameter]]) -> list[dict]:
-        return [{**inner, "params": own} for inner, own in zip(self.optimizer.param_groups, parameters, strict=True)]
-
-    def _follow_groups(self) -> None:
-        """Take over what a scheduler has written into the groups that it sees."""
-        for inner, outer in zip(self.optimizer.param_groups, self.groups, strict=True):
-            inner.update({key: value for key, value in outer.items() if key != "params"})
-
-    def state_dict(self) -> dict:
-        self._follow_groups()
-        return super().state_dict()
-
-    def step(self) -> None:
-        self._follow_groups()
-        for parameter, own in self.slices:
-            gradients = [None] * len(own) if parameter.grad is None else parameter.grad.unbind() if own else []
-            for matrix, weights, gradient in zip(own, parameter.detach().unbind() if own else [], gradients):
-                matrix.data, matrix.grad = weights, gradient
-        self.optimizer.step()
-        for _, own in self.slices:
-            for matrix in own:
-                matrix.grad = None
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.optimizer.load_state_dict(saved)
-        self.groups = self._outer_groups([group["params"] for group in self.groups])
-
-
 class EngramOptimizer(torch.optim.Optimizer):
-    """Dense parts and the rows of tables, as one optimizer. Each table's group holds the parameter of one number that
-    stands for its rows where gradients are clipped (`RowGradients.norm`)."""
+    """Dense parts and the rows of tables, as one optimizer.
+
+    A table's group holds the small parameter that stands for its rows where gradients are clipped. Its `lr` is the rate
+    of the backbone, so that every scheduler treats it alike; rows move at `lr * lr_scale`.
+    """
 
     def __init__(
         self,
         parts: list[DensePart],
         rows: dict[str, RowUpdates],
-        table_lr: float,
+        lr: float,
+        table_lr_scale: float,
         patience: int = STEPS_WITHOUT_GRADIENT,
         run: TrainingRun | None = None,
     ):
@@ -244,23 +242,76 @@ class EngramOptimizer(torch.optim.Optimizer):
         Args:
             parts: dense optimizers.
             rows: table name to the updates of its rows.
-            table_lr: learning rate of rows.
+            lr: learning rate of the backbone.
+            table_lr_scale: rows learn at this many times the rate of the backbone.
             patience: steps after which a table that has not moved is worth a warning.
             run: that the tables take part in.
+
+        Raises:
+            ValueError: nothing can be trained.
         """
         self.parts, self.rows = parts, rows
         self.patience, self.steps_here = patience, 0
         self.run = TrainingRun() if run is None else run
-        self.row_groups: list[dict[str, Any]] = [
-            {"params": [updates.gradients.norm], "lr": table_lr, "weight_decay": 0.0, "table": name}
-            for name, updates in rows.items()
-        ]
         self.rows_moved = dict.fromkeys(rows, 0)
-        groups = [group for part in parts for group in part.groups] + self.row_groups
+        self.row_states: dict[nn.Parameter, dict[str, int]] = {}
+        self.row_groups: dict[str, dict[str, Any]] = {
+            name: {
+                "params": [updates.gradients.norm],
+                "lr": lr,
+                "lr_scale": table_lr_scale,
+                "weight_decay": 0.0,
+                "table": name,
+            }
+            for name, updates in rows.items()
+        }
+        groups = [*chain.from_iterable(part.groups for part in parts), *self.row_groups.values()]
         if not groups:
-            raise ValueError("Nothing of this model requires a gradient, so there is nothing to train.")
-        super().__init__([{"params": group["params"]} for group in groups], {"lr": table_lr})
-        self.param_groups = groups
+            raise ValueError(
+                "Nothing of this model requires a gradient, so there is nothing to train. Unfreeze some of it: "
+                "model.requires_grad_(True)."
+            )
+        self.is_made = False
+        # Schedulers with an absolute floor divide it by this rate.
+        super().__init__(groups, {"lr": lr})
+        self.is_made = True
+        self._show_state()
+
+    def _show_state(self) -> None:
+        """Show the state of all dense parameters as any optimizer does; that of rows is in `rows`.
+
+        Distributed checkpoints make a step with an optimizer that shows none, so a table shows its steps.
+        """
+        self.state = cast(Any, ChainMap(*(part.optimizer.state for part in self.parts), self.row_states))
+
+    def _show_steps(self, updates: RowUpdates) -> None:
+        if updates.steps:
+            self.row_states[updates.gradients.norm] = {"steps": updates.steps}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Train more dense parameters, by the optimizer of the others.
+
+        Raises:
+            ValueError: a parameter is trained already, or belongs to a table.
+            NotImplementedError: no dense optimizer takes it.
+        """
+        if self.is_made:
+            param_group = self._hand_over(param_group)
+        super().add_param_group(param_group)
+
+    def _hand_over(self, group: dict) -> dict:
+        given = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+        ids = {id(each[1] if isinstance(each, tuple) else each) for each in given}
+        if ids & {id(p) for updates in self.rows.values() for p in updates.table.parameters()}:
+            raise ValueError("A table's rows are trained by their row optimizer; leave it out of the group you add.")
+        if ids & {id(p) for known in self.param_groups for p in known["params"]}:
+            raise ValueError("A parameter of the group you add is trained already; leave it out.")
+        if not self.parts:
+            raise NotImplementedError(
+                "This optimizer was made while the backbone was frozen, so it has no dense optimizer that could take "
+                "the group you add. Make its parameters trainable before Trainer makes its optimizer."
+            )
+        return self.parts[-1].add_group({**group, "params": given})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -272,50 +323,157 @@ class EngramOptimizer(torch.optim.Optimizer):
         self.run.steps += 1
         for part in self.parts:
             part.step()
-        for group, (name, updates) in zip(self.row_groups, self.rows.items(), strict=True):
-            rows_with_gradient = updates.step(float(group["lr"]))
-            self.rows_moved[name] += rows_with_gradient if float(group["lr"]) else 0
+        for name, updates in self.rows.items():
+            lr = float(self.row_groups[name]["lr"]) * self.row_groups[name]["lr_scale"]
+            rows_with_gradient = updates.step(lr)
+            self._show_steps(updates)
+            self.rows_moved[name] += rows_with_gradient if lr else 0
             if self.steps_here == self.patience and not self.rows_moved[name]:
                 why = "its learning rate was 0" if rows_with_gradient else "no gradient has reached it"
                 logger.warning(
-                    f"{name} can be trained, and has not moved in {self.patience} steps: {why}. If it is not to learn, "
-                    "freeze it: table.requires_grad_(False)."
+                    f"{name} can be trained, but it has not moved in {self.patience} steps: {why}. If it is not meant "
+                    "to learn, freeze it: table.requires_grad_(False)."
                 )
         return loss
 
+    def train(self) -> None:
+        """For optimizers of schedulefree, which Trainer tells when it trains and when it evaluates."""
+        for part in self.parts:
+            part.switch("train")
+
+    def eval(self) -> None:
+        """See `train`."""
+        for part in self.parts:
+            part.switch("eval")
+
     def state_dict(self) -> dict:
-        """State of the dense parts, and of the rows that have been touched. Tables themselves are the model's."""
-        row_groups = [{k: v for k, v in group.items() if k != "params"} for group in self.row_groups]
+        """torch's layout: `state`, by the number of a parameter, and `param_groups`.
+
+        The state of a table's small parameter is that of the rows that have been touched (row_updates.py). The rows
+        themselves are the model's.
+        """
+        number = self._numbers()
+        states: dict[nn.Parameter, Any] = {}
+        values: dict[int, dict] = {id(group): values_of(group) for group in self.row_groups.values()}
+        for part in self.parts:
+            own_states, own_groups = part.save()
+            states |= own_states
+            values |= {id(group): own for group, own in zip(part.groups, own_groups, strict=True)}
+        for updates in self.rows.values():
+            states[updates.gradients.norm] = updates.state_dict()
         return {
-            "dense": [part.state_dict() for part in self.parts],
-            "rows": {name: updates.state_dict() for name, updates in self.rows.items()},
-            "row_groups": row_groups,
+            "state": {number[parameter]: state for parameter, state in states.items()},
+            "param_groups": [
+                {**values[id(group)], "params": [number[parameter] for parameter in group["params"]]}
+                for group in self.param_groups
+            ],
         }
 
+    def _numbers(self) -> dict[nn.Parameter, int]:
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        return {parameter: number for number, parameter in enumerate(parameters)}
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """
+        """Load what `state_dict` returned. Everything is checked before anything changes.
+
         Raises:
-            ValueError: it is the state of another optimizer.
+            ValueError: the state is damaged, or it is another optimizer's.
         """
-        if not {"dense", "rows", "row_groups"} <= set(state_dict) or set(state_dict["rows"]) != set(self.rows):
-            found = sorted(state_dict.get("rows", []))
+        if isinstance(state_dict, dict) and {"dense", "rows", "row_groups"} <= set(state_dict):
+            self._load_early(state_dict)
+        else:
+            self._load(state_dict)
+        self._show_state()
+
+    def _load(self, state_dict: dict) -> None:
+        saved_states, saved_groups = self._checked(state_dict)
+        states: dict[nn.Parameter, Any] = {}
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            # Distributed checkpoints use names where torch uses numbers.
+            pairs = zip(group["params"], saved["params"], strict=True)
+            states |= {parameter: saved_states[key] for parameter, key in pairs if key in saved_states}
+        values = {id(group): values_of(own) for group, own in zip(self.param_groups, saved_groups, strict=True)}
+        missing = [name for name, updates in self.rows.items() if updates.gradients.norm not in states]
+        if missing:
             raise ValueError(
-                f"The checkpoint's optimizer is another one: it trains the tables {found}, this run "
-                f"{sorted(self.rows)}. Resume with the same engram_optimizers and the same tables frozen."
+                f"The optimizer's state in the checkpoint is damaged: the rows of {missing[0]} are missing."
             )
-        try:
-            for part, saved in zip(self.parts, state_dict["dense"], strict=True):
-                part.load_state_dict(saved)
-        except ValueError as error:
-            raise ValueError(
-                f"The checkpoint's optimizer of the backbone is another one ({error}). Resume with the same backbone= "
-                "of engram_optimizers, and with the same parameters frozen."
-            ) from error
+        of_rows = {name: updates.checked(states[updates.gradients.norm]) for name, updates in self.rows.items()}
+        for part in self.parts:
+            part.check(states)
+        with errors_of_the_backbone():
+            for part in self.parts:
+                part.load(states, [values[id(group)] for group in part.groups])
         for name, updates in self.rows.items():
-            updates.load_state_dict(state_dict["rows"][name])
-        for group, saved in zip(self.row_groups, state_dict["row_groups"], strict=True):
-            group.update(saved)
-        self.param_groups = [group for part in self.parts for group in part.groups] + self.row_groups
+            updates.load_state_dict(of_rows[name])
+            self._show_steps(updates)
+            self.row_groups[name].update(values[id(self.row_groups[name])])
+
+    def _checked(self, state_dict: Any) -> tuple[dict, list[dict]]:
+        """`state` and `param_groups` of a state dict, once their shape is that of this optimizer's.
+
+        Raises:
+            ValueError: it is not.
+        """
+        is_whole = isinstance(state_dict, dict) and {"state", "param_groups"} <= set(state_dict)
+        states, groups = (state_dict["state"], state_dict["param_groups"]) if is_whole else (None, None)
+        if not isinstance(states, dict) or not isinstance(groups, list):
+            raise ValueError(
+                "The optimizer's state in the checkpoint is damaged: it has no `state` and `param_groups`. Resume from "
+                "another checkpoint."
+            )
+        for number, group in enumerate(groups):
+            if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+                raise ValueError(
+                    f"The optimizer's state in the checkpoint is damaged: group {number} lists no parameters. Resume "
+                    "from another checkpoint."
+                )
+        keys = list(chain.from_iterable(group["params"] for group in groups))
+        if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
+            raise ValueError(
+                "The optimizer's state in the checkpoint is damaged: its groups do not list each parameter once. "
+                "Resume from another checkpoint."
+            )
+        tables = [group["table"] for group in groups if "table" in group]
+        if tables != list(self.row_groups):
+            raise ValueError(
+                f"The optimizer in the checkpoint trained the tables {tables}, and this run trains "
+                f"{list(self.row_groups)}. Resume with the same engram_optimizers and the same tables frozen."
+            )
+        sizes = [[len(group["params"]) for group in each] for each in (groups, self.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The optimizer in the checkpoint has groups of {sizes[0]} parameters, and this one of {sizes[1]}. "
+                "Resume with the same backbone= of engram_optimizers, and with the same parameters frozen."
+            )
+        for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            check_values(group, own, number)
+        for key, state in states.items():
+            if key not in keys or not isinstance(state, dict):
+                raise ValueError(
+                    f"The optimizer's state in the checkpoint is damaged: what it holds of parameter {key!r} is a "
+                    f"{type(state).__name__}, or its groups do not list that one. Resume from another checkpoint."
+                )
+        return states, groups
+
+    def _load_early(self, state_dict: dict) -> None:
+        """Load the layout of the first release: a list of state dicts, and rows under the names of their tables."""
+        dense, rows, row_groups = (state_dict[key] for key in ("dense", "rows", "row_groups"))
+        found = sorted(rows) if isinstance(rows, dict) else []
+        if found != sorted(self.rows):
+            raise ValueError(
+                f"The optimizer in the checkpoint trained the tables {found}, and this run trains {sorted(self.rows)}. "
+                "Resume with the same engram_optimizers and the same tables frozen."
+            )
+        of_rows = {name: updates.checked(rows[name]) for name, updates in self.rows.items()}
+        with errors_of_the_backbone():
+            for part, saved in zip(self.parts, dense, strict=True):
+                part.load_early(saved)
+        for name, saved in zip(self.rows, row_groups, strict=True):
+            self.rows[name].load_state_dict(of_rows[name])
+            self._show_steps(self.rows[name])
+            # Its rates, and those of its scheduler, are the rows' own.
+            self.row_groups[name].update({**saved, "lr_scale": 1.0})
 
     def __repr__(self) -> str:
         dense = ", ".join(type(part.optimizer).__name__ for part in self.parts)

@@ -1,8 +1,8 @@
-"""How a row moves when its gradient arrives: the rules of the row optimizers, on rows that have been gathered already.
+"""How a row moves when its gradient arrives: the rules of the row optimizers, on rows that have been gathered.
 
-A row that a step does not touch stays as it is, and so does its state: neither decay nor momentum reaches it, and its
-bias correction counts the steps that touched it. So each row is trained like a parameter of its own, which is given to
-the optimizer only when it has a gradient. Where every step touches every row, that is the dense optimizer of that name.
+A row that a step does not touch stays as it is, and so does its state: no decay and no momentum reaches it, and its
+bias correction counts the steps that touched it. Each row is trained as if it were a parameter of its own that has no
+gradient in the other steps. Where every step touches every row, a rule equals the dense optimizer of its name.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ import torch
 
 @dataclass(frozen=True)
 class RowRule:
-    """A rule, and what it keeps.
+    """A rule, and the state that it keeps.
 
-    wide: names of state of a row's width.
-    narrow: names of state of one number per row, always float32.
+    wide: names of state with one number per weight.
+    narrow: names of state with one number per row, always float32 or wider.
     """
 
     wide: ClassVar[tuple[str, ...]] = ()
     narrow: ClassVar[tuple[str, ...]] = ()
 
     def update(self, rows: torch.Tensor, gradients: torch.Tensor, state: dict[str, torch.Tensor], lr: float) -> None:
-        """Move rows, in place, and their state with them.
+        """Move rows and their state, in place.
 
         Args:
             rows, gradients: (n, width) float32.
@@ -53,7 +53,7 @@ class RowAdam(RowRule):
 
 @dataclass(frozen=True)
 class RowwiseAdam(RowRule):
-    """Adam whose second moment is one number per row, the mean over its width; one number of state per weight."""
+    """Adam with one second moment per row, the mean over its width; one number of state per weight."""
 
     wide = ("exp_avg",)
     narrow = ("exp_avg_sq", "steps")
@@ -94,7 +94,7 @@ class RowSGD(RowRule):
 
 
 def bias_correction(beta: float, steps: torch.Tensor) -> torch.Tensor:
-    """1 - beta**steps, (n, 1) to (n, 1); in float32 four digits of it would be lost at the first steps."""
+    """1 - beta**steps, (n, 1) to (n, 1). float32 would lose four digits of it in the first steps."""
     return (1 - beta ** steps.double()).to(steps.dtype)
 
 
@@ -104,12 +104,15 @@ def mean_square(gradients: torch.Tensor) -> torch.Tensor:
 
 
 def round_stochastically(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Round float32 to one of the two nearest numbers of bfloat16 or float16, the nearer one more often, so that the
-    mean is right and changes below half a unit are not lost. The generator is of the device of `values`."""
+    """Round float32 to one of the two nearest numbers of bfloat16 or float16, the nearer one more often.
+
+    The mean of many roundings is the number itself, so changes below half a unit are not lost. The generator must be on
+    the device of `values`.
+    """
     near = values.to(dtype)
     error = values - near.float()
     is_outward = (error > 0) == (values > 0)
-    other = (near.view(torch.int16) + torch.where(is_outward, 1, -1).to(torch.int16)).view(dtype)
+    other = (near.view(torch.int16) + 2 * is_outward.to(torch.int16) - 1).view(dtype)
     gap = (other.float() - near.float()).abs()
     draw = torch.rand(values.shape, device=values.device, generator=generator)
     return torch.where((error != 0) & (draw * gap < error.abs()), other, near)

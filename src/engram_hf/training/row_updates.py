@@ -1,11 +1,13 @@
-"""Updating the rows of one table where it lives, and keeping the optimizer's state of each row beside it.
+"""The step of one table: it moves the rows that have gradients, and keeps the state of the row optimizer beside them.
 
-A step gathers the rows that have gradients and their state, moves them by a rule, and writes them back; nothing of the
-table's size is allocated. Tables on disk are trained in a copy of their own (work_files.py), with the state beside it.
+A step gathers these rows and their state, moves them by a rule (row_rules.py), and writes them back. It allocates
+nothing of the table's size. A table on disk is trained in a copy of its own, with the state beside it (work_files.py).
 """
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +20,10 @@ from .row_rules import RowRule, round_stochastically
 from .work_files import WorkFile, open_training_copy
 
 
-# On a CPU a step moves as many rows at a time as stay in its caches.
-PART_BYTES = 2**22
+# On a CPU a step moves as many rows at a time as stay in its caches; on a GPU it needs about 20 times this memory.
+PART_BYTES, PART_BYTES_ON_GPU = 2**22, 2**28
+# Saving and loading move the state of rows between devices in pieces of this size.
+PIECE_BYTES = 2**26
 WIDE, NARROW = "wide", "narrow"
 
 
@@ -43,35 +47,38 @@ class RowUpdates:
             name: of the table in its model, for messages.
             table: whose rows are trained, on any tier.
             rule: how a row moves.
-            state_dtype: of what the rule keeps per weight: float32 or bfloat16. None: bfloat16 for tables of bfloat16,
-                else float32. bfloat16 is rounded stochastically, and so are rows of 16 bits.
-            work_folder: where a table on disk is copied to be trained, and its state with it.
+            state_dtype: float32 or bfloat16, of the state that the rule keeps per weight. None means bfloat16 for
+                bfloat16 tables, and float32 for others. bfloat16 state and rows of 16 bits are rounded stochastically.
+            work_folder: folder for the training copy of a table on disk, and for the state of its rows.
             seed: of the rounding.
-            saves_rows: whether `state_dict` holds the rows too, where nobody else saves them.
-
+            saves_rows: whether `state_dict` holds the rows too, because the checkpoint does not.
             run: that the table takes part in.
-            exchange: makes the rows of all processes out of those of this one.
+            exchange: is told when a backward has left gradients; None where there is one process.
 
         Raises:
             ValueError: the table is quantized, or on disk without a work folder, or the rule keeps no state.
             OSError: no space in the work folder.
         """
         if table.row_format is not None:
-            raise ValueError(f"Rows of {name} are quantized ({table.row_format}), and cannot be trained; freeze it.")
+            raise ValueError(
+                f"Rows of {name} are quantized ({table.row_format}) and cannot be trained; freeze the table."
+            )
         if not (rule.wide or rule.narrow):
             raise ValueError(
-                f"{type(rule).__name__} keeps no state of a row, by which checkpoints know which rows were touched. "
-                "Name one in its `wide` or `narrow`, a count of steps for one."
+                f"{type(rule).__name__} keeps no state, by which checkpoints know the rows that were touched. Name one "
+                "in its `wide` or `narrow`, such as a count of steps."
             )
         self.name, self.table, self.rule, self.seed, self.saves_rows = name, table, rule, seed, saves_rows
+        # Steps that have moved a row.
         self.steps = 0
+        self.run = TrainingRun() if run is None else run
         self.reader = PageReader()
-        # Before the training copy: a checkpoint is saved by the files that the table comes from now.
-        self.gradients = table.collect_row_gradients(run, exchange)
+        # Before the training copy: checkpoints refer to the files that the table comes from now.
+        self.gradients = table.collect_row_gradients(self.run, exchange)
         exact = torch.promote_types(table.dtype, torch.float32)
         if state_dtype is None:
             state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else exact
-        # What belongs to a row lies together: one place to read and to write.
+        # The state of a row lies together, so that it is read and written in one place.
         shapes = {
             WIDE: ((table.num_rows, len(rule.wide), table.head_dim), state_dtype),
             NARROW: ((table.num_rows, len(rule.narrow), 1), exact),
@@ -81,8 +88,8 @@ class RowUpdates:
         if any(block.is_on_disk for block in table.block_records):
             if work_folder is None:
                 raise ValueError(
-                    f"{name} is on disk, and a checkpoint's own files are never written. Name a folder for the copy "
-                    "that is trained, engram_optimizers(args, work_folder=...), or place the table in host memory."
+                    f"{name} is on disk, and the files of a checkpoint are never written. Name a folder for the "
+                    "training copy, engram_optimizers(args, work_folder=...), or place the table in host memory."
                 )
             open_training_copy(table, work_folder)
             self.work_file = WorkFile(work_folder, shapes)
@@ -103,18 +110,19 @@ class RowUpdates:
 
     @torch.no_grad()
     def step(self, lr: float) -> int:
-        """Move the rows that have gradients; how many they are."""
+        """Move the rows that have gradients, and return how many they are."""
         taken = self.gradients.take()
-        self.steps += 1
         if taken is None:
             return 0
-        keys, gradients = (each.to(self.table.home) for each in taken)
-        self._read_state(keys)
-        generator = torch.Generator(keys.device).manual_seed(
+        self.steps += 1
+        row_ids, gradients = (each.to(self.table.home) for each in taken)
+        self._read_state(row_ids)
+        generator = torch.Generator(row_ids.device).manual_seed(
             hash((self.seed, zlib.crc32(self.name.encode()), self.steps)) % 2**63
         )
-        at_once = len(keys) if keys.is_cuda else PART_BYTES // (4 * self.table.head_dim) + 1
-        for part, moving in zip(keys.split(at_once), gradients.split(at_once)):
+        part_bytes = PART_BYTES if row_ids.device.type == "cpu" else PART_BYTES_ON_GPU
+        at_once = part_bytes // (4 * self.table.head_dim) + 1
+        for part, moving in zip(row_ids.split(at_once), gradients.split(at_once)):
             # The forward has just read them.
             rows = self.table.gather_rows(part, are_read=True)
             moved = rows.to(moving.dtype)
@@ -124,54 +132,158 @@ class RowUpdates:
             for name, values in gathered.items():
                 kept = self.stores[name]
                 put_rows(kept, part, _round(values, kept.dtype, generator), is_mapped=self.work_file is not None)
-        return len(keys)
+        return len(row_ids)
 
-    def _read_state(self, keys: torch.Tensor) -> None:
+    def _read_state(self, row_ids: torch.Tensor) -> None:
         """Have the state of rows read that is on disk."""
         if self.work_file is None:
             return
         for tensor in self.stores.values():
             nbytes = tensor[0].nbytes
-            pages = pages_of_rows(tensor.data_ptr() + keys.numpy() * nbytes, nbytes)
+            pages = pages_of_rows(tensor.data_ptr() + row_ids.numpy() * nbytes, nbytes)
             self.reader.read(pages, self.work_file)
 
     def state_dict(self) -> dict:
-        """The state of the rows that have been touched; as large as they are many."""
-        marker = self.stores[NARROW if self.rule.narrow else WIDE]
-        keys = (marker != 0).flatten(1).any(-1).nonzero().flatten()
+        """The state of the rows that have been touched.
+
+        Distributed checkpoints fill tensors in place, and would refuse one of another size. They take a tuple as a
+        value, whatever is in it, so what has as many rows as were touched is in a tuple:
+
+        * `row_ids`: (n,) int64, ascending;
+        * `wide`, `narrow`: (n, names of the rule, width or 1), where the rule has such names;
+        * `rows`: (n, width) where nobody else saves them, else an empty tuple.
+
+        `stamp` is that of the run and step, which the rows of the same checkpoint have too.
+        """
+        row_ids = self._touched()
+        stores = {name: (_copy_out(store, row_ids),) for name, store in self.stores.items()}
+        rows = (self._rows_on_cpu(row_ids),) if self.saves_rows else ()
         return {
-            "rows": self.table.gather_rows(keys.to(self.table.home)).cpu() if self.saves_rows else None,
-            "steps": self.steps,
             "rule": type(self.rule).__name__,
-            "keys": keys.cpu(),
-            "state": {name: store.index_select(0, keys).cpu() for name, store in self.stores.items()},
+            "steps": self.steps,
+            "run": self.run.run_id,
+            "stamp": self.run.stamp.hex(),
+            "row_ids": (row_ids,),
+            "rows": rows,
+            **stores,
         }
 
-    def load_state_dict(self, saved: dict) -> None:
-        """
+    def _touched(self) -> torch.Tensor:
+        """(n,) int64 on the CPU: the rows that have a state."""
+        marker = self.stores[NARROW if self.rule.narrow else WIDE]
+        found, start = [], 0
+        for piece in marker.split(max(1, PIECE_BYTES // marker[0].nbytes)):
+            found.append((piece != 0).flatten(1).any(-1).nonzero().flatten().cpu() + start)
+            start += len(piece)
+        return torch.cat(found)
+
+    def _rows_on_cpu(self, row_ids: torch.Tensor) -> torch.Tensor:
+        pieces = row_ids.split(max(1, PIECE_BYTES // self.table.row_nbytes))
+        return torch.cat([self.table.gather_rows(piece.to(self.table.home)).cpu() for piece in pieces])
+
+    def checked(self, saved: Any) -> dict:
+        """What `state_dict` has returned, once it is known to be the state of this table's rows.
+
         Raises:
-            ValueError: the state is of another rule, or of a table of another size.
+            ValueError: it is damaged, or of another rule or table.
         """
+        damaged = f"The optimizer's state in the checkpoint is damaged where it is about {self.name}"
+        if not isinstance(saved, dict) or not {"rule", "steps"} <= set(saved):
+            raise ValueError(f"{damaged}: it names no rule and counts no steps. Resume from another checkpoint.")
+        saved = _without_tuples(saved)
         if saved["rule"] != type(self.rule).__name__:
             raise ValueError(
                 f"The checkpoint holds the state of {saved['rule']} for {self.name}, and this run uses "
                 f"{type(self.rule).__name__}. Resume with the same row_optimizer, or start a new run from the weights."
             )
-        keys = saved["keys"]
-        if len(keys) and int(keys[-1]) >= self.table.num_rows:
-            raise ValueError(f"The checkpoint holds state of row {int(keys[-1])} of {self.name}: another table's.")
-        if self.saves_rows and saved["rows"] is not None:
-            self.table.write_rows(keys.to(self.table.home), saved["rows"].to(self.table.home))
+        if type(saved["steps"]) is not int or saved["steps"] < 0:
+            raise ValueError(f"{damaged}: steps is {saved['steps']!r}, not a count. Resume from another checkpoint.")
+        self._check_stamp(saved)
+        row_ids = saved.get("row_ids")
+        self._check_row_ids(row_ids, damaged)
+        wanted = {name: (len(row_ids), *store.shape[1:]) for name, store in self.stores.items()}
+        if self.saves_rows:
+            wanted["rows"] = (len(row_ids), self.table.row_width)
+        elif saved.get("rows") is not None:
+            raise ValueError(
+                f"The checkpoint holds rows of {self.name} in its optimizer's state, as checkpoints of adapters do. "
+                "Resume with the adapter, or start a new run from the merged model."
+            )
+        for name, shape in wanted.items():
+            tensor = saved.get(name)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_floating_point():
+                found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else repr(tensor)
+                raise ValueError(f"{damaged}: {name} is {found}, not {shape}. Resume from another checkpoint.")
+        return saved
+
+    def _check_stamp(self, saved: dict) -> None:
+        """Where the rows of the table come from a checkpoint of a run, the state must come from the same one."""
+        stamp = self.table.changes.stamp
+        is_own = saved.get("run") == self.run.run_id
+        # An adapter's checkpoint has the rows in its optimizer's state, and those of its base are of another run.
+        if stamp is not None and not is_own and not self.saves_rows and saved.get("stamp") != stamp.hex():
+            raise ValueError(
+                f"The rows of {self.name} were loaded from a checkpoint, and the optimizer's state is that of another "
+                "run or step. Take the weights and the optimizer's state of one checkpoint."
+            )
+
+    def _check_row_ids(self, row_ids: Any, damaged: str) -> None:
+        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype != torch.int64 or row_ids.ndim != 1:
+            found = f"{tuple(row_ids.shape)} {row_ids.dtype}" if isinstance(row_ids, torch.Tensor) else repr(row_ids)
+            raise ValueError(f"{damaged}: row_ids is {found}, not a list of int64. Resume from another checkpoint.")
+        if not (row_ids[1:] > row_ids[:-1]).all():
+            raise ValueError(f"{damaged}: row_ids do not ascend. Resume from another checkpoint.")
+        if len(row_ids) and not 0 <= int(row_ids[0]) <= int(row_ids[-1]) < self.table.num_rows:
+            raise ValueError(
+                f"The checkpoint holds the state of rows {int(row_ids[0])} to {int(row_ids[-1])} of {self.name}, which "
+                f"has {self.table.num_rows} rows: it is of another table. Resume from a checkpoint of this run."
+            )
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict) -> None:
+        """Load what `state_dict` has returned.
+
+        Raises:
+            ValueError: as `checked`.
+        """
+        saved = self.checked(saved)
+        row_ids = saved["row_ids"].cpu()
+        if self.saves_rows:
+            for part, rows in _pieces(row_ids, saved["rows"]):
+                self.table.write_rows(part.to(self.table.home), rows.to(self.table.home, self.table.dtype))
         was_used, self.steps = self.steps > 0, saved["steps"]
-        for key, tensor in self.stores.items():
+        for name, store in self.stores.items():
             if was_used:
-                tensor.zero_()
-            tensor.index_copy_(0, keys.to(tensor.device), saved["state"][key].to(tensor.device, tensor.dtype))
+                store.zero_()
+            for part, values in _pieces(row_ids, saved[name]):
+                store.index_copy_(0, part.to(store.device), values.to(store.device, store.dtype))
 
 
-def _gather(tensor: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(n, ...) where the keys are."""
-    return tensor.index_select(0, keys.to(tensor.device)).to(keys.device, dtype)
+def _without_tuples(saved: dict) -> dict:
+    """A saved state with its tensors by their names, in the layout of the first release too."""
+    if "keys" in saved:
+        inner = saved.get("state")
+        return {**saved, **(inner if isinstance(inner, dict) else {}), "row_ids": saved["keys"]}
+    return {name: (each[0] if each else None) if isinstance(each, tuple) else each for name, each in saved.items()}
+
+
+def _pieces(row_ids: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if len(row_ids):
+        at_once = max(1, PIECE_BYTES // values[0].nbytes)
+        yield from zip(row_ids.split(at_once), values.split(at_once), strict=True)
+
+
+def _copy_out(store: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
+    """(n, ...) on the CPU."""
+    out = torch.empty((len(row_ids), *store.shape[1:]), dtype=store.dtype)
+    for part, values in _pieces(row_ids, out):
+        values.copy_(store.index_select(0, part.to(store.device)))
+    return out
+
+
+def _gather(tensor: torch.Tensor, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n, ...) where the row ids are."""
+    return tensor.index_select(0, row_ids.to(tensor.device)).to(row_ids.device, dtype)
 
 
 def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Files of a training run that nobody else sees: the copy of a table that is trained, and the state of its rows.
+"""Files of a training run: the training copy of a table on disk, and the state of its rows.
 
-They have no name, so they are gone when the process ends, however it ends. Their space is taken when they are made: a
-mapped file that finds the disk full later would kill the process.
+They have no name, so they are gone when the process ends, however it ends. Their space is reserved when they are made,
+because a mapped file that finds the disk full later kills the process.
 """
 
 import math
@@ -24,14 +24,14 @@ logger = logging.get_logger(__name__)
 
 
 class WorkFile(MappedFile):
-    """Tensors of zeros in an unnamed file; what is written to them is written to the file when memory gets short."""
+    """Tensors of zeros in an unnamed file, which the kernel writes back when memory gets short."""
 
     is_shared = True
 
     def __init__(self, folder: str | Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
         """
         Args:
-            folder: on the disk that is to hold them; made where it is missing.
+            folder: on the disk that is to hold them. It is made if it is missing.
             tensors: name to shape and type.
 
         Raises:
@@ -47,7 +47,7 @@ class WorkFile(MappedFile):
             nbytes = math.prod(shape) * dtype.itemsize
             self.places[name] = TensorPlace(dtype, shape, end, nbytes)
             end += -(-nbytes // PAGE) * PAGE
-        # Open as long as its mapping.
+        # Kept open for as long as its mapping.
         self.file = tempfile.TemporaryFile(dir=self.path, buffering=0)  # noqa: SIM115
         try:
             os.posix_fallocate(self.file.fileno(), 0, end)
@@ -60,14 +60,14 @@ class WorkFile(MappedFile):
             self.expect_random_reads(name)
 
     def was_written(self, name: str) -> bool:
-        """False: what is written is what the file holds."""
+        """False: writing to a tensor changes the file."""
         return False
 
     def fill(self, name: str, source: BlockSource) -> None:
         """Copy a tensor of another file into this one.
 
-        A page at a time: of a longer piece the kernel makes one large page, all of which counts as changed, and is
-        written to the disk, when a step changes one row in it.
+        One page is written at a time. From longer pieces the kernel makes large pages, and a step that changes one row
+        would have all of a large page written back.
         """
         start = self.places[name].start
         content = source.file.content(source.name)
@@ -84,7 +84,7 @@ class WorkFile(MappedFile):
 
 
 def open_training_copy(table: EngramTable, folder: str | Path) -> None:
-    """Give the blocks of a table that are on disk files of their own, which may be written.
+    """Copy the blocks of a table that are on disk, so that training writes to the copies.
 
     Raises:
         OSError: the disk has no room for them.

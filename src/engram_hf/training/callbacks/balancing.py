@@ -3,6 +3,8 @@
 transformers holds the bias in DeepSeek's router and never moves it. Source: arXiv 2408.15664.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
@@ -11,8 +13,8 @@ from transformers.trainer_callback import TrainerCallback
 class LossFreeBalancingCallback(TrainerCallback):
     """Moves `e_score_correction_bias` of every router by a fixed step: up for experts that saw less than the mean.
 
-    The bias decides which experts are chosen, never how their outputs are weighted. It is a buffer of the checkpoint,
-    so a resumed run goes on where it stopped. An adapter's checkpoint holds none, so models with adapters are refused.
+    The bias decides which experts are chosen, never how their outputs are weighted. It is a buffer, so a checkpoint
+    has it and a resumed run goes on with it. The checkpoint of an adapter has none, so adapters are refused.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[LossFreeBalancingCallback()])
@@ -21,21 +23,21 @@ class LossFreeBalancingCallback(TrainerCallback):
     def __init__(self, update_rate: float = 1e-3):
         """
         Args:
-            update_rate: step of the bias, in units of the router's sigmoid scores. The source's value.
+            update_rate: step of the bias, in units of the router's sigmoid scores. The default is the paper's.
         """
         if update_rate <= 0:
             raise ValueError(f"update_rate must be above 0, got {update_rate}.")
         self.update_rate = update_rate
-        # Choices since the last step, (experts,) per router.
-        self.choices: dict[nn.Module, torch.Tensor] = {}
+        # Router to how often each expert was chosen since the last step, (experts,).
+        self.choices: dict[Any, torch.Tensor] = {}
         self._hooks: list = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._remove_hooks()
         if hasattr(model, "peft_config"):
             raise ValueError(
-                "LossFreeBalancingCallback moves the bias of routers, which an adapter does not save: what is loaded "
-                "or resumed would be another model. Leave the callback out; an adapter leaves routers as they are."
+                "LossFreeBalancingCallback moves the bias of routers, which an adapter does not save: loading or "
+                "resuming would give another model. Leave the callback out; an adapter leaves routers as they are."
             )
         routers = [
             module
@@ -44,7 +46,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         ]
         if not routers:
             raise ValueError(
-                "LossFreeBalancingCallback found no router with a correction bias; this model has no experts."
+                "LossFreeBalancingCallback found no router with a correction bias, so this model has no experts. Leave "
+                "the callback out."
             )
         for router in routers:
             self.choices[router] = torch.zeros_like(router.e_score_correction_bias, dtype=torch.float32)
@@ -61,7 +64,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         for router, counts in self.choices.items():
             if args.world_size > 1:
                 torch.distributed.all_reduce(counts)
-            router.e_score_correction_bias += self.update_rate * torch.sign(counts.mean() - counts)
+            bias: Any = router.e_score_correction_bias
+            bias += self.update_rate * torch.sign(counts.mean() - counts)
             counts.zero_()
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -12,30 +12,34 @@ SHUT, OPEN = 0.05, 0.95
 
 
 class EngramGateStatisticsCallback(EngramCallback):
-    """Looks at the gates of a step now and then, and adds to the log, for each memory layer:
+    """Samples the gates of a step now and then, and reports for each memory layer:
 
     * `engram/gate_mean/layer_1`, `gate_std`, `gate_shut` and `gate_open` (shares of gates below 0.05 and above 0.95),
       over all residual streams, and for each one where there are several: `.../layer_1/stream_0`;
     * `engram/memory_share/layer_1`: the norm of what the memory adds, over that of the streams with it;
-    * in the history of the run alone, `engram/gate_histogram/layer_1`: 20 counts over [0, 1].
+    * `engram/gate_histogram/layer_1`: 20 counts over [0, 1], in the history of the run alone.
 
-    Tokens without memory (padding) are left out.
+    The console shows `engram/gate_mean`, over all layers. Tokens without memory (padding) are left out.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramGateStatisticsCallback()])
     """
 
+    on_console = ("engram/gate_mean",)
+
     def __init__(self, every: int = 10):
         """
         Args:
-            every: steps from one look to the next.
+            every: steps from one sample to the next.
         """
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}.")
         self.every = every
         self.is_looking = False
-        # Layer id to sums over the gates since the last log line.
+        # Layer id to sums over the sampled gates since the last log line.
         self._sums: dict[int, dict[str, torch.Tensor]] = {}
+        # The same of all processes, as the last log line has them.
+        self._reported: dict[int, dict[str, torch.Tensor]] = {}
         self._hooks: list = []
 
     def arguments(self):
@@ -46,7 +50,7 @@ class EngramGateStatisticsCallback(EngramCallback):
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self._remove_hooks()
         self._sums = {}
-        # Hooks stay: a compiled model does not see one that comes later.
+        # They stay for the whole run: a compiled model does not see a hook that is added later.
         self._hooks = [layer.register_forward_hook(self._look) for layer in layers.values()]
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -62,7 +66,13 @@ class EngramGateStatisticsCallback(EngramCallback):
     @torch.compiler.disable
     @torch.no_grad()
     def _add(self, layer_id: int, streams: torch.Tensor, memory: torch.Tensor, gates: torch.Tensor) -> None:
-        """Of (batch, seq, streams, hidden), what is added to it, and (batch, seq, streams)."""
+        """Add up the gates of one forward.
+
+        Args:
+            streams: (batch, seq, streams, hidden), before the memory layer.
+            memory: (batch, seq, streams, hidden), which is added to them.
+            gates: (batch, seq, streams).
+        """
         gates = gates.detach().flatten(0, 1).float()  # (tokens, streams)
         is_token = (gates > 0).float()
         histogram = torch.stack([torch.histc(own[own > 0], BINS, 0.0, 1.0) for own in gates.T])
@@ -81,12 +91,8 @@ class EngramGateStatisticsCallback(EngramCallback):
 
     def figures(self):
         figures = {}
-        if is_distributed():
-            for sums in self._sums.values():
-                for value in sums.values():
-                    torch.distributed.all_reduce(value)
-        for layer_id, sums in sorted(self._sums.items()):
-            sums = {key: value.double().cpu() for key, value in sums.items()}
+        self._reported, self._sums = self._of_all_processes(), {}
+        for layer_id, sums in self._reported.items():
             streams = len(sums["count"])
             named = {f"layer_{layer_id}": slice(None)}
             if streams > 1:
@@ -96,24 +102,36 @@ class EngramGateStatisticsCallback(EngramCallback):
                 if not count:
                     continue
                 mean = float(sums["sum"][own].sum()) / count
+                variance = float(sums["squares"][own].sum()) / count - mean**2
                 figures[f"engram/gate_mean/{name}"] = mean
-                figures[f"engram/gate_std/{name}"] = (
-                    max(float(sums["squares"][own].sum()) / count - mean**2, 0.0) ** 0.5
-                )
+                figures[f"engram/gate_std/{name}"] = max(variance, 0.0) ** 0.5
                 figures[f"engram/gate_shut/{name}"] = float(sums["shut"][own].sum()) / count
                 figures[f"engram/gate_open/{name}"] = float(sums["open"][own].sum()) / count
             added, after = sums["norms"].sqrt().tolist()
             if after:
                 figures[f"engram/memory_share/layer_{layer_id}"] = added / after
-        return figures
+        means = [value for name, value in figures.items() if name.count("/") == 2 and "gate_mean" in name]
+        return {**figures, "engram/gate_mean": sum(means) / len(means)} if means else figures
+
+    def _of_all_processes(self) -> dict[int, dict[str, torch.Tensor]]:
+        """The sums of all processes added up, float64 on the CPU; a process may have seen less layers than others."""
+        own = {i: {name: value.double().cpu() for name, value in sums.items()} for i, sums in self._sums.items()}
+        gathered = [own]
+        if is_distributed():
+            gathered = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(gathered, own)
+        total: dict[int, dict[str, torch.Tensor]] = {}
+        for sums_of_layers in gathered:
+            for layer_id, sums in sums_of_layers.items():
+                known = total.get(layer_id)
+                total[layer_id] = sums if known is None else {name: known[name] + sums[name] for name in sums}
+        return dict(sorted(total.items()))
 
     def records(self):
-        records = {
+        return {
             f"engram/gate_histogram/layer_{layer_id}": sums["histogram"].sum(0).long().tolist()
-            for layer_id, sums in sorted(self._sums.items())
+            for layer_id, sums in self._reported.items()
         }
-        self._sums = {}
-        return records
 
     def on_train_end(self, args, state, control, **kwargs):
         self._remove_hooks()

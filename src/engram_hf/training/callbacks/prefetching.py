@@ -1,4 +1,4 @@
-"""Rows on their way before the step that reads them: their numbers are known when a batch is collated.
+"""Prefetching rows from disk for the batches to come: a batch's row ids are known as soon as it is collated.
 
 The pages of the rows go into the page cache, which all processes share, so this works in the workers of a DataLoader.
 """
@@ -17,22 +17,23 @@ from transformers.utils import logging
 
 from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
+from ...modeling.ids_hashing import NgramHash
 from ...modeling.table import EngramTable
 from .reporting import EngramCallback, find_memory_layers
 
 
-# Rows of a lookup that are looked for in the page cache.
+# Rows of a lookup whose pages are looked for in the page cache.
 SAMPLED_ROWS = 128
 
 logger = logging.get_logger(__name__)
 
 
 class Column(NamedTuple):
-    """Something that lies on disk for each row of a run of rows: the rows themselves, or a part of their state.
+    """A tensor on disk with an entry for each of some consecutive rows: the rows themselves, or their state.
 
-    first, rows: numbers in the table.
+    first, rows: row id in the table of the first one, and how many they are.
     source: the tensor.
-    row_nbytes: of one row.
+    row_nbytes: bytes of one entry.
     """
 
     first: int
@@ -40,24 +41,25 @@ class Column(NamedTuple):
     source: BlockSource
     row_nbytes: int
 
-    def addresses(self, keys: np.ndarray) -> np.ndarray:
-        """Where rows lie in this process, of numbers in the table, ascending."""
-        start, end = np.searchsorted(keys, [self.first, self.first + self.rows])
+    def addresses(self, row_ids: np.ndarray) -> np.ndarray:
+        """The addresses in this process of those of the row ids, ascending, that have an entry here."""
+        start, end = np.searchsorted(row_ids, [self.first, self.first + self.rows])
         place = self.source.file.places[self.source.name]
-        return self.source.file.address + place.start + (keys[start:end] - self.first) * self.row_nbytes
+        return self.source.file.address + place.start + (row_ids[start:end] - self.first) * self.row_nbytes
 
 
 class RowPrefetcher:
-    """Asks for the rows of token ids, in any process; holds no weights."""
+    """Asks the kernel for the pages of the rows that token ids read. It works in any process and holds no weights."""
 
     def __init__(self, model: nn.Module, optimizer: Any = None):
         """
         Args:
-            model: with tables, of which those on disk matter.
-            optimizer: whose state of rows on disk is asked for too.
+            model: a model with tables; nothing happens for those that are not on disk.
+            optimizer: the optimizer of the tables, to prefetch the state of their rows too.
         """
-        base = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
-        self.ngram_hash = copy.deepcopy(base.ngram_hash).cpu()
+        whole: Any = model
+        base = whole.get_base_model().base_model if hasattr(model, "get_base_model") else whole.base_model
+        self.ngram_hash: NgramHash = copy.deepcopy(base.ngram_hash).cpu()
         updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
         self.columns: dict[int, list[Column]] = {}
@@ -67,7 +69,7 @@ class RowPrefetcher:
             self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
             self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))
         self.reader = PageReader()
-        # Bytes read by all processes that have a copy of this.
+        # Shared by all processes that have a copy of this.
         self.bytes_read = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @torch.no_grad()
@@ -77,15 +79,15 @@ class RowPrefetcher:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> None:
-        """Begin to read what a step over these tokens will read, and return; arguments as of a forward."""
+        """Begin to read what a step over these tokens will read, and return. Arguments are those of a forward."""
         if not any(self.columns.values()):
             return
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         for layer_id, row_ids in self.ngram_hash(input_ids, position_ids, mask).row_ids.items():
-            keys = np.unique((row_ids + self.first_rows[layer_id]).numpy())
+            of_table = np.unique((row_ids + self.first_rows[layer_id]).numpy())
             for column in self.columns[layer_id]:
                 file = column.source.file
-                pages = pages_of_rows(column.addresses(keys), column.row_nbytes)
+                pages = pages_of_rows(column.addresses(of_table), column.row_nbytes)
                 self.reader.in_background(partial(self._count, pages, file))
                 self.reader.read_aside(pages, file)
 
@@ -94,7 +96,7 @@ class RowPrefetcher:
 
 
 def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
-    """What a step reads from disk for a table and, where its rows are trained there, their state."""
+    """What a step reads from disk for a table: rows, and their state if they are trained there."""
     for block in table.block_records:
         if block.is_on_disk and block.source is not None:
             yield Column(block.first_row, block.num_rows, block.source, table.row_nbytes)
@@ -107,7 +109,7 @@ def sample(pages: np.ndarray) -> np.ndarray:
 
 
 class PrefetchingCollator:
-    """A collator that begins to read the rows of each batch it has made."""
+    """A collator that prefetches the rows of each batch it has made."""
 
     def __init__(self, collate: Callable, prefetcher: RowPrefetcher | None):
         self.collate, self.prefetcher = collate, prefetcher
@@ -117,36 +119,38 @@ class PrefetchingCollator:
         ids = batch.get("input_ids") if hasattr(batch, "get") else None
         if self.prefetcher is None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             return batch
-        # Ids that are none of the vocabulary are an error of the step, with the message of the model.
+        # The model raises for ids outside the vocabulary when the step comes.
         if int(ids.max()) < self.prefetcher.ngram_hash.config.vocab_size:
             self.prefetcher.prefetch(ids, batch.get("attention_mask"), batch.get("position_ids"))
         return batch
 
     def __reduce__(self):
-        # Files without a name cannot be opened by a worker that is not a fork.
+        # A worker that is not a fork cannot open files without a name.
         if self.prefetcher is not None:
             logger.warning_once(
-                "DataLoader workers that are not forks read no rows ahead: use dataloader_num_workers=0, or "
-                "torch.multiprocessing.set_start_method('fork')."
+                "Prefetching needs forked DataLoader workers; these were spawned, so they read no rows ahead. Use "
+                "dataloader_num_workers=0, or torch.multiprocessing.set_start_method('fork')."
             )
         return PrefetchingCollator, (self.collate, None)
 
 
 class EngramPrefetchCallback(EngramCallback):
-    """Reads the rows of coming batches from disk while the batches before them are trained on. Adds to the log:
+    """Reads the rows of coming batches from disk while earlier batches are trained on, and reports:
 
-    * `engram/prefetch_in_time`: share of the rows that were in memory when they were looked up;
-    * `engram/prefetch_waited_ms`: milliseconds a step spent on fetching rows from tables on disk;
-    * `engram/prefetch_bytes`: bytes that were read a step.
+    * `engram/prefetch_in_time`: share of the rows that were in memory when they were looked up (on the console too);
+    * `engram/prefetch_waited_ms`: milliseconds per step that were spent on fetching rows from tables on disk;
+    * `engram/prefetch_bytes`: bytes that were read per step.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramPrefetchCallback()])
     """
 
+    on_console = ("engram/prefetch_in_time",)
+
     def __init__(self, enabled: bool = True):
         """
         Args:
-            enabled: False only measures: the same figures without the callback's reading ahead.
+            enabled: False reports the same figures and reads nothing ahead.
         """
         self.enabled = enabled
         self._reset()
@@ -173,16 +177,16 @@ class EngramPrefetchCallback(EngramCallback):
                 layer.table.watch_lookups(lambda row_ids, columns=columns: self._watch(row_ids, columns))
                 self._watched.append(layer.table)
         if not self._watched:
-            logger.info("No table is on disk, so there is nothing to read ahead of a step.")
+            logger.info("No table is on disk, so there is nothing to prefetch.")
         elif self.enabled:
             loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
             self._wrapped = [(loader, loader.collate_fn)]
             loader.collate_fn = PrefetchingCollator(loader.collate_fn, self.prefetcher)
 
     @contextmanager
-    def _watch(self, keys: torch.Tensor, columns: list[Column]) -> Iterator[None]:
-        """Around the lookup of rows, (n,) numbers in the table, ascending."""
-        numbers = keys.cpu().numpy()
+    def _watch(self, row_ids: torch.Tensor, columns: list[Column]) -> Iterator[None]:
+        """Measure one lookup of rows, (n,) row ids in the table, ascending."""
+        numbers = row_ids.cpu().numpy()
         for column in columns:
             addresses = column.addresses(numbers)
             pages = pages_of_rows(sample(addresses), column.row_nbytes)

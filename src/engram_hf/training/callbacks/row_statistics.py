@@ -1,5 +1,6 @@
-"""Which rows a run touches: how many, how often, by which n-grams, how many n-grams share one; whether rows move."""
+"""Which rows a run looks up: how many, how often, for which n-grams, how many n-grams share one; whether rows move."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,66 +10,64 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ...counting import RowCounts, SharedRows
+from ...modeling.table import EngramTable
 from ..row_exchange import gather_padded
 from .reporting import EngramCallback, find_memory_layers, is_distributed, is_made_again
 
 
 STATISTICS_FILE = "row_statistics.safetensors"
-# Rows whose norms and moves are looked at.
+# Rows whose norms and moves are measured.
 SAMPLED_ROWS = 1024
-# Distinct n-grams of an order that collisions are counted among; more would take memory.
-COUNTED_NGRAMS = 2**16
 HOTTEST = 8
-# Odd, so that multiplying by them loses nothing.
-MIXERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB, 0x2545F4914F6CDD1D, 0x4F1BBCDCBFA53E0B)
+# A table that moves by less than this share beside a common shrinking has been moved by weight decay alone.
+LEAST_MOVE = 0.02
 
 logger = logging.get_logger(__name__)
 
 
 class LayerStatistics:
-    """Of one memory layer. counts: (rows of the table,) int32, how often each row was looked up."""
+    """What is known of the rows of one memory layer."""
 
-    def __init__(self, layer: Any, name: str):
-        self.table, self.name = layer.table, name
-        self.head_rows, self.first_rows = self.table.head_rows.cpu(), self.table.first_rows_of_heads.cpu()
-        self.heads_of_order = len(self.head_rows) // (layer.max_ngram_size - 1)
-        self.counts = torch.zeros(self.table.num_rows, dtype=torch.int32)
-        self.touched = torch.zeros(self.table.num_rows, dtype=torch.bool)
-        # Per order: a number for each distinct n-gram, (n,), and the rows it reads, (n, heads per order).
-        self.ngrams: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # The last batch that was looked at: row numbers, (tokens, heads), and compressed ids, (tokens, N),
-        # the token itself last.
-        self.keys = self.last_ngrams = torch.zeros(0, 0, dtype=torch.int64)
-        # Rows that had a gradient first, and what they were at the beginning and before this step.
+    def __init__(self, table: EngramTable, max_ngram_size: int, name: str):
+        self.table, self.name = table, name
+        rows_of_heads = table.head_rows.cpu()
+        self.rows, self.shared = RowCounts(rows_of_heads), SharedRows(rows_of_heads, max_ngram_size)
+        # Of all processes.
+        self.touched = torch.zeros(table.num_rows, dtype=torch.bool)
+        # The last batch that was sampled: row ids, (tokens, heads), and the ids that are hashed, (tokens, N), the
+        # token's own last.
+        self.last_row_ids = self.last_ngrams = torch.zeros(0, 0, dtype=torch.int64)
+        # The first rows that had a gradient, and what they were at the beginning of the run and before this step.
         self.watched = torch.zeros(0, dtype=torch.int64)
         self.first_values = self.values_before = torch.zeros(0, 0)
         self.update_norms = torch.zeros(0)
 
     def count(self, row_ids: torch.Tensor, has_memory: torch.Tensor) -> torch.Tensor:
-        """(batch, seq, heads) to the numbers in the table, (tokens, heads); of the tokens that have a memory."""
-        keys = row_ids.detach().cpu()[has_memory] + self.first_rows
-        flat = keys.flatten()
-        self.counts.index_add_(0, flat, torch.ones(len(flat), dtype=torch.int32))
-        return keys
+        """Count the lookups of a forward.
 
-    def look(self, keys: torch.Tensor, ngrams: torch.Tensor) -> None:
-        """Remember the n-grams of a batch, (tokens, N), and what its rows are before the step."""
-        self.keys, self.last_ngrams = keys, ngrams
-        for order in range(2, self.last_ngrams.shape[1] + 1):
-            mixers = torch.tensor([MIXERS[i % len(MIXERS)] for i in range(order)])
-            mixed = (self.last_ngrams[:, -order:] * mixers).sum(-1)
-            start = (order - 2) * self.heads_of_order
-            rows = keys[:, start : start + self.heads_of_order]
-            if order in self.ngrams:
-                known, known_rows = self.ngrams[order]
-                if len(known) >= COUNTED_NGRAMS:
-                    continue
-                mixed, rows = torch.cat([known, mixed]), torch.cat([known_rows, rows])
-            distinct, back = mixed.unique(return_inverse=True)
-            first = torch.full((len(distinct),), len(mixed)).scatter_reduce(0, back, torch.arange(len(mixed)), "amin")
-            self.ngrams[order] = distinct, rows[first]
+        Args:
+            row_ids: (batch, seq, heads), rows in their head.
+            has_memory: (batch, seq) bool.
+
+        Returns:
+            (tokens with a memory, heads), rows in the table.
+        """
+        of_table = row_ids.detach().cpu()[has_memory] + self.rows.first_rows
+        self.rows.add(of_table)
+        return of_table
+
+    def sample(self, row_ids: torch.Tensor, ngrams: torch.Tensor) -> None:
+        """Remember the n-grams of a batch, and the values of some rows before the step.
+
+        Args:
+            row_ids: (tokens, heads), rows in the table.
+            ngrams: (tokens, N), the ids that are hashed.
+        """
+        self.last_row_ids, self.last_ngrams = row_ids, ngrams
+        self.shared.add(row_ids, ngrams)
         if not len(self.watched):
-            touched = keys.unique()
+            touched = row_ids.unique()
             self.watched = touched[:: max(1, len(touched) // SAMPLED_ROWS)].contiguous()
             self.first_values = self.read_watched()
         self.values_before = self.read_watched()
@@ -77,65 +76,69 @@ class LayerStatistics:
         """(rows, width) float32."""
         return self.table.gather_rows(self.watched.to(self.table.home)).float().cpu()
 
-    def follow_step(self) -> None:
+    def measure_step(self) -> None:
+        """Measure how far the watched rows moved since `sample`."""
         if len(self.values_before):
             self.update_norms = (self.read_watched() - self.values_before).norm(dim=-1)
             self.values_before = torch.zeros(0, 0)
 
-    def heads_of(self, keys: torch.Tensor) -> torch.Tensor:
-        return torch.searchsorted(self.first_rows, keys, right=True) - 1
-
-    def collisions(self) -> tuple[float, float]:
-        """Distinct n-grams per row that they read, and what a perfect hash would have."""
-        measured, expected = [], []
-        for order, (distinct, rows) in self.ngrams.items():
-            for head in range(rows.shape[1]):
-                size = int(self.head_rows[(order - 2) * self.heads_of_order + head])
-                measured.append(len(distinct) / len(rows[:, head].unique()))
-                expected.append(len(distinct) / (size * (1 - (1 - 1 / size) ** len(distinct))))
-        return sum(measured) / len(measured), sum(expected) / len(expected)
-
     def per_head(self, values: torch.Tensor) -> list[float]:
         """Mean over the watched rows of each head; NaN for a head without any."""
-        heads = self.heads_of(self.watched)
-        return [float(values[heads == head].mean()) for head in range(len(self.head_rows))]
+        heads = self.rows.heads_of(self.watched)
+        return [float(values[heads == head].mean()) for head in range(len(self.rows.first_rows))]
 
     def hottest(self) -> list[tuple[int, int, list[int]]]:
-        """Row number, count, and the compressed ids of an n-gram of the last batch that reads it, if one does."""
+        """Row id, count, and an n-gram of the last sampled batch that reads the row, if there is one."""
         found = []
-        for key in self.counts.topk(min(HOTTEST, len(self.counts))).indices.tolist():
-            order = int(self.heads_of(torch.tensor([key]))) // self.heads_of_order + 2
-            where = (self.keys == key).any(-1).nonzero()
-            ngram = self.last_ngrams[where[0, 0], -order:].tolist() if len(where) else []
-            found.append((key, int(self.counts[key]), ngram))
+        for row_id, count in self.rows.hottest(HOTTEST):
+            order = self.shared.order_of(int(self.rows.heads_of(torch.tensor(row_id))))
+            where = (self.last_row_ids == row_id).any(-1).nonzero()
+            found.append((row_id, count, self.last_ngrams[where[0, 0], -order:].tolist() if len(where) else []))
         return found
 
     def share_touched(self) -> float:
-        """Of all rows, by all processes: each sends the numbers of those that are new since the last time."""
-        new = ((self.counts > 0) & ~self.touched).nonzero().flatten()
+        """Share of all rows that any process has looked up. A process sends the rows that are new since last time."""
+        new = (self.rows.touched() & ~self.touched).nonzero().flatten()
         if is_distributed():
-            new = torch.cat(gather_padded(new.to(self.table.home))).cpu()
+            new = torch.cat(gather_padded(new))
         self.touched[new] = True
         return int(self.touched.count_nonzero()) / len(self.touched)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a resumed run goes on from."""
-        ngrams = {f"ngrams.{order}": ids for order, (ids, _) in self.ngrams.items()}
-        rows = {f"rows.{order}": rows.contiguous() for order, (_, rows) in self.ngrams.items()}
-        fixed = {
-            "counts": self.counts,
+        return {
+            "counts": self.rows.counts,
             "touched": self.touched,
-            "watched": self.watched.contiguous(),
+            "watched": self.watched,
             "first_values": self.first_values,
+            **{f"ngrams.{order}": ngrams for order, ngrams in self.shared.ngrams.items()},
+            **{f"rows.{order}": rows for order, rows in self.shared.rows.items()},
         }
-        return {**fixed, **ngrams, **rows}
 
     def take_up(self, saved: dict[str, torch.Tensor]) -> None:
-        self.counts.copy_(saved["counts"])
+        """Go on from what `tensors` returned.
+
+        Raises:
+            ValueError, KeyError: it is of another table, or damaged.
+        """
+        orders = [int(name.removeprefix("ngrams.")) for name in saved if name.startswith("ngrams.")]
+        watched, rows = saved["watched"], {order: saved[f"rows.{order}"] for order in orders}
+        ngrams = {order: saved[f"ngrams.{order}"] for order in orders}
+        of_table = [watched, *(rows[order] for order in orders)]
+        is_fit = (
+            saved["counts"].shape == saved["touched"].shape == self.touched.shape
+            and (saved["counts"].dtype, saved["touched"].dtype) == (torch.int32, torch.bool)
+            and all(each.dtype == torch.int64 for each in [*of_table, *ngrams.values()])
+            and all(not each.numel() or 0 <= each.min() <= each.max() < self.table.num_rows for each in of_table)
+            and saved["first_values"].shape[0] == len(watched)
+            and all(rows[order].shape == (len(ngrams[order]), self.shared.heads_of_order) for order in orders)
+        )
+        if not is_fit:
+            raise ValueError(f"its counts do not fit {self.name}")
+        self.rows.counts.copy_(saved["counts"])
         self.touched.copy_(saved["touched"])
-        self.watched, self.first_values = saved["watched"], saved["first_values"]
-        orders = [int(key.removeprefix("ngrams.")) for key in saved if key.startswith("ngrams.")]
-        self.ngrams = {order: (saved[f"ngrams.{order}"], saved[f"rows.{order}"]) for order in orders}
+        self.watched, self.first_values = watched, saved["first_values"]
+        self.shared.ngrams, self.shared.rows = ngrams, rows
 
     def movement(self) -> str | None:
         """What is wrong with how the watched rows moved since the beginning; None for nothing."""
@@ -145,32 +148,35 @@ class LayerStatistics:
         if torch.equal(then, now):
             return "did not move"
         scale = (then * now).sum() / then.square().sum().clamp_min(1e-30)
-        # What remains of the movement beside a common shrinking.
-        if scale < 1 and (now - scale * then).norm() < 0.02 * (now - then).norm():
+        if scale < 1 and (now - scale * then).norm() < LEAST_MOVE * (now - then).norm():
             return "moved only by weight decay"
         return None
 
 
 class EngramRowStatisticsCallback(EngramCallback):
-    """Counts the rows that a run looks up for tokens, not for padding, and adds to the log, for each memory layer:
+    """Counts the rows that a run looks up for tokens, not for padding, and reports for each memory layer:
 
-    * `engram/rows_touched/layer_1` and `engram/rows_never_touched/layer_1`: shares of the table's rows, of all
-      processes (what follows is of the first one);
-    * `engram/ngrams_per_row/layer_1`: distinct n-grams per row that they read, among those looked at, and
+    * `engram/rows_touched/layer_1` and `engram/rows_never_touched/layer_1`: shares of the table's rows, by all
+      processes (the other figures are those of the first process);
+    * `engram/ngrams_per_row/layer_1`: distinct n-grams per row that they read, in the sampled steps, and
       `engram/ngrams_per_row_perfect_hash/layer_1`, what it would be if rows were drawn at random;
-    * `engram/row_norm/layer_1` and `engram/row_update_norm/layer_1`: means over a sample of rows, at the last look;
-    * in the history of the run alone, the same norms per head (`.../per_head`), and `engram/hottest_rows/layer_1`.
+    * `engram/row_norm/layer_1` and `engram/row_update_norm/layer_1`: means over a sample of rows, at the last sample;
+    * the same norms per head (`.../per_head`) and `engram/hottest_rows/layer_1`, in the history of the run alone.
 
-    At the end of a run it warns of tables that can be trained and did not move, or moved only by weight decay.
+    The console shows `engram/rows_touched`, of all tables. At the end of a run it warns of tables that can be trained
+    and did not move, or moved only by weight decay. The counts are saved with every checkpoint
+    (`row_statistics.safetensors`), so that a resumed run goes on counting.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramRowStatisticsCallback()])
     """
 
+    on_console = ("engram/rows_touched",)
+
     def __init__(self, every: int = 10):
         """
         Args:
-            every: steps from one look at n-grams and norms to the next; rows are counted in every step.
+            every: steps from one sample of n-grams and norms to the next. Rows are counted in every step.
         """
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}.")
@@ -193,9 +199,11 @@ class EngramRowStatisticsCallback(EngramCallback):
         maps = [m.token_map for m in model.modules() if isinstance(getattr(m, "token_map", None), torch.Tensor)]
         self._token_map = maps[0].cpu() if maps else None
         names = {id(module): name for name, module in model.named_modules()}
-        self.layers = {i: LayerStatistics(layer, names[id(layer.table)]) for i, layer in layers.items()}
+        self.layers = {
+            i: LayerStatistics(layer.table, layer.max_ngram_size, names[id(layer.table)]) for i, layer in layers.items()
+        }
         if state.global_step:
-            # Of the run that is resumed; its own folder where that was moved.
+            # The folder that is resumed, or this run's own where that one was moved.
             folders = [Path(self.saved_in), self._checkpoint_folder()]
             self._load(next((f for f in folders if (f / STATISTICS_FILE).exists()), folders[-1]) / STATISTICS_FILE)
         self._hooks = [layer.register_forward_pre_hook(self._look, with_kwargs=True) for layer in layers.values()]
@@ -209,31 +217,32 @@ class EngramRowStatisticsCallback(EngramCallback):
             return
         statistics = self.layers[layer.layer_idx]
         context = inputs[2]
-        has_memory = (context.reach >= 0).cpu()  # not so padding
-        keys = statistics.count(inputs[1], has_memory)
+        has_memory = (context.reach >= 0).cpu()  # padding has none
+        row_ids = statistics.count(inputs[1], has_memory)
         if self.is_looking:
-            statistics.look(keys, context.ngrams.cpu().transpose(1, 2)[has_memory])
+            statistics.sample(row_ids, context.ngrams.cpu().transpose(1, 2)[has_memory])
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_looking:
             for statistics in self.layers.values():
-                statistics.follow_step()
+                statistics.measure_step()
         self.is_looking = False
 
     def figures(self):
-        figures = {}
+        figures, touched, rows = {}, 0.0, 0
         for layer_id, own in self.layers.items():
-            touched = own.share_touched()
-            figures[f"engram/rows_touched/layer_{layer_id}"] = touched
-            figures[f"engram/rows_never_touched/layer_{layer_id}"] = 1 - touched
-            if own.ngrams:
-                measured, perfect = own.collisions()
+            share = own.share_touched()
+            touched, rows = touched + share * own.table.num_rows, rows + own.table.num_rows
+            figures[f"engram/rows_touched/layer_{layer_id}"] = share
+            figures[f"engram/rows_never_touched/layer_{layer_id}"] = 1 - share
+            if own.shared.ngrams:
+                measured, perfect = own.shared.ngrams_per_row()
                 figures[f"engram/ngrams_per_row/layer_{layer_id}"] = measured
                 figures[f"engram/ngrams_per_row_perfect_hash/layer_{layer_id}"] = perfect
             if len(own.update_norms):
                 figures[f"engram/row_norm/layer_{layer_id}"] = float(own.read_watched().norm(dim=-1).mean())
                 figures[f"engram/row_update_norm/layer_{layer_id}"] = float(own.update_norms.mean())
-        return figures
+        return {**figures, "engram/rows_touched": touched / rows} if rows else figures
 
     def records(self):
         records: dict[str, Any] = {}
@@ -248,7 +257,7 @@ class EngramRowStatisticsCallback(EngramCallback):
         return records
 
     def _text(self, ngram: list[int]) -> str | list[int]:
-        """An n-gram of compressed ids as text, where there is a tokenizer: of each the first id that becomes it."""
+        """An n-gram as text, where there is a tokenizer. Of tokens that share an id in the hash, the first is shown."""
         if not hasattr(self._tokenizer, "decode") or not ngram or min(ngram) < 0:
             return ngram
         if self._token_map is None:
@@ -256,14 +265,23 @@ class EngramRowStatisticsCallback(EngramCallback):
         return self._tokenizer.decode([int((self._token_map == token).nonzero()[0]) for token in ngram])
 
     def attributes(self):
-        # Before Trainer writes the marker of a checkpoint, so that this file is there where the marker is.
-        if self.layers and self._run is not None and (folder := self._checkpoint_folder()).is_dir():
-            tensors = {f"{i}.{key}": value for i, own in self.layers.items() for key, value in own.tensors().items()}
-            save_file(tensors, folder / STATISTICS_FILE)
-            return {"saved_in": str(folder.absolute())}
-        return {}
+        return {"saved_in": str(self._checkpoint_folder().absolute())} if self.layers else {}
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = self._checkpoint_folder()
+        if not args.should_save or not folder.is_dir():
+            return
+        tensors = {f"{i}.{name}": value for i, own in self.layers.items() for name, value in own.tensors().items()}
+        unfinished = folder / f"{STATISTICS_FILE}.unfinished"
+        try:
+            save_file(tensors, unfinished)
+        except SafetensorError as error:
+            raise OSError(f"{unfinished} cannot be written ({error}). Make room on the disk.") from error
+        os.replace(unfinished, folder / STATISTICS_FILE)
 
     def _checkpoint_folder(self) -> Path:
+        if self._run is None:
+            raise RuntimeError("Rows are counted from on_train_begin on; this run has not begun.")
         args, state = self._run
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
@@ -273,15 +291,15 @@ class EngramRowStatisticsCallback(EngramCallback):
             for layer_id, own in self.layers.items():
                 start = f"{layer_id}."
                 own.take_up({k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)})
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            logger.warning(f"Rows are counted from 0 again: {path} does not hold this run's statistics ({error}).")
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            logger.warning(f"Rows are counted from 0 again: {path} does not hold the statistics of this run ({error}).")
 
     def on_train_end(self, args, state, control, **kwargs):
         for own in self.layers.values():
             wrong = own.movement() if own.table.is_trainable else None
             if wrong is not None:
                 logger.warning(
-                    f"{own.name} can be trained, and {wrong} in this run. Look whether gradients reach it, or freeze "
+                    f"{own.name} can be trained, but it {wrong} in this run. Check that gradients reach it, or freeze "
                     "it: table.requires_grad_(False)."
                 )
         self._remove_hooks()
