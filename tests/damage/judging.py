@@ -157,7 +157,11 @@ def command(*arguments) -> str:
 def resumed(folder: Path) -> str:
     """The state of an optimizer after it has loaded that of a checkpoint."""
     optimizer = fresh_optimizer(folder)
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Trainer reads the file with torch.load, which words its own errors.
+        raise OSError(f"optimizer.pt cannot be read: {error}") from error
     optimizer.load_state_dict(state)
     return _digest_of(optimizer.state_dict())
 

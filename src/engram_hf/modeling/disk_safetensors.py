@@ -211,7 +211,7 @@ def read_index(index: str | Path) -> dict[str, Any]:
 
 
 def _check_index(content: Mapping[str, Any]) -> None:
-    weight_map, metadata = content.get("weight_map"), content.get("metadata")
+    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
     if not isinstance(weight_map, dict):
         raise ValueError(f"its weight_map must map tensors to files, got {_short(weight_map)}.")
     for tensor, name in weight_map.items():
