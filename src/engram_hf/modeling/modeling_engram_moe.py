@@ -87,29 +87,25 @@ def find_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     return past_key_values
 
 
+@auto_docstring(custom_intro="`MoeModelOutputWithPast` with the gates of the memory.")
 @dataclass
 class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
     r"""
-    [`MoeModelOutputWithPast`] with the gates of the memory.
-
-    Args:
-        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
-            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
-            enters each residual stream, in [0, 1].
+    engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+        One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+        enters each residual stream, in [0, 1].
     """
 
     engram_gates: tuple[torch.FloatTensor, ...] | None = None
 
 
+@auto_docstring(custom_intro="`MoeCausalLMOutputWithPast` with the gates of the memory.")
 @dataclass
 class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
-    [`MoeCausalLMOutputWithPast`] with the gates of the memory.
-
-    Args:
-        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
-            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
-            enters each residual stream, in [0, 1].
+    engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+        One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+        enters each residual stream, in [0, 1].
     """
 
     engram_gates: tuple[torch.FloatTensor, ...] | None = None

@@ -273,6 +273,6 @@ def errors_of_the_backbone() -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"The backbone's part in optimizer.pt of the checkpoint is another one, or damaged ({error!r}). Resume with "
-            "the same backbone= of engram_optimizers and the same optim, or from another checkpoint."
+            f"The backbone's part in optimizer.pt of the checkpoint is another one, or damaged ({error!r}). Resume "
+            "with the same backbone= of engram_optimizers and the same optim, or from another checkpoint."
         ) from error
