@@ -281,10 +281,11 @@ def check_model(
         dtype, needed_dtype = found[name].dtype, wanted[name].dtype
         is_float = dtype is not None and dtype.is_floating_point
         if dtype != needed_dtype and not (is_float and needed_dtype.is_floating_point):
+            got = found[name].type_name if dtype is None else _type_name(dtype)
+            needed_type = "of a floating type" if needed_dtype.is_floating_point else _type_name(needed_dtype)
             raise ValueError(
-                f"{full_names[name]} of {where} is {found[name].type_name if dtype is None else _type_name(dtype)}, and "
-                f"must be {'of a floating type' if needed_dtype.is_floating_point else _type_name(needed_dtype)}. "
-                "The checkpoint is damaged, or quantized by a tool that left no quantization_config; load the original."
+                f"{full_names[name]} of {where} is {got}, and must be {needed_type}. The checkpoint is damaged, or "
+                "quantized by a tool that left no quantization_config; load the original."
             )
 
 
@@ -306,9 +307,9 @@ def check_saved_config(config, checkpoint: Checkpoint) -> None:
     for name, saved in checkpoint.metadata.get("config", {}).items():
         if getattr(config, name, None) != saved:
             raise ValueError(
-                f"config.json of {checkpoint.where} says {name} = {shorten(getattr(config, name, None))}, and the model "
-                f"was saved with {shorten(saved)}, as its index has it. Copy config.json again; if it was changed on "
-                "purpose, load the model and save it once with save_pretrained."
+                f"config.json of {checkpoint.where} says {name} = {shorten(getattr(config, name, None))}, and its "
+                f"index says that the model was saved with {shorten(saved)}. Copy config.json again. If it was changed "
+                "on purpose, load the model and save it once with save_pretrained."
             )
 
 
