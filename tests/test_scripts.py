@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,11 +121,11 @@ def test_finetuning_into_the_folder_of_another_model_is_refused(run, model, text
         run("finetune.py", model, "--dataset", text, "--output", tmp_path / "other", *more)
 
 
-def test_a_run_that_has_all_its_steps_is_not_trained_on(run, model, tmp_path):
+def test_a_run_that_has_all_its_steps_is_not_trained_on(run, model, text, tmp_path):
     checkpoint = tmp_path / "mine" / "checkpoint-3"
-    checkpoint.mkdir(parents=True)
+    shutil.copytree(model, checkpoint)
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
-    arguments = ["--dataset", "notes.txt", "--output", tmp_path / "mine", "--resume", "--steps", 3]
+    arguments = ["--dataset", text, "--output", tmp_path / "mine", "--resume", "--steps", 3]
     with pytest.raises(SystemExit, match="checkpoint-3 has all of --steps 3"):
         run("finetune.py", model, *arguments)
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from engram_hf import RowSGD, engram_optimizers
 from engram_hf.modeling.table import EngramTable
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.training.row_exchange import exchange_rows
 from engram_hf.training.row_updates import RowUpdates
 
 
@@ -133,15 +132,3 @@ def test_a_step_of_a_million_rows_takes_little_more_than_its_gradients():
     # The gradients have 2 GB. All rows at once would take ten times as much; a part of them has 0.3 GB.
     assert torch.cuda.max_memory_allocated() - before < 10 * 2**30
     assert torch.equal(table.blocks[0][:1_000_000].amax(), torch.tensor(-1.0, device="cuda"))
-
-
-@needs_gpu
-def test_rows_pass_through_nccl(tmp_path):
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        for device in ("cuda", "cpu"):
-            ids, gradients = torch.arange(5, device=device), torch.randn(5, 8, device=device)
-            found_ids, found = exchange_rows(ids, gradients)
-            assert torch.equal(found_ids.cpu(), ids.cpu()) and torch.equal(found.cpu(), gradients.cpu())
-    finally:
-        torch.distributed.destroy_process_group()

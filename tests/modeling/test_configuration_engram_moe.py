@@ -68,7 +68,7 @@ def test_a_config_survives_saving(tmp_path):
         ({"engram_seed": -1}, "engram_seed must lie in .0, .*got -1"),
         ({"engram_kernel_size": -1}, "engram_kernel_size must lie in .0, 256."),
         ({"hc_sinkhorn_iters": 0}, "hc_sinkhorn_iters must lie in .1, .*got 0"),
-        ({"hc_eps": -1.0}, "hc_eps must be above 0, got -1.0"),
+        ({"hc_eps": -1.0}, "hc_eps must be above 0 and at most 1, got -1.0"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be above 0"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace must lie in .0, .*got -1"),
         ({"kv_lora_rank": 0}, "kv_lora_rank must lie in .1, .*got 0"),

@@ -269,7 +269,7 @@ def test_a_truncated_or_missing_or_garbled_file_is_an_error_when_loading(tmp_pat
             (
                 lambda path: path.write_bytes((64).to_bytes(8, "little") + b"{" * 64),
                 ValueError,
-                "header cannot be read",
+                "header is damaged",
             ),
             (lambda path: path.unlink(), FileNotFoundError, "does not exist. Download the checkpoint again"),
         ]

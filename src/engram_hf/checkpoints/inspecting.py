@@ -103,6 +103,12 @@ def inspect_checkpoint(
     tables = _tables(parts[-1], config)
     in_tables = sum(table.nbytes for table in tables)
     beside = [name for name in parts[0].places if not is_of_table(name)]
+    if config.architectures and not beside:
+        # A repository of tables alone has a config without classes.
+        raise ValueError(
+            f"config.json of {where} is that of a whole model ({config.architectures[0]}), and its files hold no tensor "
+            "of the backbone. Load weights and config of one checkpoint; download or copy it again."
+        )
     return Inspection(
         where=where,
         tables=tables,

@@ -207,6 +207,7 @@ def read_index(index: str | Path) -> dict[str, Any]:
         _check_index(content)
     except ValueError as error:
         raise ValueError(f"{index} is damaged: {error} Download or copy it again.") from error
+    content.setdefault("metadata", {})
     return content
 
 
