@@ -271,7 +271,7 @@ def test_a_truncated_or_missing_or_garbled_file_is_an_error_when_loading(tmp_pat
                 ValueError,
                 "header is damaged",
             ),
-            (lambda path: path.unlink(), FileNotFoundError, "does not exist. Download the checkpoint again"),
+            (lambda path: path.unlink(), FileNotFoundError, "does not exist, or is not a file"),
         ]
     ):
         for pattern in ("tables-layer-02*", "model-0*"):

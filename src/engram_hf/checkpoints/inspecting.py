@@ -106,8 +106,8 @@ def inspect_checkpoint(
     if config.architectures and not beside:
         # A repository of tables alone has a config without classes.
         raise ValueError(
-            f"config.json of {where} is that of a whole model ({config.architectures[0]}), and its files hold no tensor "
-            "of the backbone. Load weights and config of one checkpoint; download or copy it again."
+            f"config.json of {where} is that of a whole model ({config.architectures[0]}), and its files hold no "
+            "tensor of the backbone. Load weights and config of one checkpoint; download or copy it again."
         )
     return Inspection(
         where=where,
