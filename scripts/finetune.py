@@ -30,6 +30,7 @@ from engram_hf import (
     last_complete_checkpoint,
     lora_config,
     plot_training,
+    report_to_trackers,
 )
 
 
@@ -155,6 +156,8 @@ def make_trainer(arguments: argparse.Namespace, model, base, tokenizer) -> Train
         optimizer_cls_and_kwargs=rows,
     )
     show_one_line(trainer)
+    if arguments.report_to:
+        report_to_trackers(trainer)
     return trainer
 
 

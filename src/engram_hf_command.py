@@ -122,7 +122,7 @@ def plan(
     the model does not fit.
     """
     with sentences(as_json):
-        limits = _from_json("--max-memory", max_memory)
+        limits: dict[Any, Any] | None = _from_json("--max-memory", max_memory)
         places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"--bandwidth must be above 0, got {bandwidth}.")
@@ -131,10 +131,10 @@ def plan(
 
         config = config_of(model)
         type_of_backbone = dtype or ("bfloat16" if model in PRESETS else None)
-        if limits is not None:
-            limits = {int(key) if key.isdigit() else key: value for key, value in limits.items()}
+        by_device = None if limits is None else _by_device(limits)
+        if by_device is not None:
             places = places or "auto"
-        estimate = estimate_memory(config, places, type_of_backbone, limits, batch_size, seq_length)
+        estimate = estimate_memory(config, places, type_of_backbone, by_device, batch_size, seq_length)
         parameters = count_parameters(config)
         if as_json:
             typer.echo(json.dumps(plan_as_dict(estimate, parameters), indent=2))
@@ -142,6 +142,11 @@ def plan(
             show_plan(model, estimate, parameters, batch_size * seq_length, Rates(bandwidth, disk_reads))
         if estimate.lacking:
             raise typer.Exit(1)
+
+
+def _by_device(limits: dict[str, Any]) -> dict[int | str, Any]:
+    """JSON has no numbers as keys: "0" is the first accelerator."""
+    return {int(key) if key.isdigit() else key: value for key, value in limits.items()}
 
 
 def _from_json(option: str, text: str | None) -> dict[str, Any] | None:

@@ -60,6 +60,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draw every parameter so that each one matters: no zeros, no ones, a memory as loud as the rest."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if ".row_gradients." in name:
+            # Stands for gradients, and is no weight.
+            continue
         if not parameter.is_floating_point():
             rows = 0.5 * torch.randn(parameter.shape[0], model.config.engram_head_dim, generator=generator)
             parameter.copy_(quantize_rows(rows, model.config.engram_table_dtype))

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from engram_hf import CardFacts, EngramMoEConfig, gather_facts, read_facts, render_card
-from engram_hf.modeling.configuration_engram_moe import PRESETS
+from engram_hf.hub.card_facts import PAPER_PRESETS
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "hub_cards"
@@ -40,7 +40,7 @@ def take_demo(folder: Path) -> None:
 def rendered_cards() -> dict[str, str]:
     """Name of each file to its content."""
     demo = CardFacts.from_dict(json.loads((FOLDER / f"{DEMO}.json").read_text()))
-    presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PRESETS]
+    presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PAPER_PRESETS]
     return {f"{facts.name}.md": render_card(facts) for facts in (demo, *presets)}
 
 

@@ -1,6 +1,7 @@
 """Engram memory for Hugging Face Transformers.
 
-Importing the package registers EngramMoE with the Auto classes, and does nothing else.
+Importing the package registers EngramMoE with transformers' Auto classes, and does nothing else. Nearly all of its time
+is that of importing torch and transformers, which registration needs; the command is therefore outside the package.
 """
 
 from transformers import (

@@ -41,7 +41,7 @@ def test_what_is_not_on_the_hub_is_said(hub, found):
     for name, revision, message in [
         ("user/nothere", None, "user/nothere is no folder, and no repository"),
         ("user/tiny", "nobranch", "user/tiny has no revision 'nobranch'"),
-        ("output/not/there", None, "not the name of a repository"),
+        ("output/not/there", None, "is no folder, no repository"),
     ]:
         with pytest.raises(FileNotFoundError, match=message):
             inspect_checkpoint(name, revision)

@@ -175,7 +175,7 @@ def test_a_repository_that_is_not_here_is_said_to_be_so(hub, folder):
 
 def test_a_config_that_cannot_be_one(folder):
     change_config(folder, model_type="llama")
-    with pytest.raises(ValueError, match="is a 'llama', and no engram_moe"):
+    with pytest.raises(ValueError, match="is that of another model: model_type is 'llama'"):
         verify_tables(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(OSError, match="config.json' is not a valid JSON"):

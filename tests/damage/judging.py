@@ -99,9 +99,10 @@ def words_of(base: Base) -> set[str]:
     """Names that a sound checkpoint consists of: files, tensors, and fields of its config."""
     words = {path.name for path in base.root.glob("**/*") if path.is_file()}
     for path in base.root.glob("**/*.index.json"):
-        words |= {part for name in read_json(path)["weight_map"] for part in (name, name.removeprefix("model."))}
+        names = {part for name in read_json(path)["weight_map"] for part in (name, name.removeprefix("model."))}
+        words |= names | {name.partition(f".{part}.")[0] for name in names for part in ("blocks", "changed")}
     words |= set(read_json(base.folder / "config.json"))
-    words |= {"sha256", "weight_map", "metadata", "total_size", "engram_fingerprint", "row_optimizer"}
+    words |= {"sha256", "weight_map", "metadata", "total_size", "changed_rows", "engram_fingerprint"}
     return words - COMMON_WORDS
 
 
@@ -156,7 +157,11 @@ def command(*arguments) -> str:
 def resumed(folder: Path) -> str:
     """The state of an optimizer after it has loaded that of a checkpoint."""
     optimizer = fresh_optimizer(folder)
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Trainer reads the file with torch.load, which words its own errors.
+        raise OSError(f"optimizer.pt cannot be read: {error}") from error
     optimizer.load_state_dict(state)
     return _digest_of(optimizer.state_dict())
 

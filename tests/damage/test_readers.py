@@ -9,8 +9,9 @@ import subprocess
 
 import pytest
 import torch
-from damaged_bases import Base, write_anew
+from damaged_bases import Base, read_json, write_anew
 from damaging import header_of_weights
+from judging import numbers_of
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
@@ -295,3 +296,25 @@ def test_inspecting_verifying_and_loading_agree_on_a_sound_checkpoint(checkpoint
     model = EngramMoEForCausalLM.from_pretrained(checkpoint)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert model(tiny_ids(1, 5)).logits.isfinite().all()
+
+
+def test_a_config_that_was_changed_is_refused_by_verifying_wherever_it_changes_a_result(copy):
+    content = read_json(copy / "config.json")
+    expected = numbers_of(copy)
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "hidden_act": "relu"}
+    noticed = set()
+    for name, value in content.items():
+        others = {bool: [True, False], int: [1, -1], float: [0.7]}.get(type(value), [])
+        others = [changes[name]] if name in changes else [value ^ o if type(o) is bool else value + o for o in others]
+        for other in others:
+            write_anew(copy / "config.json", json.dumps({**content, name: other}))
+            try:
+                is_same = numbers_of(copy) == expected
+            except ValueError:
+                is_same = None
+            if is_same is not True:
+                with pytest.raises(ValueError, match=name if is_same is False else ""):
+                    verify_tables(copy)
+            if is_same is False:
+                noticed.add(name)
+    assert {"rms_norm_eps", "rope_parameters", "hidden_act", "routed_scaling_factor", "hc_sinkhorn_iters"} <= noticed

@@ -165,7 +165,7 @@ def test_weights_without_a_config_are_refused_before_a_model_is_built(tmp_path):
     loaded = EngramMoEForCausalLM.from_pretrained(tmp_path, config=EngramMoEConfig(**content)).eval()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "llama"}))
-    with pytest.raises(ValueError, match="is a 'llama', and no engram_moe"):
+    with pytest.raises(ValueError, match="is that of another model: model_type is 'llama'"):
         EngramMoEForCausalLM.from_pretrained(tmp_path)
 
 

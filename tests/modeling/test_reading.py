@@ -262,7 +262,7 @@ def test_a_truncated_or_missing_or_garbled_file_is_an_error_when_loading(tmp_pat
     tiny_model().save_pretrained(tmp_path / "sound")
     for number, (damage, error, message) in enumerate(
         [
-            (cut, ValueError, "is truncated: .* bytes, its header needs"),
+            (cut, ValueError, "is truncated: it has .* bytes, and its header needs"),
             (lambda path: os.truncate(path, 5), ValueError, "hold no whole header"),
             (lambda path: path.write_bytes(path.read_bytes() + b"x"), ValueError, "longer than its header says"),
             (lambda path: path.write_bytes(b"\xff" * 5000), ValueError, "hold no whole header"),
@@ -293,7 +293,7 @@ def test_a_weight_map_that_points_outside_its_folder_is_refused(tmp_path, name):
     for tensor, file in content["weight_map"].items():
         content["weight_map"][tensor] = name if file == inside else file
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is not inside its folder"):
+    with pytest.raises(ValueError, match="is not the name of a file inside its folder"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
@@ -302,7 +302,7 @@ def test_an_index_that_is_none_is_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'):
         index.write_text(text)
-        with pytest.raises(ValueError, match="is damaged: it holds no weight_map"):
+        with pytest.raises(ValueError, match="is damaged: .*(weight_map|JSON)"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -258,7 +258,7 @@ def test_a_prefetch_that_failed_is_an_error_at_the_read(tmp_path):
     def fail():
         raise OSError("the device is gone")
 
-    table.reader.remember(row_ids, [table.reader.in_background(fail)])
+    table._prefetches.remember(row_ids, [table.reader.in_background(fail)])
     with pytest.raises(OSError, match="the device is gone"):
         table(row_ids)
     # The failed reading is forgotten, and the next one is right.

@@ -1,6 +1,6 @@
-"""LoRA on an EngramMoE through PEFT: which of its weights, so that nobody has to find out. Tables are never among them.
+"""Which weights of an EngramMoE LoRA adapts through PEFT. Tables are never among them: train their rows instead.
 
-PEFT has a list of such defaults per architecture, and none for ours.
+PEFT keeps such a list for each architecture that it knows, and this one is not in it.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 MEMORY = ("engram.key_proj", "engram.value_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-# Fused over all experts, so no modules but parameters.
+# One parameter holds all experts of a layer, so PEFT takes these as parameters and not as modules.
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -17,14 +17,14 @@ def lora_config(attention: bool = True, memory: bool = True, experts: bool = Fal
     """A `peft.LoraConfig` for an EngramMoE, or for a model that a memory was added to.
 
     Args:
-        attention: all projections of the attention.
-        memory: the projections of keys and values of the memory layers.
-        experts: the routed experts (`target_parameters`), the shared ones and the dense layers.
+        attention: adapt all projections of the attention.
+        memory: adapt the projections of keys and values in the memory layers.
+        experts: adapt the routed experts (`target_parameters`), the shared ones and the dense layers.
         options: of `LoraConfig`: r, lora_alpha, lora_dropout, ...
 
     Raises:
-        ImportError: PEFT is missing.
-        ValueError: nothing is left to adapt.
+        ImportError: PEFT is not installed.
+        ValueError: attention, memory and experts are all False.
 
     Example:
         >>> from peft import get_peft_model
@@ -36,7 +36,7 @@ def lora_config(attention: bool = True, memory: bool = True, experts: bool = Fal
         raise ImportError("LoRA needs PEFT: pip install 'engram-hf[train]'.") from error
     modules = [*ATTENTION * attention, *MEMORY * memory, *FEED_FORWARD * experts]
     if not modules:
-        raise ValueError("attention, memory and experts are all False, so there is nothing to adapt.")
+        raise ValueError("attention, memory and experts are all False, so there is nothing to adapt. Set one of them.")
     defaults = {"target_modules": modules, "task_type": "CAUSAL_LM"}
     if experts:
         defaults["target_parameters"] = list(EXPERTS)

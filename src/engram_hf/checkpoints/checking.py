@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling.checkpoint_loading import (
+    GENERATION_CONFIG,
     OLD_TOKEN_MAP,
     Checkpoint,
     check_changes,
+    check_generation_config,
     check_model,
     check_sizes,
     match_blocks,
@@ -59,11 +61,14 @@ def check_loadable(parts: list[Part], config: EngramMoEConfig, has_contents: boo
         ValueError: says what does not fit, and names the file, field or tensor.
     """
     model, tables = parts[0], parts[-1]
+    kinds = [CLASSES[name] for name in config.architectures or [] if isinstance(name, str) and name in CLASSES]
+    kind = next(iter(kinds), EngramMoEModel)
+    if has_contents and kind.can_generate():
+        check_generation_config(next(iter(model.checkpoint.file_of.values())).parent / GENERATION_CONFIG)
     where = tables.checkpoint.where
     backbone = {name: place for name, place in model.places.items() if not is_of_table(name)}
     if backbone:
         check_sizes(config, backbone, model.checkpoint.where, EngramMoEModel.base_model_prefix)
-    kind = next((CLASSES[name] for name in config.architectures or [] if name in CLASSES), EngramMoEModel)
     with torch.device("meta"), tables_without_blocks():
         built = kind(copy.deepcopy(config))
     if backbone:

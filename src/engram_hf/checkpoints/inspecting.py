@@ -88,7 +88,7 @@ def inspect_checkpoint(
 
     Example:
         >>> inspect_checkpoint("output/tiny").tables[0].rows
-        53800
+        53826
     """
     where = str(path_or_repo)
     hub = _at_one_commit(where, revision, token)

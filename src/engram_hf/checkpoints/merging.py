@@ -29,7 +29,7 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         OSError: no space or no permission in `target`.
 
     Example:
-        >>> merge_changed_rows("output/checkpoint-500", "output/model")
+        >>> folder = merge_changed_rows("output/run/checkpoint-500", "output/model")
     """
     source, target = Path(source), Path(target)
     part, config = open_folder(source, target)

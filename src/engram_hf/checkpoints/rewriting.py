@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..hub.uploading import TRAINING_FILES
-from ..modeling.checkpoint_loading import INDEX_FILE, Checkpoint, find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import INDEX_FILE, Checkpoint, check_saved_config, find_checkpoint, read_headers
 from ..modeling.checkpoint_saving import WrittenTables, link_file, publish, publishing, staging
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
@@ -49,6 +49,8 @@ def open_folder(source: Path, target: Path) -> tuple[Part, EngramMoEConfig]:
     config = EngramMoEConfig.from_pretrained(source)
     part = Part(checkpoint, read_headers(checkpoint))
     check_loadable([part], config)
+    # What is written promises it anew.
+    check_saved_config(config, checkpoint)
     for path in sorted(set(checkpoint.file_of.values())):
         refuse_outside(source, path)
         if path.parent != source:

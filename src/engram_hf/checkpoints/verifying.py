@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import Checkpoint, check_saved_config, find_checkpoint, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import file_digest
@@ -81,6 +81,7 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
         parts.append(Part(tables, read_headers(tables)))
     if config is not None:
         check_loadable(parts, config)
+        check_saved_config(config, checkpoint)
         if any((folder / name).exists() for name in TOKENIZER_FILES):
             check_tokenizer(folder, read_tokenizer(folder))
     files = [file for part in parts for file in _verify_files(part.checkpoint)]

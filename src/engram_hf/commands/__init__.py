@@ -1,1 +1,1 @@
-"""The `engram-hf` command: thin, over functions that are public in Python too."""
+"""What the `engram-hf` command prints. Its options and help are in `engram_hf_command`, which imports this late."""

@@ -20,13 +20,14 @@ from transformers.utils import logging
 from ..checkpoints.inspecting import inspect_checkpoint
 from ..insight.plotting import read_state
 from ..modeling.checkpoint_loading import find_checkpoint, read_digests
-from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
+from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
 from ..planning import count_parameters, estimate_memory
 
 
 logger = logging.get_logger(__name__)
 CAUSAL_LM = "EngramMoEForCausalLM"
+PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
 # Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
 BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
 SECTION = re.compile(rf"^{BEGIN}[ \t]*$.*?^{END}[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -107,6 +108,7 @@ def gather_facts(
     name: str | None = None,
     picture: str | None = None,
     limits: str | Iterable[str] | None = None,
+    tables_from: str | Path | None = None,
 ) -> CardFacts:
     """The facts of a checkpoint, or of a config without weights.
 
@@ -125,6 +127,7 @@ def gather_facts(
         name: title; by default the name of the repository, preset or folder.
         picture: of the training curves; a file in `source`, named from there.
         limits: sentences.
+        tables_from: folder or repository of the tables, as in `from_pretrained`.
 
     Raises:
         FileNotFoundError: there are no weights, no log or no picture.
@@ -154,7 +157,12 @@ def gather_facts(
         path = None if folder is None else (folder / picture).resolve()
         if folder is None or path is None or not path.is_file() or not path.is_relative_to(folder.resolve()):
             raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
-    facts = CardFacts(**_find_facts(source), **given)
+    found = (
+        _facts_of_config(source)
+        if isinstance(source, EngramMoEConfig)
+        else _facts_of_checkpoint(Path(source), tables_from)
+    )
+    facts = CardFacts(**found, **given)
     known = None if folder is None else read_facts(folder)
     if known is not None:
         name = name or (known.name if repo_id is None and known.weights == facts.weights else None)
@@ -253,48 +261,60 @@ def _result(result: Mapping) -> dict[str, Any]:
     return {name: result.get(name) for name in RESULT_FIELDS}
 
 
-def _find_facts(source: str | Path | EngramMoEConfig) -> dict[str, Any]:
-    """What a checkpoint says by itself, or a config, which stands for its causal language model."""
-    is_config = isinstance(source, EngramMoEConfig)
-    # Before the config is read: this says what is wrong with a folder.
-    inspection = None if isinstance(source, EngramMoEConfig) else inspect_checkpoint(source)
-    config: Any = source if is_config else EngramMoEConfig.from_pretrained(source)
-    architecture = CAUSAL_LM if is_config else (config.architectures or [CAUSAL_LM])[0]
-    dtype = str(config.dtype or ("bfloat16" if is_config else "float32")).removeprefix("torch.")
-    counted = count_parameters(config) if architecture == CAUSAL_LM else None
+def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
+    """Facts of the causal language model of a config; bytes are counted in bfloat16 if it names no type."""
+    dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
+    presets = [name for name in PAPER_PRESETS if EngramMoEConfig.preset(name).to_dict() == config.to_dict()]
     with torch.device("meta"):
         # A copy: the type that a model is built in is written into its config.
         model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
-    described = _tables(model.engram_tables(), architecture)
-    facts = {
-        "architecture": architecture,
-        "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
-        "dtype": dtype,
-        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
-        "tables": described,
-        **dict.fromkeys(("has_weights", "has_code", "has_tokenizer"), not is_config),
-    }
-    tables_nbytes = sum(table["nbytes"] for table in described)
-    if isinstance(source, EngramMoEConfig) or inspection is None:
-        presets = [name for name in PRESETS if EngramMoEConfig.preset(name).to_dict() == config.to_dict()]
-        backbone = sum(estimate_memory(config, "cpu", dtype).backbone.values())
-        facts |= {"name": [*presets, config.model_type][0], "preset": presets[0] if presets else None, "weights": None}
-        return {**facts, "backbone_nbytes": backbone, "disk_nbytes": backbone + tables_nbytes}
-    folder, digests = Path(source), read_digests(source)
-    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
-    disk_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
+    tables = _tables(model.engram_tables(), CAUSAL_LM)
+    backbone = sum(estimate_memory(config, "cpu", dtype).backbone.values())
     return {
-        **facts,
-        "tables": _tables(inspection.tables, architecture) or described,
+        **_facts_of_both(config, CAUSAL_LM),
+        **dict.fromkeys(("has_weights", "has_code", "has_tokenizer"), False),
+        "name": [*presets, config.model_type][0],
+        "preset": [*presets, None][0],
+        "weights": None,
+        "dtype": dtype,
+        "tables": tables,
+        "backbone_nbytes": backbone,
+        "disk_nbytes": backbone + sum(table["nbytes"] for table in tables),
+    }
+
+
+def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[str, Any]:
+    inspection, digests = inspect_checkpoint(folder, tables_from=tables_from), read_digests(folder)
+    config, checkpoint = (
+        EngramMoEConfig.from_pretrained(folder),
+        find_checkpoint(str(folder), {"local_files_only": True}),
+    )
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
+    architecture = (config.architectures or [CAUSAL_LM])[0]
+    here = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
+    return {
+        **_facts_of_both(config, architecture),
         "name": folder.resolve().name,
         "preset": None,
         # Not of file names, so that saving the same weights again changes nothing.
         "weights": _digest(json.dumps(sorted(digests.values()))) if digests else None,
+        "has_weights": True,
         "has_code": getattr(config, "auto_map", None) is not None,
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
+        "dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "tables": _tables(inspection.tables, architecture),
         "backbone_nbytes": inspection.backbone_nbytes,
-        # Tables that are elsewhere are as the config describes them.
-        "disk_nbytes": disk_nbytes + (0 if checkpoint.blocks() else tables_nbytes),
+        "disk_nbytes": here + (0 if checkpoint.blocks() else inspection.tables_nbytes),
+    }
+
+
+def _facts_of_both(config: EngramMoEConfig, architecture: str) -> dict[str, Any]:
+    counted = count_parameters(config) if architecture == CAUSAL_LM else None
+    return {
+        "architecture": architecture,
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
+        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
     }
 
 

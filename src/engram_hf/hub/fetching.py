@@ -38,7 +38,9 @@ def fetch_blocks(
         ValueError: there is no such layer or block, or a downloaded file is not what the index promises.
 
     Example:
-        >>> fetch_blocks("user/engram-27b", layers=[1], blocks=[0])["model.layers.1.engram.table.blocks.0"][:2]
+        >>> blocks = fetch_blocks("output/tiny", layers=[1], blocks=[0])
+        >>> blocks["model.layers.1.engram.table.blocks.0"].shape
+        torch.Size([53826, 16])
     """
     unknown = sorted(set(hub_arguments) - set(HUB_ARGUMENTS))
     if unknown:

@@ -113,7 +113,9 @@ def push_engram(
             stay.
 
     Example:
-        >>> push_engram("output/tiny", "user/engram-tiny", card={"license": "apache-2.0"}, dry_run=True)
+        >>> plan = push_engram("output/tiny", "user/engram-tiny", card={"license": "apache-2.0"}, dry_run=True)
+        >>> list(plan.files)
+        ['user/engram-tiny']
     """
     card = card or {}
     for name in filter(None, (repo_id, tables_repo)):

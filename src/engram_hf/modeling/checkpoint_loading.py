@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
+from .configuration_checks import UNEXPECTED, shorten
 from .disk_files import BlockSource, TableFile
-from .disk_safetensors import TensorPlace, file_digest, read_header, read_index, shortened
+from .disk_safetensors import TensorPlace, file_digest, read_header, read_index, read_json
 from .table import EngramTable
 from .table_blocks import BLOCK_KEY, ROW_IDS, block_name, is_of_table, parse_changed_name
 from .table_changes import ChangedRows
@@ -27,7 +29,29 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "
 PROGRESS_BYTES = 2**26
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 MEMORY_NAMES = (".engram.", "token_map")
+# Fields of a config by which a model computes, and which neither shapes of tensors nor the fingerprint tell. Saving
+# writes them into the index too, so that verifying notices a config.json that was changed.
+UNSEEN_FIELDS = (
+    "hc_eps",
+    "hc_sinkhorn_iters",
+    "hidden_act",
+    "max_position_embeddings",
+    "n_group",
+    "norm_topk_prob",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rms_norm_eps",
+    "rope_interleave",
+    "rope_parameters",
+    "routed_scaling_factor",
+    "tie_word_embeddings",
+    "topk_group",
+    "v_head_dim",
+)
 LAYER_KEY = re.compile(r"^layers\.(\d+)\.")
 OF_ONE_CHECKPOINT = "Load weights and config of one checkpoint; download or copy it again."
 # Where the token map was in checkpoints before version 0.2, and where it is now.
@@ -183,7 +207,7 @@ def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_pref
     layers = 1 + max((int(match[1]) for name in found if (match := LAYER_KEY.match(name)) is not None), default=-1)
     if layers != config.num_hidden_layers:
         raise ValueError(
-            f"config.json of {where} says num_hidden_layers = {shortened(config.num_hidden_layers)}, and its tensors "
+            f"config.json of {where} says num_hidden_layers = {shorten(config.num_hidden_layers)}, and its tensors "
             f"are of {layers} layers. {OF_ONE_CHECKPOINT}"
         )
     sizes = [("embed_tokens.weight", 0, "vocab_size"), ("embed_tokens.weight", 1, "hidden_size")]
@@ -195,7 +219,7 @@ def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_pref
         if len(shape) != 2 or shape[axis] != declared:
             fields = {"engram_width": "(engram_max_ngram_size - 1) * engram_n_heads * engram_head_dim"}
             raise ValueError(
-                f"config.json of {where} says {fields.get(size, size)} = {shortened(declared)}, and {name} is {shape}. "
+                f"config.json of {where} says {fields.get(size, size)} = {shorten(declared)}, and {name} is {shape}. "
                 f"{OF_ONE_CHECKPOINT}"
             )
 
@@ -257,8 +281,9 @@ def check_model(
         dtype, needed_dtype = found[name].dtype, wanted[name].dtype
         is_float = dtype is not None and dtype.is_floating_point
         if dtype != needed_dtype and not (is_float and needed_dtype.is_floating_point):
+            got = found[name].type_name if dtype is None else _type_name(dtype)
             raise ValueError(
-                f"{full_names[name]} of {where} is {found[name].type_name if dtype is None else _type_name(dtype)}, and "
+                f"{full_names[name]} of {where} is {got}, and "
                 f"must be {'of a floating type' if needed_dtype.is_floating_point else _type_name(needed_dtype)}. "
                 "The checkpoint is damaged, or quantized by a tool that left no quantization_config; load the original."
             )
@@ -266,6 +291,41 @@ def check_model(
 
 def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def unseen_fields(config) -> dict:
+    """Those of `UNSEEN_FIELDS` that a config has, as its JSON file has them."""
+    return {name: value for name in UNSEEN_FIELDS if (value := getattr(config, name, None)) is not None}
+
+
+def check_saved_config(config, checkpoint: Checkpoint) -> None:
+    """See that a config is the one that was saved with the weights, in what nothing else tells.
+
+    Raises:
+        ValueError: names the first field that differs.
+    """
+    for name, saved in checkpoint.metadata.get("config", {}).items():
+        if (here := getattr(config, name, None)) != saved:
+            raise ValueError(
+                f"config.json of {checkpoint.where} says {name} = {shorten(here)}, and the model was saved with "
+                f"{shorten(saved)}, as its index has it. Copy config.json again; if it was changed on "
+                "purpose, load the model and save it once with save_pretrained."
+            )
+
+
+def check_generation_config(path: Path | None) -> None:
+    """See that transformers can read a generation_config.json, where there is one.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if path is None or not path.is_file():
+        return
+    content = read_json(path)
+    try:
+        GenerationConfig.from_dict(content)
+    except UNEXPECTED as error:
+        raise ValueError(f"{path} is damaged ({shorten(error)}). Download or copy it again.") from error
 
 
 def match_blocks(

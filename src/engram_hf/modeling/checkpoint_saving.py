@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, with_variant
+from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, unseen_fields, with_variant
 from .configuration_engram_moe import AUTO_MAP
 from .disk_files import BlockSource, MappedFile
 from .disk_safetensors import (
@@ -344,6 +344,7 @@ def publish(stage: Path, folder: Path, written: WrittenTables, config, variant: 
             "total_size": total_size,
             "sha256": {names[name]: digest for name, digest in digests.items()},
             "engram_fingerprint": config.engram_fingerprint,
+            "config": unseen_fields(config),
         }
         if written.changed_rows:
             metadata |= {"changed_rows": written.changed_rows, "stamp": written.stamp}

@@ -23,7 +23,6 @@ OSError with the file and the field, whatever is wrong.
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -33,6 +32,7 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 
 from .configuration_checks import (
     MAX_HEADS,
+    MAX_NUMBER,
     MAX_ROWS,
     MAX_TOKEN_ID,
     MAX_VOCAB_SIZE,
@@ -429,11 +429,11 @@ class EngramMoEConfig(DeepseekV3Config):
     def validate_backbone(self):
         """Part of `@strict` validation: what would only fail, or be wrong, in a forward."""
         for name in ("hc_eps", "rms_norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}.")
         for name in ("initializer_range", "routed_scaling_factor", "router_aux_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) <= MAX_NUMBER:
+                raise ValueError(f"{name} must lie in [0, {MAX_NUMBER}], got {getattr(self, name)}.")
         if not 0 <= (self.attention_dropout or 0) <= 1:
             raise ValueError(f"attention_dropout must lie in [0, 1], got {self.attention_dropout}.")
         if self.hidden_act not in ACT2FN:

@@ -30,7 +30,7 @@ ASKING_THREADS = 4
 # Of a read of many, so many pages are asked for, and then mapped, while the next are asked for.
 PAGES_AT_A_TIME = ASKING_THREADS * RANGES_OF_A_CALL
 READING_THREADS = 32
-# Lookups that may be prefetched and not yet made.
+# Lookups of one table that may be prefetched and not yet made.
 PREFETCHES_KEPT = 8
 # What is read aside, for a step to come, gives way to the step before it. So few pages at a time leave room in the
 # device's queue; a full one is emptied by threads of the kernel, before whom everybody has to wait.
@@ -79,6 +79,32 @@ def ranges_of_calls(pages: np.ndarray, at_a_time: int = RANGES_OF_A_CALL) -> lis
     return [ranges[start : start + at_a_time] for start in range(0, len(pages), at_a_time)]
 
 
+class Prefetches:
+    """What has been started for lookups of one table that are still to come."""
+
+    def __init__(self):
+        self._started: list[tuple[torch.Tensor, list[Future]]] = []
+        self._lock = threading.Lock()
+
+    def remember(self, row_ids: torch.Tensor, futures: list[Future]) -> None:
+        """Keep what has been started for a lookup, until `take`; of many that nobody takes the oldest are let go."""
+        with self._lock:
+            self._started = [*self._started, (row_ids, futures)][-PREFETCHES_KEPT:]
+
+    def take(self, row_ids: torch.Tensor) -> list[Future] | None:
+        """What has been started for a lookup with this very tensor; None for nothing."""
+        with self._lock:
+            found = next((futures for ids, futures in self._started if ids is row_ids), None)
+            self._started = [each for each in self._started if each[0] is not row_ids]
+            return found
+
+    def __deepcopy__(self, memo):
+        return Prefetches()
+
+    def __reduce__(self):
+        return Prefetches, ()
+
+
 class PageReader:
     """Brings pages of mapped files into the page cache, many at once."""
 
@@ -92,21 +118,7 @@ class PageReader:
             long = ctypes.c_long
             self._libc.syscall.argtypes = [long, long, ctypes.c_void_p, ctypes.c_size_t, long, long]
         self._thread: ThreadPoolExecutor | None = None
-        self._started: list[tuple[torch.Tensor, list[Future]]] = []
-        self._lock = threading.Lock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def remember(self, row_ids: torch.Tensor, futures: list[Future]) -> None:
-        """Keep what has been started for a lookup, until `take`; of many that nobody takes the oldest are let go."""
-        with self._lock:
-            self._started = [*self._started, (row_ids, futures)][-PREFETCHES_KEPT:]
-
-    def take(self, row_ids: torch.Tensor) -> list[Future] | None:
-        """What has been started for a lookup with this very tensor; None for nothing."""
-        with self._lock:
-            found = next((futures for ids, futures in self._started if ids is row_ids), None)
-            self._started = [each for each in self._started if each[0] is not row_ids]
-            return found
 
     def read(self, pages: np.ndarray, file: MappedFile) -> None:
         """Have pages read for one who waits for them; many are mapped while those behind them are read.

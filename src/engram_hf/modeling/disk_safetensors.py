@@ -89,7 +89,7 @@ def _parse_json(content: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: it is not JSON ({error}). Download or copy it again.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is damaged: it must hold a JSON object, got {shortened(found)}.")
+        raise ValueError(f"{where} is damaged: it must hold a JSON object, got {_short(found)}.")
     return found
 
 
@@ -98,7 +98,7 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it names {shortened(twice)} twice")
+        raise ValueError(f"it names {_short(twice)} twice")
     return found
 
 
@@ -106,7 +106,7 @@ def _refuse_constant(name: str):
     raise ValueError(f"JSON has no number {name}")
 
 
-def shortened(value) -> str:
+def _short(value) -> str:
     """A value of a damaged file for a message, cut where it is long."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -155,13 +155,13 @@ def read_places(header: Mapping[str, Any], data_start: int = 0, file_size: int |
     """
     metadata = header.get("__metadata__")
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise ValueError(f"__metadata__ of its header must map text to text, got {shortened(metadata)}.")
+        raise ValueError(f"__metadata__ of its header must map text to text, got {_short(metadata)}.")
     places = {name: _read_place(name, entry, data_start) for name, entry in header.items() if name != "__metadata__"}
     end = data_start
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if place.start != end:
             raise ValueError(
-                f"{shortened(name)} begins at byte {place.start - data_start} of the data, and those before it "
+                f"{_short(name)} begins at byte {place.start - data_start} of the data, and those before it "
                 f"end at byte {end - data_start}; there must be no gap and no overlap."
             )
         end += place.nbytes
@@ -175,22 +175,22 @@ def read_places(header: Mapping[str, Any], data_start: int = 0, file_size: int |
 
 def _read_place(name: str, entry, data_start: int) -> TensorPlace:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
-        raise ValueError(f"{shortened(name)} must have dtype, shape and data_offsets, got {shortened(entry)}.")
+        raise ValueError(f"{_short(name)} must have dtype, shape and data_offsets, got {_short(entry)}.")
     type_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(type_name, str) or type_name not in TORCH_DTYPES | BITS_OF_SHORT_TYPES:
         known = ", ".join([*TORCH_DTYPES, *BITS_OF_SHORT_TYPES])
-        raise ValueError(f"{shortened(name)} is of the type {shortened(type_name)}; there are {known}.")
+        raise ValueError(f"{_short(name)} is of the type {_short(type_name)}; there are {known}.")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise ValueError(f"the shape of {shortened(name)} must be a list of sizes, got {shortened(shape)}.")
+        raise ValueError(f"the shape of {_short(name)} must be a list of sizes, got {_short(shape)}.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise ValueError(f"data_offsets of {shortened(name)} must be two numbers of bytes, got {shortened(offsets)}.")
+        raise ValueError(f"data_offsets of {_short(name)} must be two numbers of bytes, got {_short(offsets)}.")
     dtype, (start, end) = TORCH_DTYPES.get(type_name), offsets
     bits = math.prod(shape) * (BITS_OF_SHORT_TYPES[type_name] if dtype is None else 8 * dtype.itemsize)
     # Python's numbers do not overflow, others' do.
     if max(bits, end) >= 2**63 or bits != 8 * (end - start):
         raise ValueError(
-            f"{shortened(name)}, {type_name} of shape {shortened(shape)}, does not fill its bytes "
-            f"{shortened(start)} to {shortened(end)}."
+            f"{_short(name)}, {type_name} of shape {_short(shape)}, does not fill its bytes "
+            f"{_short(start)} to {_short(end)}."
         )
     return TensorPlace(dtype, tuple(shape), data_start + start, end - start, type_name)
 
@@ -211,46 +211,48 @@ def read_index(index: str | Path) -> dict[str, Any]:
 
 
 def _check_index(content: Mapping[str, Any]) -> None:
-    weight_map, metadata = content.get("weight_map"), content.get("metadata")
+    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
     if not isinstance(weight_map, dict):
-        raise ValueError(f"its weight_map must map tensors to files, got {shortened(weight_map)}.")
+        raise ValueError(f"its weight_map must map tensors to files, got {_short(weight_map)}.")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_inside(name):
             raise ValueError(
-                f"weight_map names {shortened(name)} as the file of {shortened(tensor)}, which is not the name of a "
+                f"weight_map names {_short(name)} as the file of {_short(tensor)}, which is not the name of a "
                 "file inside its folder. Nothing is read from elsewhere."
             )
     if not isinstance(metadata, dict):
-        raise ValueError(f"its metadata must be a JSON object, got {shortened(metadata)}.")
+        raise ValueError(f"its metadata must be a JSON object, got {_short(metadata)}.")
     digests = metadata.get("sha256", {})
     if not isinstance(digests, dict) or not all(
         isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests.values()
     ):
-        raise ValueError(f"sha256 of its metadata must map files to 64 hexadecimal digits, got {shortened(digests)}.")
+        raise ValueError(f"sha256 of its metadata must map files to 64 hexadecimal digits, got {_short(digests)}.")
     differing = set(digests) ^ set(weight_map.values()) if "sha256" in metadata else set()
     if differing:
         raise ValueError(
             f"sha256 of its metadata and weight_map must name the same files, and only one of them names "
-            f"{', '.join(map(shortened, sorted(differing)[:4]))}."
+            f"{', '.join(map(_short, sorted(differing)[:4]))}."
         )
     fingerprint = metadata.get("engram_fingerprint")
     if fingerprint is not None and not (
         isinstance(fingerprint, dict) and all(isinstance(part, str) for part in fingerprint.values())
     ):
-        raise ValueError(f"engram_fingerprint of its metadata must map text to text, got {shortened(fingerprint)}.")
+        raise ValueError(f"engram_fingerprint of its metadata must map text to text, got {_short(fingerprint)}.")
     rows, stamp = metadata.get("changed_rows", {}), metadata.get("stamp", "")
     if not isinstance(rows, dict) or not all(map(_is_count, rows.values())):
-        raise ValueError(f"changed_rows of its metadata must map tables to numbers of rows, got {shortened(rows)}.")
+        raise ValueError(f"changed_rows of its metadata must map tables to numbers of rows, got {_short(rows)}.")
     if not isinstance(stamp, str) or STAMP.fullmatch(stamp) is None:
-        raise ValueError(f"stamp of its metadata must be hexadecimal digits, got {shortened(stamp)}.")
+        raise ValueError(f"stamp of its metadata must be hexadecimal digits, got {_short(stamp)}.")
+    if not isinstance(metadata.get("config", {}), dict):
+        raise ValueError(f"config of its metadata must be a JSON object, got {_short(metadata['config'])}.")
     # Libraries that count the bytes of tensors write a float now and then.
     total = metadata.get("total_size", 0)
     if type(total) not in (int, float) or not 0 <= total < 2**63:
-        raise ValueError(f"total_size of its metadata must be a number of bytes, got {shortened(total)}.")
+        raise ValueError(f"total_size of its metadata must be a number of bytes, got {_short(total)}.")
     # transformers builds the model in this type where config.json names none.
     dtype = metadata.get("dtype", "float32")
     if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype of its metadata must be the name of a type of torch, got {shortened(dtype)}.")
+        raise ValueError(f"dtype of its metadata must be the name of a type of torch, got {_short(dtype)}.")
 
 
 def _is_inside(name: str) -> bool:

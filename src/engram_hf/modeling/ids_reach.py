@@ -27,9 +27,9 @@ BESIDE_A_CACHE = (
     "a cache: transformers' attention would mix them. Leave the cache out."
 )
 NOT_THE_ONE_BEFORE = (
-    "attention_mask lets a token see earlier tokens but not the token before it, as masks of a shared prefix with "
-    "several answers do. An n-gram needs neighbours, so the memory cannot read such a row. Give every answer a row of "
-    "its own, with the prefix in front."
+    "attention_mask lets a token see earlier tokens but not the one directly before it, as masks of a shared prefix "
+    "with several answers do. An n-gram needs neighbours, so the memory cannot read such a row. Give every answer a "
+    "row of its own, with the prefix in front."
 )
 
 

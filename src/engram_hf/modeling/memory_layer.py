@@ -289,6 +289,11 @@ class EngramLayer(nn.Module):
         normed = self.conv_norm(gated)
         return gated + F.silu(self.short_convolution(self.conv, normed, hashed.reach, state)), gates
 
+    def to_device(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """The row ids on the device of this layer; the same tensor where they are there."""
+        device = self.key_norm.weight.device
+        return row_ids if device.type == "meta" else row_ids.to(device)
+
     def _compute_dtype(self, hidden_streams: torch.Tensor) -> torch.dtype:
         """The type of the projections; where their weights are quantized, the type of what comes in."""
         weight = getattr(self.value_proj, "weight", None)

@@ -16,15 +16,18 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import hf_api
 
 from .checkpoint_loading import (
+    GENERATION_CONFIG,
     HUB_ARGUMENTS,
     INDEX_FILE,
     OLD_TOKEN_MAP,
     TOKEN_MAP,
     Checkpoint,
     check_changes,
+    check_generation_config,
     check_model,
     check_sizes,
     find_checkpoint,
+    find_file,
     match_blocks,
     open_changes,
     open_sources,
@@ -48,7 +51,7 @@ from .configuration_engram_moe import PRESETS, TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import block_name, is_of_table
+from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_placement import (
@@ -68,6 +71,8 @@ from .table_placement import (
 
 
 logger = logging.get_logger(__name__)
+# Read by torch's DistributedDataParallel.
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
 
@@ -226,6 +231,9 @@ class ModelWithTables:
             config, _ = cls.config_class.from_pretrained(
                 config or checkpoint.where, return_unused_kwargs=True, **others
             )
+        if cls.can_generate():
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+            check_generation_config(find_file(checkpoint.where, GENERATION_CONFIG, hub))
         backbone = {name: place for name, place in places.items() if not is_of_table(name)}
         check_sizes(config, backbone, checkpoint.where, cls.base_model_prefix)
         with torch.device("meta"), tables_without_blocks():
@@ -259,6 +267,24 @@ class ModelWithTables:
                 table.changes.bring(name, table, changed)
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
+        self._name_ignored_by_ddp()
+
+    def _name_ignored_by_ddp(self) -> None:
+        """Tell torch's DistributedDataParallel to leave out blocks off the device: it takes one kind of device only."""
+        ours: set[str] = set()
+        off_device: set[str] = set()
+        for name, table in self.named_tables().items():
+            if table.is_in_training:
+                # The optimizer has named all of it.
+                continue
+            name = f"{self._tables_prefix()}{name}"
+            ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
+            blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
+            off_device |= {each for each in ours if each.startswith(f"{name}.")} - blocks
+        named: set[str] = set(getattr(self, DDP_IGNORES, []))
+        ignored = (named - ours) | off_device
+        if ignored or named:
+            setattr(self, DDP_IGNORES, sorted(ignored))
 
     def _confirm_hash(self, where: str) -> None:
         """See that rows are addressed as the config says, after everything is loaded."""
@@ -385,6 +411,7 @@ class ModelWithTables:
         if hot_rows is not None:
             for name, table in tables.items():
                 table.keep_hot_rows(0 if table.is_resident else hot_rows, self._layer_device(name, main_device))
+        self._name_ignored_by_ddp()
 
     @torch.no_grad()
     def prefetch(
@@ -408,7 +435,7 @@ class ModelWithTables:
             return
         row_ids = base.ngram_hash(input_ids, position_ids, attention_mask).row_ids
         for layer in base.memory_layers():
-            layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
+            layer.engram.table.bring_pages(row_ids[layer.engram.layer_idx])
 
     def save_pretrained(
         self,

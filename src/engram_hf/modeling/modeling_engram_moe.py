@@ -56,7 +56,7 @@ from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, reach_
 from .ids_recovery import recover_token_ids
 from .memory_layer import IDS, EngramLayer, MemoryCacheLayer, ShortConvolution, keep_ids, memory_cache_layer
 from .memory_model import ModelWithTables
-from .table import EngramTable
+from .table import EngramTable, prefetch_rows
 from .table_blocks import RowBlocks
 
 
@@ -87,29 +87,25 @@ def find_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     return past_key_values
 
 
+@auto_docstring(custom_intro="`MoeModelOutputWithPast` with the gates of the memory.")
 @dataclass
 class EngramMoEModelOutputWithPast(MoeModelOutputWithPast):
     r"""
-    [`MoeModelOutputWithPast`] with the gates of the memory.
-
-    Args:
-        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
-            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
-            enters each residual stream, in [0, 1].
+    engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+        One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+        enters each residual stream, in [0, 1].
     """
 
     engram_gates: tuple[torch.FloatTensor, ...] | None = None
 
 
+@auto_docstring(custom_intro="`MoeCausalLMOutputWithPast` with the gates of the memory.")
 @dataclass
 class EngramMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
-    [`MoeCausalLMOutputWithPast`] with the gates of the memory.
-
-    Args:
-        engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
-            One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
-            enters each residual stream, in [0, 1].
+    engram_gates (`tuple(torch.FloatTensor)`, *optional*, returned when `output_engram_gates=True`):
+        One tensor of shape `(batch_size, sequence_length, hc_mult)` per memory layer: how much of what was read
+        enters each residual stream, in [0, 1].
     """
 
     engram_gates: tuple[torch.FloatTensor, ...] | None = None
@@ -382,11 +378,12 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
             state = None if cache is None else memory_cache_layer(cache, self.config.num_hidden_layers)
             history = None if state is None else state.past(IDS)
             hashed = self.ngram_hash(token_ids, position_ids, token_mask, history, seen)
-            row_ids = hashed.row_ids
+            memories = [layer.engram for layer in self.memory_layers()]
+            # On the device of their layer, since a lookup knows its prefetch by the tensor.
+            row_ids = {memory.layer_idx: memory.to_device(hashed.row_ids[memory.layer_idx]) for memory in memories}
             if state is not None:
                 keep_ids(state, hashed)
-            for layer in self.memory_layers():
-                layer.engram.table.prefetch(row_ids[layer.engram.layer_idx])
+            prefetch_rows([memory.table for memory in memories], list(row_ids.values()))
 
         hidden_streams = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -395,8 +392,9 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
             hidden_streams = decoder_layer(
                 hidden_streams,
                 row_ids=row_ids.get(layer_idx),
-                hashed=hashed,
-                memory_state=state,
+                # Hooks of accelerate move what a layer is given to its device, so no other layer is given it.
+                hashed=hashed if layer_idx in row_ids else None,
+                memory_state=state if layer_idx in row_ids else None,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_files import BlockSource, MappedFile, TableFile
-from .disk_reading import PageReader, pages_of_rows
+from .disk_reading import PageReader, Prefetches, pages_of_rows
 from .table_blocks import (
     DIGESTS,
     DISK,
@@ -93,6 +93,7 @@ class EngramTable(nn.Module):
         self.changes = RowChanges()
         self.hot_rows: HotRows | None = None
         self._reader = PageReader() if reader is None else reader
+        self._prefetches = Prefetches()
         self._watch: Watch | None = None
         # First row of each head inside its block, and the number of its rows: on the CPU, and where the model is.
         offsets = [i for block in self.block_records for i in accumulate(block.rows_of_head[:-1], initial=0)]
@@ -220,24 +221,40 @@ class EngramTable(nn.Module):
 
     # Lookups that leave the device. Every one is right without a prefetch, which only brings pages closer.
 
-    def prefetch(self, row_ids: torch.Tensor) -> None:
-        """Begin to read rows that a lookup with this very tensor, or with equal ids, will ask for; returns at once.
+    def prefetch(self, row_ids: torch.Tensor, on_cpu: torch.Tensor | None = None) -> None:
+        """Begin to read rows for a lookup with this very tensor; returns at once.
 
         Args:
             row_ids: as in `forward`.
+            on_cpu: the same, where somebody has copied them already.
         """
-        if self.is_resident or torch.compiler.is_compiling() or is_traced(row_ids):
+        if self.is_resident or torch.compiler.is_exporting():
             return
-        self._prefetch(row_ids)
+        # A compiled forward leaves its graph here, as it does for the lookup.
+        if not torch.compiler.is_compiling() and is_traced(row_ids):
+            return
+        self._prefetch(row_ids, row_ids if on_cpu is None else on_cpu)
 
     @torch.compiler.disable
-    def _prefetch(self, row_ids: torch.Tensor) -> None:
-        block_rows = self._split_on_cpu(row_ids)
+    def _prefetch(self, row_ids: torch.Tensor, on_cpu: torch.Tensor) -> None:
+        block_rows = self._split_on_cpu(on_cpu)
         if row_ids.is_cuda and not self.is_in_training:
             started: list[Future | None] = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
         else:
             started = [self._reader.start(pages, file) for pages, file in self._pages_on_disk(block_rows)]
-        self._reader.remember(row_ids, [future for future in started if future is not None])
+        self._prefetches.remember(row_ids, [future for future in started if future is not None])
+
+    def bring_pages(self, row_ids: torch.Tensor) -> None:
+        """Begin to read the pages of rows that somebody may look up later, and return at once.
+
+        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU.
+
+        Args:
+            row_ids: as in `forward`.
+        """
+        if not self.is_resident:
+            for pages, file in self._pages_on_disk(self._split_on_cpu(row_ids)):
+                self._reader.start(pages, file)
 
     def _split_on_cpu(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
         """As `_split`, on the CPU, of ids and files that have been checked. It takes few steps, since each one may wait
@@ -262,7 +279,7 @@ class EngramTable(nn.Module):
     @torch.compiler.disable
     def _read(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
         """For each block (..., heads of the block, row width), on the device of `row_ids`."""
-        started = self._reader.take(row_ids)
+        started = self._prefetches.take(row_ids)
         if started is not None:
             results = [future.result() for future in started]
             if row_ids.is_cuda and not self.is_in_training:
@@ -397,7 +414,7 @@ class EngramTable(nn.Module):
         self._check_row_ids(home)
         groups = group((home + self.first_rows_of_heads.to(home.device)).flatten())
         with nullcontext() if self._watch is None else self._watch(groups.distinct):
-            started = self._reader.take(row_ids)
+            started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()
             rows = self.gather_rows(groups.distinct, are_read=started is not None)
@@ -532,6 +549,11 @@ class EngramTable(nn.Module):
 
         super()._apply(move, recurse)
         self._move_heads(probe.device)
+        if self.hot_rows is not None:
+            # They stand where the model computes, and the blocks behind them stay where they are.
+            device = fn(self.hot_rows.rows[:0]).device
+            if device.type != "meta" and device != self.hot_rows.rows.device:
+                self.keep_hot_rows(self.hot_rows.size, device)
         return self
 
     def _present(self) -> list[Block]:
@@ -570,6 +592,24 @@ class EngramTable(nn.Module):
         parts.append(self.row_format or (str(self.dtype) if len(self.blocks) else "no blocks yet"))
         parts += sorted({block.tier for block in self.block_records} - {RESIDENT})
         return ", ".join(parts)
+
+
+def prefetch_rows(tables: Sequence[EngramTable], row_ids: Sequence[torch.Tensor]) -> None:
+    """`EngramTable.prefetch` for the tables of one forward, which waits for an accelerator once and not once a table.
+
+    Args:
+        tables: in the order of their lookups.
+        row_ids: one tensor for each, all of one shape.
+    """
+    waiting = [(table, ids) for table, ids in zip(tables, row_ids, strict=True) if not table.is_resident]
+    if not waiting or torch.compiler.is_exporting():
+        return
+    if len({ids.device for _, ids in waiting}) == 1 and waiting[0][1].is_cuda:
+        on_cpu = torch.stack([ids for _, ids in waiting]).cpu().unbind()
+    else:
+        on_cpu = tuple(ids for _, ids in waiting)
+    for (table, ids), copied in zip(waiting, on_cpu):
+        table.prefetch(ids, copied)
 
 
 def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:

@@ -77,14 +77,14 @@ class Float8Rows(RowFormat):
         # The least power of two with which the largest number fits; frexp: largest / 448 = mantissa * 2**exponent.
         mantissa, exponent = torch.frexp(largest / torch.finfo(torch.float8_e4m3fn).max)
         exponent = (exponent - (mantissa == 0.5).int()).clamp(-E8M0_BIAS, E8M0_BIAS)
-        scaled = torch.ldexp(groups, -exponent).flatten(1)[:, : rows.shape[1]]
+        scaled = (groups * _power_of_two(-exponent)).flatten(1)[:, : rows.shape[1]]
         numbers = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
         return torch.cat([numbers, (exponent + E8M0_BIAS).squeeze(-1).to(torch.uint8)], dim=1)
 
     def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
         numbers = stored[..., :width].contiguous().view(torch.float8_e4m3fn).float()
-        exponent = stored[..., width:].int() - E8M0_BIAS
-        return torch.ldexp(numbers, exponent.repeat_interleave(GROUP, -1)[..., :width])
+        scales = _power_of_two(stored[..., width:].int() - E8M0_BIAS)
+        return numbers * scales.repeat_interleave(GROUP, -1)[..., :width]
 
 
 class Int8Rows(RowFormat):
@@ -120,6 +120,16 @@ class Int4Rows(RowFormat):
         numbers = stored[..., :-SCALE_BYTES]
         halves = torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(-2)[..., :width]
         return (halves.float() - 8) * _scales(stored)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2**exponent in float32, exactly, for int32 in [-127, 128]; of 128, infinity.
+
+    Made of its bits: `ldexp` computes a power, which a GPU need not round exactly.
+    """
+    # 2**-127 is below the normal numbers: half of the least of them.
+    bits = torch.where(exponent == -E8M0_BIAS, 1 << 22, (exponent + E8M0_BIAS) << 23)
+    return bits.int().view(torch.float32)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,10 @@ class Grouping(NamedTuple):
     starts: torch.Tensor
 
     def to(self, device: torch.device) -> "Grouping":
-        return Grouping(*(tensor.to(device) for tensor in self))
+        if self.order.device == device:
+            return self
+        # One copy instead of four.
+        return Grouping(*torch.cat(self).to(device).split([len(tensor) for tensor in self]))
 
     def sum(self, gradients: torch.Tensor) -> torch.Tensor:
         """(n, width) to (m, width): the gradients of equal row ids added up, in their order.
@@ -88,7 +91,7 @@ class RowGradients(nn.Module):
 
     norm: a small parameter that stands for all rows where gradients are clipped or unscaled. Its gradient is the
         largest number in the gradients of rows, what else their norm is made of, and a constant. From what becomes of
-        these three, `take` knows what to scale the gradients of rows by, and what to clamp them to. (After clipping by
+        these three, `take` knows what the gradients of rows are to be scaled by and clamped to. (After clipping by
         value it no longer has their norm, so clip by norm first.) It is always there, so that copies of a model have
         the same parameters; no checkpoint holds it.
     exchange: is told of gradients; None where there is one process.

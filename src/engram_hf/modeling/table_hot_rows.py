@@ -27,9 +27,14 @@ class HotRows:
         if size < 1:
             raise ValueError(f"hot_rows must be at least 1 row per table, got {size}; leave it out for no cache.")
         self.keys = np.full(size, -1, dtype=np.int64)
-        self.rows = torch.zeros(size, width, dtype=dtype, device=device)
+        # Tensors that are made in inference mode could never be written outside of it.
+        with torch.inference_mode(False):
+            self.rows = torch.zeros(size, width, dtype=dtype, device=device)
         self.hits = self.misses = self.bytes_read = 0
         self._lock = threading.Lock()
+        # On a GPU, the end of the last work with `rows`: prefetches and forwards come on streams of their own.
+        self._last_use: torch.cuda.Event | None = None
+        self._end_use()
 
     def __repr__(self) -> str:
         return (
@@ -56,24 +61,41 @@ class HotRows:
             (n, width).
         """
         with self._lock:
-            slots = keys % self.size
-            is_hit = self.keys[slots] == keys
-            rows = self.rows.index_select(0, self._index(slots))
-            self.hits += int(is_hit.sum())
-            if is_hit.all():
-                return rows
-            where = np.flatnonzero(~is_hit)
-            self.misses += len(where)
-            missing, back = np.unique(keys[where], return_inverse=True)
-            fresh = read(missing)
-            self.bytes_read += fresh.nbytes
-            rows.index_copy_(0, self._index(where), fresh.index_select(0, self._index(back)))
-            # Of several new rows for one place the first is kept, and key and row stay together.
-            places, first = np.unique(missing % self.size, return_index=True)
-            self.keys[places] = -1
-            self.rows.index_copy_(0, self._index(places), fresh.index_select(0, self._index(first)))
-            self.keys[places] = missing[first]
+            self._begin_use()
+            try:
+                return self._lookup(keys, read)
+            finally:
+                self._end_use()
+
+    def _begin_use(self) -> None:
+        if self._last_use is not None:
+            torch.cuda.current_stream(self.rows.device).wait_event(self._last_use)
+
+    def _end_use(self) -> None:
+        if self.rows.is_cuda:
+            stream = torch.cuda.current_stream(self.rows.device)
+            self.rows.record_stream(stream)
+            self._last_use = stream.record_event()
+
+    def _lookup(self, keys: np.ndarray, read: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor:
+        slots = keys % self.size
+        is_hit = self.keys[slots] == keys
+        rows = self.rows.index_select(0, self._index(slots))
+        self.hits += int(is_hit.sum())
+        if is_hit.all():
             return rows
+        where = np.flatnonzero(~is_hit)
+        self.misses += len(where)
+        missing, back = np.unique(keys[where], return_inverse=True)
+        fresh = read(missing)
+        self.bytes_read += fresh.nbytes
+        rows.index_copy_(0, self._index(where), fresh.index_select(0, self._index(back)))
+        # Of several new rows for one place the first is kept, and key and row stay together.
+        places, first = np.unique(missing % self.size, return_index=True)
+        self.keys[places] = -1
+        self.rows.index_copy_(0, self._index(places), fresh.index_select(0, self._index(first)))
+        self.keys[places] = missing[first]
+        return rows
 
     def forget(self, keys: np.ndarray) -> None:
         """Forget rows that have changed."""

@@ -38,14 +38,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a run that was written to its end, or None.
 
     A warning says of each newer checkpoint why it does not count. `trainer_state.json` is looked for, which Trainer
-    writes last, and whether every file beside it is whole, so that an incomplete copy of a run is noticed too. Saving
-    a whole model into the folder of a checkpoint removes the marker first. Saving an adapter does not: begin another
-    run of an adapter in another folder.
+    writes last, and whether every file beside it is whole, so that an incomplete copy of a run is noticed too. A run
+    that writes a checkpoint again removes that marker first. An adapter does not: begin another run of an adapter in
+    another folder.
 
     Example:
         >>> last = last_complete_checkpoint(args.output_dir)
         >>> model = AutoModelForCausalLM.from_pretrained(last or folder)  # tables stay on their tier, in its files
-        >>> trainer.train(resume_from_checkpoint=last)
+        >>> trained = trainer.train(resume_from_checkpoint=last)
     """
     found = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):

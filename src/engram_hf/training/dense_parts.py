@@ -122,7 +122,7 @@ class DensePart:
         for parameter, state in own:
             if set(state) != set(own[0][1]):
                 raise ValueError(
-                    f"The optimizer's state in the checkpoint is damaged: one parameter has {sorted(own[0][1])} and "
+                    f"optimizer.pt of the checkpoint is damaged: one parameter has {sorted(own[0][1])} and "
                     f"another one {sorted(state)}. Resume from another checkpoint."
                 )
             for name, value in state.items():
@@ -131,7 +131,7 @@ class DensePart:
                 if value is not None and not is_count and not (is_tensor and value.shape == parameter.shape):
                     found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
                     raise ValueError(
-                        f"The optimizer's state in the checkpoint does not fit this model: {name} is {found} where the "
+                        f"optimizer.pt of the checkpoint does not fit this model: {name} is {found} where the "
                         f"parameter is {tuple(parameter.shape)}. Resume from a checkpoint of this run."
                     )
 
@@ -254,7 +254,7 @@ def check_values(saved: dict, own: dict, number: int) -> None:
             is_fit = not isinstance(value, bool) or found is None or isinstance(found, bool)
         if not is_fit:
             raise ValueError(
-                f"The optimizer's state in the checkpoint is not of this optimizer: {name} of group {number} is "
+                f"optimizer.pt of the checkpoint is not of this optimizer: {name} of group {number} is "
                 f"{found!r}, and this run has {value!r}. Resume with the same optim and backbone=."
             )
 
@@ -273,6 +273,6 @@ def errors_of_the_backbone() -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"The optimizer of the backbone in the checkpoint is another one, or damaged ({error!r}). Resume with the "
-            "same backbone= of engram_optimizers and the same optim, or from another checkpoint."
+            f"The backbone's part in optimizer.pt of the checkpoint is another one, or damaged ({error!r}). Resume "
+            "with the same backbone= of engram_optimizers and the same optim, or from another checkpoint."
         ) from error

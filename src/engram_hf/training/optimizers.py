@@ -395,9 +395,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         values = {id(group): values_of(own) for group, own in zip(self.param_groups, saved_groups, strict=True)}
         missing = [name for name, updates in self.rows.items() if updates.gradients.norm not in states]
         if missing:
-            raise ValueError(
-                f"The optimizer's state in the checkpoint is damaged: the rows of {missing[0]} are missing."
-            )
+            raise ValueError(f"optimizer.pt of the checkpoint is damaged: the rows of {missing[0]} are missing.")
         of_rows = {name: updates.checked(states[updates.gradients.norm]) for name, updates in self.rows.items()}
         for part in self.parts:
             part.check(states)
@@ -419,31 +417,31 @@ class EngramOptimizer(torch.optim.Optimizer):
         states, groups = (state_dict["state"], state_dict["param_groups"]) if is_whole else (None, None)
         if not isinstance(states, dict) or not isinstance(groups, list):
             raise ValueError(
-                "The optimizer's state in the checkpoint is damaged: it has no `state` and `param_groups`. Resume from "
+                "optimizer.pt of the checkpoint is damaged: it has no `state` and `param_groups`. Resume from "
                 "another checkpoint."
             )
         for number, group in enumerate(groups):
             if not isinstance(group, dict) or not isinstance(group.get("params"), list):
                 raise ValueError(
-                    f"The optimizer's state in the checkpoint is damaged: group {number} lists no parameters. Resume "
+                    f"optimizer.pt of the checkpoint is damaged: group {number} lists no parameters. Resume "
                     "from another checkpoint."
                 )
         keys = list(chain.from_iterable(group["params"] for group in groups))
         if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
             raise ValueError(
-                "The optimizer's state in the checkpoint is damaged: its groups do not list each parameter once. "
+                "optimizer.pt of the checkpoint is damaged: its groups do not list each parameter once. "
                 "Resume from another checkpoint."
             )
         tables = [group["table"] for group in groups if "table" in group]
         if tables != list(self.row_groups):
             raise ValueError(
-                f"The optimizer in the checkpoint trained the tables {tables}, and this run trains "
+                f"optimizer.pt of the checkpoint trained the tables {tables}, and this run trains "
                 f"{list(self.row_groups)}. Resume with the same engram_optimizers and the same tables frozen."
             )
         sizes = [[len(group["params"]) for group in each] for each in (groups, self.param_groups)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"The optimizer in the checkpoint has groups of {sizes[0]} parameters, and this one of {sizes[1]}. "
+                f"optimizer.pt of the checkpoint has groups of {sizes[0]} parameters, and this one of {sizes[1]}. "
                 "Resume with the same backbone= of engram_optimizers, and with the same parameters frozen."
             )
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
@@ -451,7 +449,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         for key, state in states.items():
             if key not in keys or not isinstance(state, dict):
                 raise ValueError(
-                    f"The optimizer's state in the checkpoint is damaged: what it holds of parameter {key!r} is a "
+                    f"optimizer.pt of the checkpoint is damaged: what it holds of parameter {key!r} is a "
                     f"{type(state).__name__}, or its groups do not list that one. Resume from another checkpoint."
                 )
         return states, groups
@@ -462,7 +460,7 @@ class EngramOptimizer(torch.optim.Optimizer):
         found = sorted(rows) if isinstance(rows, dict) else []
         if found != sorted(self.rows):
             raise ValueError(
-                f"The optimizer in the checkpoint trained the tables {found}, and this run trains {sorted(self.rows)}. "
+                f"optimizer.pt of the checkpoint trained the tables {found}, and this run trains {sorted(self.rows)}. "
                 "Resume with the same engram_optimizers and the same tables frozen."
             )
         of_rows = {name: updates.checked(rows[name]) for name, updates in self.rows.items()}

@@ -187,7 +187,7 @@ class RowUpdates:
         Raises:
             ValueError: it is damaged, or of another rule or table.
         """
-        damaged = f"The optimizer's state in the checkpoint is damaged where it is about {self.name}"
+        damaged = f"optimizer.pt of the checkpoint is damaged where it is about {self.name}"
         if not isinstance(saved, dict) or not {"rule", "steps"} <= set(saved):
             raise ValueError(f"{damaged}: it names no rule and counts no steps. Resume from another checkpoint.")
         saved = _without_tuples(saved)

@@ -64,7 +64,8 @@ class LossFreeBalancingCallback(TrainerCallback):
         for router, counts in self.choices.items():
             if args.world_size > 1:
                 torch.distributed.all_reduce(counts)
-            router.e_score_correction_bias += self.update_rate * torch.sign(counts.mean() - counts)
+            bias: Any = router.e_score_correction_bias
+            bias += self.update_rate * torch.sign(counts.mean() - counts)
             counts.zero_()
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -98,7 +98,7 @@ def report_to_trackers(trainer: "Trainer") -> None:
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramGateStatisticsCallback()])
         >>> report_to_trackers(trainer)
-        >>> trainer.train()
+        >>> result = trainer.train()
     """
     # Trainer's integrations import libraries that are not needed to load a model.
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
