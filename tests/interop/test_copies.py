@@ -127,14 +127,18 @@ def test_a_copy_of_a_model_in_training_is_a_model_of_its_own(tmp_path, tier, way
     steps(model, optimizer)
     copied = way(model)
     expected = model(IDS).logits
-    assert torch.equal(copied(IDS).logits, expected)
+    # Memory of another alignment makes kernels round in another order; rows and weights are equal bits.
+    assert_same_logits(copied(IDS).logits, expected)
+    assert all(torch.equal(a, b) for a, b in zip(copied.state_dict().values(), model.state_dict().values()))
     assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
     # Neither follows the other, and the copy can be trained itself.
     steps(model, optimizer)
-    assert torch.equal(copied(IDS).logits, expected) and not torch.equal(model(IDS).logits, expected)
+    assert_same_logits(copied(IDS).logits, expected)
+    assert not torch.allclose(model(IDS).logits, expected, atol=1e-4)
     after = model(IDS).logits
     steps(copied, made(copied, tmp_path))
-    assert torch.equal(model(IDS).logits, after) and not torch.equal(copied(IDS).logits, expected)
+    assert torch.equal(model(IDS).logits, after)
+    assert not torch.allclose(copied(IDS).logits, expected, atol=1e-4)
 
 
 def trained(folder, callbacks, **changes):
