@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONE, tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from engram_hf import EngramMoEForCausalLM, verify_tables
+from engram_hf.modeling.modeling_engram_moe import CACHE_NAME
+from engram_hf.modeling.table_changes import digest_of
 
 
 FIRST, SECOND = "model.layers.0.engram.table", "model.layers.2.engram.table"
@@ -376,3 +378,31 @@ def _doubled():
     model = tiny_model()
     through_the_parameter(model)
     return model
+
+
+def test_rows_of_one_state_dict_do_not_come_back_with_the_next():
+    model = tiny_model()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name, table = "model.layers.0.engram.table", model.model.layers[0].engram.table
+    digests = [torch.tensor(list(digest_of(block.rows)), dtype=torch.uint8) for block in table.block_records]
+    changed = {
+        **base,
+        f"{name}.changed.row_ids": torch.tensor([0, 3]),
+        f"{name}.changed.rows": torch.full((2, table.row_width), 9.0),
+        f"{name}.changed.digests": torch.stack(digests),
+    }
+    model.load_state_dict(changed)
+    assert table.blocks[0][0, 0] == 9
+    model.load_state_dict(base)
+    assert torch.equal(table.blocks[0], base[f"{name}.blocks.0"])
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cropped_too_far_is_refused_afterwards():
+    model, ids = tiny_model(), tiny_ids(2, 250)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :200], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="at most"):
+        cache.crop(-100)
+    with pytest.raises(ValueError, match="Start from an empty cache"):
+        model(ids[:, 100:], **{CACHE_NAME: cache})

@@ -36,8 +36,11 @@ from .table import EngramTable
 from .table_blocks import BLOCK_KEY, ROW_IDS, Block, block_name, changed_name, layer_of_table
 
 
-if sys.platform != "win32":
+try:
     import fcntl
+# Windows has none. transformers demands every import of remote code that is not in a `try`.
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 # All modeling files: what is saved beside the weights.
 CODE_FILES = (

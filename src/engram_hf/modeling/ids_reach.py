@@ -184,7 +184,10 @@ def reach_under_mask(
 def _seen_columns(mask: torch.Tensor | BlockMask, seq: int) -> torch.Tensor:
     """(batch, seq, seen) bool, of the first head."""
     if not isinstance(mask, BlockMask):
-        return (mask if mask.dtype == torch.bool else mask > HIDING_SCORE)[:, 0]
+        sees = mask if mask.dtype == torch.bool else mask > HIDING_SCORE
+        if sees.shape[1] > 1 and not is_tracing(sees) and (sees != sees[:, :1]).any():
+            raise ValueError("The heads of attention_mask differ, and the memory reads one. Give a mask with one head.")
+        return sees[:, 0]
     batch, _, _, seen = mask.shape
     rows = torch.arange(batch, device=mask.kv_num_blocks.device).view(-1, 1, 1)
     queries = torch.arange(seq, device=rows.device).view(1, -1, 1)

@@ -5,11 +5,12 @@ arXiv 2601.07372, section 2.3.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, DummyLayer, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from .ids_hashing import HashedTokens, find_primes
 from .ids_reach import pack_history
@@ -52,6 +53,7 @@ class StateWindow:
     @torch.no_grad()
     def append(self, new: torch.Tensor) -> None:
         """Add tokens, (batch, time, ...)."""
+        self._own()
         length, seq = self.buffer.shape[1], new.shape[1]
         self.seen_tokens += seq
         if self.is_static:
@@ -68,12 +70,18 @@ class StateWindow:
         self.end = kept.shape[1]
         self.buffer = _pad_time(kept, 0, self.end)
 
+    def _own(self) -> None:
+        """A buffer that was made in inference mode can be written in inference mode alone."""
+        if not torch.compiler.is_compiling() and self.buffer.is_inference() and not torch.is_inference_mode_enabled():
+            self.buffer = self.buffer.clone()
+
     def crop(self, tokens: int) -> None:
         """Forget the last tokens.
 
         Raises:
             ValueError: more than can be taken back.
         """
+        self._own()
         self.seen_tokens -= tokens
         self._cropped_tokens += tokens
         most = CROPPABLE_TOKENS if self.is_static else self.end - self.kept_tokens
@@ -89,6 +97,7 @@ class StateWindow:
             self.end -= tokens
 
     def reset(self) -> None:
+        self._own()
         self.buffer.zero_()
         self.seen_tokens = 0
         self.end = self.end if self.is_static else self.kept_tokens
@@ -99,7 +108,7 @@ def _pad_time(states: torch.Tensor, before: int, after: int) -> torch.Tensor:
     return F.pad(states, (*(0, 0) * (states.ndim - 2), before, after))
 
 
-class MemoryCacheLayer(DummyLayer):
+class MemoryCacheLayer:
     """What the memory of a model keeps while decoding: the last ids, and for each memory layer the last inputs of its
     convolution. It stands behind the model's own cache layers, and follows the batch through beams and crops."""
 
@@ -108,12 +117,28 @@ class MemoryCacheLayer(DummyLayer):
     supports_early_init = False
 
     def __init__(self, is_static: bool = False):
-        super().__init__()
+        self.is_initialized = True
+        self.keys = self.values = None
         self.is_static = is_static
+        # Whether a crop has failed, after the attention layers were cropped.
+        self.is_behind = False
         self.windows: dict[str | int, StateWindow] = {}
+
+    def update(self, key_states=None, value_states=None, *args, **kwargs):
+        """Keys and values are kept by other layers."""
+        return None, None
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
+
+    def get_max_length(self) -> int:
+        return -1
 
     def past(self, name: str | int) -> torch.Tensor | None:
         """(batch, kept tokens, ...) of a state; None before its first tokens."""
+        if self.is_behind:
+            raise ValueError("This cache was cropped further than the memory can follow. Start from an empty cache.")
         return self.windows[name].past() if name in self.windows else None
 
     def append(self, name: str | int, new: torch.Tensor, kept_tokens: int) -> None:
@@ -138,14 +163,17 @@ class MemoryCacheLayer(DummyLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """As in transformers: a number below zero removes as many tokens. Releases before 5.24 give the length that is
         to stay, which is above zero."""
+        self.is_behind, was_behind = bool(self.windows), self.is_behind
         for window in self.windows.values():
             window.crop(-tokens_to_remove if tokens_to_remove <= 0 else window.seen_tokens - tokens_to_remove)
+        self.is_behind = was_behind
 
     def activate_past_recording(self) -> None:
         for window in self.windows.values():
             window.records_all = not window.is_static
 
     def reset(self) -> None:
+        self.is_behind = False
         for window in self.windows.values():
             window.reset()
 
@@ -178,7 +206,8 @@ def memory_cache_layer(cache: Cache, num_model_layers: int) -> MemoryCacheLayer:
         while len(cache.layers) < num_model_layers:
             cache.layers.append(cache.layer_class_to_replicate())
     added = MemoryCacheLayer(any(isinstance(layer, StaticLayer) for layer in cache.layers))
-    cache.layers.append(added)
+    # Known by what it can do: the base class for such layers is newer than the oldest release that is supported.
+    cache.layers.append(cast(Any, added))
     return added
 
 

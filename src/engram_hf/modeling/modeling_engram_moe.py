@@ -525,7 +525,8 @@ class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, 
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
         if output_router_logits and outputs.router_logits:
-            token_mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+            is_2d = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+            token_mask = attention_mask if is_2d else None
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, token_mask
             )

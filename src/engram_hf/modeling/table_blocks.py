@@ -10,6 +10,7 @@ Tiers, which never change a row:
 * `disk`: in its file; a lookup reads the pages of its rows and nothing else.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -295,6 +296,15 @@ class Block:
         stays_on_disk = self.is_on_disk and source is not None and source.holds(self.parameter)
         tier = HOST if self.is_on_disk and not stays_on_disk else self.tier
         return {**self.__dict__, "source": source, "tier": tier, "base": None}
+
+    def __deepcopy__(self, memo: dict) -> "Block":
+        twin = memo[id(self)] = object.__new__(Block)
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __getstate__(self) -> dict:
+        """For pickles: a block in memory brings its rows, and needs no file."""
+        return self.__dict__ if self.is_on_disk else {**self.__dict__, "source": None}
 
 
 class Base(NamedTuple):

@@ -165,6 +165,8 @@ class RowChanges:
         self._is_changed: torch.Tensor | None = None
         # Number of a block to rows that a state dict has brought for it.
         self._arrived: dict[int, ArrivedRows] = {}
+        # Numbers of blocks that state dicts have brought since the rows were used last.
+        self._loaded: set[int] = set()
         # Row ids that a checkpoint has brought over the table's blocks.
         self._brought: torch.Tensor | None = None
 
@@ -288,15 +290,24 @@ class RowChanges:
             self.stamp = None
 
     def follow_load(self, table: RowStore, loaded: Sequence[Block]) -> None:
-        """A state dict was loaded into these blocks: write the rows over every block that they are changes of."""
-        for block in loaded:
-            if block.number in self._arrived:
-                self._arrived[block.number].is_written = False
-        for number, arrived in self._arrived.items():
+        """A state dict was loaded into these blocks: write the rows over every block that they are changes of.
+
+        Once rows and their block have both come, in either order, they are done with: what is loaded next has rows of
+        its own.
+        """
+        self._loaded |= {block.number for block in loaded}
+        here = {block.number for block in loaded}
+        for number, arrived in list(self._arrived.items()):
             block = table.block_records[number]
-            if not arrived.is_written and not block.parameter.is_meta and digest_of(block.rows) == arrived.digest:
+            if arrived.is_written and number not in here:
+                continue
+            if not block.parameter.is_meta and digest_of(block.rows) == arrived.digest:
                 table.write_rows(arrived.wanted + block.first_row, arrived.rows)
                 arrived.is_written = True
+                if number in self._loaded:
+                    del self._arrived[number]
+            else:
+                arrived.is_written = False
 
     def settle(self) -> None:
         """Called before rows are used or copied. Nothing that a load has brought may be missing then.
@@ -304,6 +315,7 @@ class RowChanges:
         Raises:
             ValueError: rows have come without the block that they belong to.
         """
+        self._loaded = set()
         if not self._arrived:
             return
         for number, arrived in self._arrived.items():

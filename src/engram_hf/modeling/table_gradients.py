@@ -162,7 +162,8 @@ class RowGradients(nn.Module):
         row_ids = row_ids.to(gradients.device)
         earlier = self.rows
         if earlier is not None:
-            row_ids, gradients = sum_rows(torch.cat([earlier[0], row_ids]), torch.cat([earlier[1], gradients]))
+            kept_ids, kept = earlier[0], self._as_scaled(earlier[1])
+            row_ids, gradients = sum_rows(torch.cat([kept_ids, row_ids]), torch.cat([kept, gradients]))
         elif self._rows is not None:
             self._count_unused()
         self.replace(row_ids, gradients)
@@ -204,7 +205,15 @@ class RowGradients(nn.Module):
         if rows is None or self.norm.grad is None:
             return None
         self._unused = 0
-        row_ids, gradients = rows
+        row_ids, gradients = rows[0], self._as_scaled(rows[1])
+        # Rows that only padding reads, for one, have a gradient of zero: no step moves them.
+        has_any = self._norms != 0
+        return (row_ids, gradients) if has_any.all() else (row_ids[has_any], gradients[has_any])
+
+    def _as_scaled(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Gradients of rows after what has become of that of `norm` since they were measured."""
+        if self.norm.grad is None:
+            return gradients
         largest, _, unit = self.norm.grad.tolist()
         scale = unit / UNIT
         if scale != 1:
@@ -212,9 +221,7 @@ class RowGradients(nn.Module):
         if largest < float(self._measured[0]) * scale * (1 - 1e-5):
             # Clipped by value.
             gradients = gradients.clamp(-largest, largest)
-        # Rows that only padding reads, for one, have a gradient of zero: no step moves them.
-        has_any = self._norms != 0
-        return (row_ids, gradients) if has_any.all() else (row_ids[has_any], gradients[has_any])
+        return gradients
 
     def _count_unused(self) -> None:
         self._unused += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
@@ -131,6 +132,11 @@ class EngramOptimizerFactory:
             refuse_checkpoints_without_rows(args)
         rule = row_optimizer if isinstance(row_optimizer, RowRule) else ROW_RULES[row_optimizer](args)
         run = TrainingRun(Path(args.output_dir or "."))
+        if args.world_size > 1:
+            # One run: distributed checkpoints take a value that is not sharded from any process.
+            ids = [run.run_id]
+            dist.broadcast_object_list(ids)
+            run.run_id = ids[0]
         exchange = RowExchange() if args.world_size > 1 else None
         rows = {
             name: RowUpdates(name, table, rule, state_dtype, work_folder, args.seed, saves_rows, run, exchange)
