@@ -1,7 +1,7 @@
 """Rows out of files: a mapping that is opened once, and advice to the kernel in batches, so that the pages of many rows
 are read at once and nothing else is.
 
-Knows files, addresses and pages; nothing of tables or models. What it measures up to: scripts/benchmarks/bench_reads.py.
+Knows files, addresses and pages; nothing of tables or models. See scripts/benchmarks/bench_reads.py.
 """
 
 import ctypes
