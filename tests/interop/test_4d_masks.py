@@ -39,6 +39,26 @@ def test_a_plain_causal_mask_changes_nothing(model, as_mask, with_positions):
 
 
 @torch.no_grad()
+def test_heads_that_see_different_tokens_are_refused(model, as_mask):
+    sees = causal(9).expand(1, model.config.num_attention_heads, 9, 9)
+    same = model(tiny_ids(1, 9), attention_mask=as_mask(sees)).logits
+    assert_same_logits(same, model(tiny_ids(1, 9)).logits)
+    sees = sees.clone()
+    sees[0, 1, 5, 4] = False
+    with pytest.raises(REFUSALS, match="heads of attention_mask differ"):
+        model(tiny_ids(1, 9), attention_mask=as_mask(sees))
+
+
+@torch.no_grad()
+def test_the_router_loss_takes_a_mask_of_each_token(as_mask):
+    model, ids = tiny_model(shaped_config(SHAPES[0])), tiny_ids(2, 9)
+    plain = model(ids, labels=ids, output_router_logits=True)
+    masked = model(ids, labels=ids, output_router_logits=True, attention_mask=as_mask(causal(9)))
+    torch.testing.assert_close(masked.loss, plain.loss)
+    assert masked.aux_loss > 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("positions", [None, "restarting", "going on"])
 def test_packed_documents_are_apart(model, as_mask, positions):
     ids = tiny_ids(1, 12)

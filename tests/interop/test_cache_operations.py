@@ -9,6 +9,8 @@ from tiers import REFUSALS
 from tiny import SHAPES, assert_same_logits, shaped_config, tiny_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
+from engram_hf.modeling.memory_layer import MemoryCacheLayer
+
 
 PREFIX = 13
 ROWS = 3
@@ -119,6 +121,26 @@ def test_a_cache_is_cropped_again_and_again(model):
         cache.crop(-removed)
         seen = seen[:, : seen.shape[1] - removed]
     assert_goes_on(model, cache, seen)
+
+
+@pytest.mark.parametrize("removed", [0, 3])
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it(model, removed):
+    ids = tiny_ids(ROWS, PREFIX)
+    with torch.inference_mode():
+        cache = filled(model, ids)
+    cache.crop(-removed)
+    assert_goes_on(model, cache, ids[:, : PREFIX - removed])
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_the_memory_of_a_cache_from_inference_mode_is_reset_outside_of_it(is_static):
+    ids, state = tiny_ids(ROWS, PREFIX), MemoryCacheLayer(is_static)
+    with torch.inference_mode():
+        state.append("ids", ids, 3)
+    state.append("ids", ids[:, :2], 3)
+    assert torch.equal(state.past("ids"), torch.cat([ids[:, -1:], ids[:, :2]], dim=1))
+    state.reset()
+    assert not state.past("ids").any()
 
 
 def test_operations_follow_each_other(model):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -49,6 +50,22 @@ def test_a_copy_is_the_same_model_on_the_same_tier(folder, way, tier):
     assert [table.tiers for table in copied.engram_tables()] == [table.tiers for table in model.engram_tables()]
     ids = tiny_ids(1, 5)
     assert torch.equal(copied.generate(ids, max_new_tokens=4), model.generate(ids, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_a_pickle_of_a_model_in_memory_needs_no_files(folder, way, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    model = load(tmp_path / "model", "resident")
+    expected, pickled = logits_of(model), pickle.dumps(model)
+    if way == "torch.save":
+        pickled = io.BytesIO()
+        torch.save(model, pickled)
+    del model
+    shutil.rmtree(tmp_path / "model")
+    if way == "torch.save":
+        pickled.seek(0)
+    copied = pickle.loads(pickled) if way == "pickle" else torch.load(pickled, weights_only=False)
+    assert torch.equal(logits_of(copied), expected)
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -153,6 +153,11 @@ def test_ids_out_of_range_and_unknown_layers_are_refused():
         NgramHash.from_config(tiny_config(engram_compressed_vocab_size="auto"))
 
 
+def test_a_config_without_memory_layers_has_no_hash():
+    with pytest.raises(ValueError, match="engram_layer_ids is empty"):
+        NgramHash.from_config(tiny_config(engram_layer_ids=[]))
+
+
 def test_from_config_takes_the_compressed_pad():
     config = tiny_config(engram_compressed_vocab_size=50, engram_pad_token_id=7)
     assert NgramHash.from_config(config).pad_id == 7

@@ -43,6 +43,8 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, 
     torch.testing.assert_close(two[0]["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two[0]["tables"], one["tables"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two[0]["rest"], one["rest"], rtol=1e-5, atol=1e-5)
+    # Distributed checkpoints take a value that is not sharded from any process.
+    assert two[0]["run_ids"] == two[1]["run_ids"] and len(two[0]["run_ids"]) == 1
     # Rows and gates are those of all processes.
     first, expected = two[0]["statistics"][0], one["statistics"][0]
     for key in ("rows_touched/layer_0", "gate_mean/layer_0", "gate_std/layer_2/stream_1", "memory_share/layer_2"):

@@ -355,6 +355,38 @@ def test_a_backward_that_is_thrown_away_leaves_nothing_behind(tmp_path, to_none)
         torch.testing.assert_close(states[1][name], tensor, msg=name)
 
 
+@pytest.mark.parametrize("change", ["scale", "clip by value", "clip by norm"])
+def test_gradients_that_are_changed_between_two_backwards_count_as_changed(tmp_path, change):
+    """As a dense gradient does: what comes later is added to what was changed."""
+
+    def changed(parameters):
+        parameters = list(parameters)
+        if change == "scale":
+            for parameter in (each for each in parameters if each.grad is not None):
+                parameter.grad.mul_(0.25)
+        elif change == "clip by value":
+            torch.nn.utils.clip_grad_value_(parameters, 1e-3)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+
+    def backward(model, seed):
+        ids = tiny_ids(2, 9, seed=seed)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    args, models = made_arguments(tmp_path), [exact_model().train(), exact_model().train()]
+    factory, options = engram_optimizers(args, row_optimizer="sgd")
+    for model, optimizer in zip(
+        models, (factory()(models[0], **options), DenseReference(models[1], args, "sgd")), strict=True
+    ):
+        backward(model, 1)
+        changed(model.parameters())
+        backward(model, 2)
+        optimizer.step()
+    ours, theirs = (dict(model.named_parameters()) for model in models)
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: name + text)
+
+
 def test_a_run_that_no_longer_updates_rows_says_so(tmp_path, caplog):
     model = tiny_model()
     train(model, made_arguments(tmp_path, max_steps=2), "adam")

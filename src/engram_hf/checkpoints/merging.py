@@ -1,12 +1,14 @@
 """Merges a checkpoint of a training run: blocks, and the rows that have changed since, become blocks again."""
 
 import hashlib
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
-from ..modeling.checkpoint_loading import open_changes
+from ..modeling.checkpoint_loading import PROGRESS_BYTES, open_changes
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_safetensors import TensorContent
 from ..modeling.table_changes import rows_of_pieces
@@ -35,32 +37,51 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
     part, config = open_folder(source, target)
     checkpoint, places, blocks = part.checkpoint, part.places, part.checkpoint.blocks()
     changes = {table: open_changes(table, checkpoint, places) for table, _ in blocks}
+    owners = {name: owner for owner, name in blocks.items()}
     first_rows: dict[str, list[int]] = {}
     for table in changes:
         names = [name for (owner, _), name in sorted(blocks.items()) if owner == table]
         first_rows[table] = list(accumulate((places[name].shape[0] for name in names), initial=0))
 
-    def merged(file: TableFile, name: str) -> TensorContent | None:
-        table, number = next(key for key, tensor in blocks.items() if tensor == name)
-        brought = changes[table]
-        if brought is None:
-            return None
-        row_ids, rows, digests = brought.row_ids, brought.rows, brought.digests
+    def rows_for(name: str) -> slice:
+        """Which changed rows lie in a block."""
+        table, number = owners[name]
+        if (brought := changes[table]) is None:
+            return slice(0, 0)
         bounds = torch.tensor(first_rows[table][number : number + 2])
-        start, end = torch.searchsorted(row_ids, bounds).tolist()
-        if start == end:
-            return None
-        digest = bytes(digests[number].tolist())
-        return _with_rows(file, name, row_ids[start:end] - int(bounds[0]), rows[start:end], digest)
+        return slice(*torch.searchsorted(brought.row_ids, bounds).tolist())
 
-    rewrite_blocks(checkpoint, config, source, target, merged, {})
+    parts = {name: rows_for(name) for name in blocks.values()}
+    total = sum(places[name].nbytes for name, part in parts.items() if part.start < part.stop)
+    with logging.tqdm(
+        total=total, desc="Merging", unit="B", unit_scale=True, disable=total < PROGRESS_BYTES
+    ) as progress:
+
+        def merged(file: TableFile, name: str) -> TensorContent | None:
+            table, number = owners[name]
+            brought, part = changes[table], parts[name]
+            if brought is None or part.start == part.stop:
+                return None
+            row_ids = brought.row_ids[part] - first_rows[table][number]
+            digest = bytes(brought.digests[number].tolist())
+            return _with_rows(file, name, row_ids, brought.rows[part], digest, progress.update)
+
+        rewrite_blocks(checkpoint, config, source, target, merged, {})
     return target
 
 
-def _with_rows(file: TableFile, name: str, wanted: torch.Tensor, rows: torch.Tensor, expected: bytes) -> TensorContent:
+def _with_rows(
+    file: TableFile,
+    name: str,
+    wanted: torch.Tensor,
+    rows: torch.Tensor,
+    expected: bytes,
+    on_bytes: Callable[[int], object],
+) -> TensorContent:
     """A block in which the rows `wanted`, (n,) ascending, are replaced by `rows`, (n, width).
 
     expected: SHA-256 of the block before that.
+    on_bytes: called with the number of bytes after each piece.
     """
     place = file.places[name]
 
@@ -70,7 +91,9 @@ def _with_rows(file: TableFile, name: str, wanted: torch.Tensor, rows: torch.Ten
             digest.update(part.view(-1).view(torch.uint8).numpy().data)
             start, end = torch.searchsorted(wanted, torch.tensor([first, first + len(part)])).tolist()
             part[wanted[start:end] - first] = rows[start:end]
-            yield memoryview(part.view(-1).view(torch.uint8).numpy().data)
+            merged = part.view(-1).view(torch.uint8).numpy().data
+            yield memoryview(merged)
+            on_bytes(merged.nbytes)
         if digest.digest() != expected:
             raise ValueError(
                 f"{name} in {file.path} is not the block that the changed rows of this checkpoint belong to. Somebody "

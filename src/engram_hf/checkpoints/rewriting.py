@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..hub.uploading import TRAINING_FILES
 from ..modeling.checkpoint_loading import INDEX_FILE, Checkpoint, check_saved_config, find_checkpoint, read_headers
 from ..modeling.checkpoint_saving import WrittenTables, link_file, publish, publishing, staging
 from ..modeling.configuration_engram_moe import EngramMoEConfig
@@ -20,6 +19,17 @@ from ..modeling.disk_safetensors import (
 )
 from ..modeling.table_blocks import parse_block_name, parse_changed_name
 from .checking import Part, check_loadable
+
+
+# What a Trainer leaves in the folder of a model.
+TRAINING_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "rng_state*.pth",
+)
 
 
 def open_folder(source: Path, target: Path) -> tuple[Part, EngramMoEConfig]:

@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from transformers.utils import CHAT_TEMPLATE_DIR, logging
 from transformers.utils.hub import hf_api
 
+from ..checkpoints.rewriting import TRAINING_FILES
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, PROGRESS_BYTES, SINGLE_FILE, read_digests
 from ..modeling.disk_safetensors import read_header, read_index, read_json, read_weight_map, refuse_outside
 from ..modeling.table_blocks import CHANGED_KEY
@@ -21,15 +22,6 @@ from ..modeling.table_blocks import CHANGED_KEY
 
 CARD_FILE = "README.md"
 INDEX_FILES = "model.safetensors.index*.json"
-# What a Trainer leaves in the folder of a model.
-TRAINING_FILES = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "trainer_state.json",
-    "training_args.bin",
-    "rng_state*.pth",
-)
 # What belongs to a model beside its weights: code, configs, tokenizers, cards, pictures and licences, but no logs, data
 # or keys, and no weights that no index names.
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.py", "*.png", "*.jpg", "*.svg", "LICENSE*")

@@ -390,7 +390,8 @@ def refuse_missing(names: Iterable[str], where: str) -> NoReturn:
     is_memory = any(part in name for name in names for part in MEMORY_NAMES)
     raise ValueError(
         f"{where} lacks {len(names)} tensors of the {'memory' if is_memory else 'model'}: {', '.join(names[:8])}"
-        f"{', ...' if len(names) > 8 else ''}. Download it again, or load it with the config that it was saved with."
+        f"{', ...' if len(names) > 8 else ''}. Download it again, or load it with its own "
+        "config.json."
         + (
             " Where the tables lie in a folder or repository of their own, name it with tables_from=. To add a memory "
             "to a model without one, build the new model from its config and copy the weights over."

@@ -223,8 +223,10 @@ class NgramHash(nn.Module):
                 is right for models without compression.
 
         Raises:
-            ValueError: `engram_compressed_vocab_size` is still "auto".
+            ValueError: `engram_compressed_vocab_size` is still "auto", or there is no memory layer.
         """
+        if not config.engram_layer_ids:
+            raise ValueError("engram_layer_ids is empty, so there is no memory and nothing to hash. Name a layer.")
         if config.engram_id_space is None:
             raise ValueError(
                 'engram_compressed_vocab_size is "auto", so the multipliers are not known yet. '

@@ -175,7 +175,7 @@ class EngramMoEDecoderLayer(GradientCheckpointingLayer):
         return collapsed, merge
 
 
-@auto_docstring
+@auto_docstring(custom_intro="What all models of an EngramMoE have in common.")
 class EngramMoEPreTrainedModel(ModelWithTables, PreTrainedModel):
     config: EngramMoEConfig
     config_class = EngramMoEConfig
@@ -252,7 +252,7 @@ class EngramMoEPreTrainedModel(ModelWithTables, PreTrainedModel):
         return embeddings
 
 
-@auto_docstring
+@auto_docstring(custom_intro="An EngramMoE without a head: hidden states come out.")
 class EngramMoEModel(EngramMoEPreTrainedModel):
     def __init__(self, config: EngramMoEConfig):
         super().__init__(config)
@@ -453,7 +453,7 @@ class WithoutContinuousBatching:
         raise NotImplementedError(NOT_PAGED)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="An EngramMoE for causal language modeling.")
 class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

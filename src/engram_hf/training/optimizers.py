@@ -41,6 +41,8 @@ from .row_updates import RowUpdates
 STEPS_WITHOUT_GRADIENT = 10
 # torch's DistributedDataParallel reads this attribute of a model.
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+# In a saved group: how many of its parameters have a state. A file that lost one would train that one from anew.
+STEPPED = "stepped_parameters"
 # They step inside the backward and keep no gradients, so rows could not be clipped together with the backbone.
 FUSED_INTO_BACKWARD = ("lomo", "adalomo")
 # They sort the parameters of the whole model by themselves.
@@ -370,7 +372,11 @@ class EngramOptimizer(torch.optim.Optimizer):
         return {
             "state": {number[parameter]: state for parameter, state in states.items()},
             "param_groups": [
-                {**values[id(group)], "params": [number[parameter] for parameter in group["params"]]}
+                {
+                    **values[id(group)],
+                    STEPPED: sum(parameter in states for parameter in group["params"]),
+                    "params": [number[parameter] for parameter in group["params"]],
+                }
                 for group in self.param_groups
             ],
         }
@@ -399,6 +405,8 @@ class EngramOptimizer(torch.optim.Optimizer):
             pairs = zip(group["params"], saved["params"], strict=True)
             states |= {parameter: saved_states[key] for parameter, key in pairs if key in saved_states}
         values = {id(group): values_of(own) for group, own in zip(self.param_groups, saved_groups, strict=True)}
+        for own in values.values():
+            own.pop(STEPPED, None)
         missing = [name for name, updates in self.rows.items() if updates.gradients.norm not in states]
         if missing:
             raise ValueError(f"optimizer.pt of the checkpoint is damaged: the rows of {missing[0]} are missing.")
@@ -452,6 +460,13 @@ class EngramOptimizer(torch.optim.Optimizer):
             )
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
             check_values(group, own, number)
+            # Checkpoints of earlier versions have no such number.
+            found = sum(key in states for key in group["params"])
+            if group.get(STEPPED, found) != found:
+                raise ValueError(
+                    f"optimizer.pt of the checkpoint is damaged: group {number} has the states of {found} parameters, "
+                    f"and {group[STEPPED]} were saved. Resume from another checkpoint."
+                )
         for key, state in states.items():
             if key not in keys or not isinstance(state, dict):
                 raise ValueError(
