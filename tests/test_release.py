@@ -78,7 +78,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_its_version(dist):
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     tracked = ran(["git", "ls-files", "src"], cwd=ROOT).splitlines()
     assert {name.removeprefix("src/") for name in tracked} <= names
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"engram_hf"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"engram_hf", "engram_hf_command.py"}
     assert f"\nVersion: {engram_hf.__version__}\n" in metadata
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / "setup.cfg")
@@ -100,5 +100,5 @@ def test_what_is_installed_passes_the_tests_that_need_no_repository(python, dist
         path.unlink()
     # The sources are gone, so that only what is installed can be imported.
     shutil.rmtree(source / "src")
-    told = ran([python, "-m", "pytest", "-q", "-m", "not slow", "-n", "2", "-p", "no:cacheprovider"], cwd=source)
+    told = ran([python, "-m", "pytest", "-m", "not slow", "-n", "2", "-p", "no:cacheprovider"], cwd=source)
     assert int(re.search(r"(\d+) passed", told).group(1)) > 300

@@ -72,9 +72,10 @@ def damage_bytes(path: Path, rng: random.Random) -> tuple[str, bool]:
     elif how == "flip many":
         # All in the numbers, or anywhere.
         first = header if rng.random() < 0.5 and header < size else 0
-        for _ in range(20):
-            content[rng.randrange(first, size)] ^= rng.randrange(1, 256)
-        is_content = first == header < size
+        places = [rng.randrange(first, size) for _ in range(20)]
+        for place in places:
+            content[place] ^= rng.randrange(1, 256)
+        is_content = min(places) >= header
     elif how == "zeros":
         start = rng.randrange(size)
         end = min(size, start + 64)

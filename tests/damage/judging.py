@@ -163,7 +163,11 @@ def resumed(folder: Path) -> str:
         # Trainer reads the file with torch.load, which words its own errors.
         raise OSError(f"optimizer.pt cannot be read: {error}") from error
     optimizer.load_state_dict(state)
-    return _digest_of(optimizer.state_dict())
+    loaded = optimizer.state_dict()
+    for state in loaded["state"].values():
+        # A run that is resumed is one of its own.
+        state.pop("run", None), state.pop("stamp", None)
+    return _digest_of(loaded)
 
 
 def _digest_of(value) -> str:

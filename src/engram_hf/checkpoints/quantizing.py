@@ -64,6 +64,11 @@ def _quantized(file: TableFile, name: str, row_format: str, on_rows: Callable[[i
 
     def pieces() -> Iterator[memoryview]:
         for part in file.tensor(name).split(ROWS_AT_ONCE):
+            if not torch.isfinite(part).all():
+                raise ValueError(
+                    f"{name} in {file.path} holds NaN or infinity, and no scale can hold them. The file is damaged, or "
+                    "training went wrong: start from a checkpoint before that."
+                )
             yield memoryview(quantize_rows(part, row_format).view(-1).numpy().data)
             on_rows(part.shape[0])
 

@@ -319,7 +319,7 @@ def check_generation_config(path: Path | None) -> None:
     Raises:
         ValueError: names the file.
     """
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return
     content = read_json(path)
     try:
@@ -557,7 +557,12 @@ def find_file(name: str | Path, filename: str, hub: Mapping) -> Path | None:
     Args:
         name: folder or repository.
         hub: those of `HUB_ARGUMENTS` that are given.
+
+    Raises:
+        ValueError: a folder has its name.
     """
+    if Path(name, filename).is_dir():
+        raise ValueError(f"{Path(name, filename)} is a folder, and must be a file. Download or copy it again.")
     path = cached_file(
         name,
         filename,

@@ -207,12 +207,11 @@ def read_index(index: str | Path) -> dict[str, Any]:
         _check_index(content)
     except ValueError as error:
         raise ValueError(f"{index} is damaged: {error} Download or copy it again.") from error
-    content.setdefault("metadata", {})
     return content
 
 
 def _check_index(content: Mapping[str, Any]) -> None:
-    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(weight_map, dict):
         raise ValueError(f"its weight_map must map tensors to files, got {_short(weight_map)}.")
     for tensor, name in weight_map.items():
@@ -222,6 +221,7 @@ def _check_index(content: Mapping[str, Any]) -> None:
                 "file inside its folder. Nothing is read from elsewhere."
             )
     if not isinstance(metadata, dict):
+        # transformers asks for it too.
         raise ValueError(f"its metadata must be a JSON object, got {_short(metadata)}.")
     digests = metadata.get("sha256", {})
     if not isinstance(digests, dict) or not all(

@@ -449,8 +449,9 @@ class NgramHash(nn.Module):
         out_of_range = (self.token_map < 0) | (self.token_map >= config.engram_compressed_vocab_size)
         if out_of_range.any():
             raise ValueError(
-                f"The token map of {where} holds {int(self.token_map[out_of_range][0])}, and its ids must lie in [0, "
-                f"{config.engram_compressed_vocab_size}). The file is damaged; download it again."
+                f"The token map of {where} (ngram_hash.token_map) holds {int(self.token_map[out_of_range][0])}, and "
+                f"its ids must lie in [0, {config.engram_compressed_vocab_size}). The file is damaged; download it "
+                "again."
             )
         fingerprint = self._fingerprint(self.token_map)
         check_fingerprint(config.engram_fingerprint, fingerprint, where)

@@ -122,8 +122,8 @@ class DensePart:
         for parameter, state in own:
             if set(state) != set(own[0][1]):
                 raise ValueError(
-                    f"optimizer.pt of the checkpoint is damaged: one parameter has {sorted(own[0][1])} and "
-                    f"another one {sorted(state)}. Resume from another checkpoint."
+                    f"optimizer.pt of the checkpoint is damaged: one parameter has {sorted(own[0][1], key=str)} and "
+                    f"another one {sorted(state, key=str)}. Resume from another checkpoint."
                 )
             for name, value in state.items():
                 is_count = name == "step" and is_number(value) and float(value) == int(value)

@@ -8,6 +8,7 @@ Learning rate, weight decay, betas, schedule and `optim` come from `TrainingArgu
 row_rules.py, where its state lives in row_updates.py; the dense optimizers are in dense_parts.py.
 """
 
+import hashlib
 from collections import ChainMap
 from collections.abc import Callable
 from itertools import chain
@@ -41,8 +42,8 @@ from .row_updates import RowUpdates
 STEPS_WITHOUT_GRADIENT = 10
 # torch's DistributedDataParallel reads this attribute of a model.
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-# In a saved group: how many of its parameters have a state. A file that lost one would train that one from anew.
-STEPPED = "stepped_parameters"
+# In a saved state: a digest of the names of all that it holds. What a file has lost would begin anew without a word.
+CONTENTS = "contents"
 # They step inside the backward and keep no gradients, so rows could not be clipped together with the backbone.
 FUSED_INTO_BACKWARD = ("lomo", "adalomo")
 # They sort the parameters of the whole model by themselves.
@@ -230,6 +231,19 @@ def leave_tables_out_of_ddp(model: nn.Module, tables: dict[str, EngramTable]) ->
     setattr(model, DDP_IGNORES, sorted(ignored | set(names)))
 
 
+def digest_of_names(saved: dict) -> str:
+    """SHA-256 of the path of every value in nested dicts and lists, whatever the values are."""
+
+    def paths(value, path: str):
+        if isinstance(value, dict | list):
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from paths(each, f"{path}/{key!r}")
+        else:
+            yield path
+
+    return hashlib.sha256("\n".join(sorted(paths(saved, ""))).encode()).hexdigest()
+
+
 class EngramOptimizer(torch.optim.Optimizer):
     """Dense parts and the rows of tables, as one optimizer.
 
@@ -369,17 +383,14 @@ class EngramOptimizer(torch.optim.Optimizer):
             values |= {id(group): own for group, own in zip(part.groups, own_groups, strict=True)}
         for updates in self.rows.values():
             states[updates.gradients.norm] = updates.state_dict()
-        return {
+        saved = {
             "state": {number[parameter]: state for parameter, state in states.items()},
             "param_groups": [
-                {
-                    **values[id(group)],
-                    STEPPED: sum(parameter in states for parameter in group["params"]),
-                    "params": [number[parameter] for parameter in group["params"]],
-                }
+                {**values[id(group)], "params": [number[parameter] for parameter in group["params"]]}
                 for group in self.param_groups
             ],
         }
+        return {**saved, CONTENTS: digest_of_names(saved)}
 
     def _numbers(self) -> dict[nn.Parameter, int]:
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -405,8 +416,6 @@ class EngramOptimizer(torch.optim.Optimizer):
             pairs = zip(group["params"], saved["params"], strict=True)
             states |= {parameter: saved_states[key] for parameter, key in pairs if key in saved_states}
         values = {id(group): values_of(own) for group, own in zip(self.param_groups, saved_groups, strict=True)}
-        for own in values.values():
-            own.pop(STEPPED, None)
         missing = [name for name, updates in self.rows.items() if updates.gradients.norm not in states]
         if missing:
             raise ValueError(f"optimizer.pt of the checkpoint is damaged: the rows of {missing[0]} are missing.")
@@ -460,19 +469,20 @@ class EngramOptimizer(torch.optim.Optimizer):
             )
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
             check_values(group, own, number)
-            # Checkpoints of earlier versions have no such number.
-            found = sum(key in states for key in group["params"])
-            if group.get(STEPPED, found) != found:
-                raise ValueError(
-                    f"optimizer.pt of the checkpoint is damaged: group {number} has the states of {found} parameters, "
-                    f"and {group[STEPPED]} were saved. Resume from another checkpoint."
-                )
         for key, state in states.items():
             if key not in keys or not isinstance(state, dict):
                 raise ValueError(
                     f"optimizer.pt of the checkpoint is damaged: what it holds of parameter {key!r} is a "
                     f"{type(state).__name__}, or its groups do not list that one. Resume from another checkpoint."
                 )
+        # Earlier versions and distributed checkpoints write no digest.
+        if CONTENTS in state_dict and state_dict[CONTENTS] != digest_of_names(
+            {"state": states, "param_groups": groups}
+        ):
+            raise ValueError(
+                "optimizer.pt of the checkpoint is damaged: it does not hold all that was saved. Resume from another "
+                "checkpoint."
+            )
         return states, groups
 
     def _load_early(self, state_dict: dict) -> None:
