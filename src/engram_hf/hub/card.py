@@ -1,11 +1,11 @@
 """A model card with true facts only: a new one, or one section of a README whose other text stays as it is."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 from markupsafe import Markup
 
@@ -13,7 +13,7 @@ from ..modeling.configuration_engram_moe import AUTO_MAP
 from ..modeling.disk_safetensors import write_pieces
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
 from ..modeling.table_formats import QUANTIZED_FORMATS
-from .card_facts import BEGIN, END, SECTION, CardFacts, as_list, decode_card, facts_in, record_of
+from .card_facts import BEGIN, END, CardFacts, as_list, facts_in, read_card, record_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -25,8 +25,6 @@ PIPELINES = {
 }
 # The first that a model has: AutoModelForDecision is a second name of the causal one.
 AUTO_CLASS = {model.split(".")[1]: auto for auto, model in reversed(AUTO_MAP.items())}
-# What YAML and huggingface_hub raise for damaged metadata.
-UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # How the form begins that `push_to_hub` of transformers writes where there is no card. Nobody has filled it in.
 FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
 FORM += "automatically generated."
@@ -59,11 +57,46 @@ def update_card(path: str | Path, facts: CardFacts) -> None:
     Example:
         >>> update_card("output/tiny", gather_facts("output/tiny", license="apache-2.0"))
     """
-    path = Path(path) / "README.md" if Path(path).is_dir() else Path(path)
-    write_pieces(path, [updated_card(path.read_bytes() if path.is_file() else b"", facts, path)])
+    path, content = read_card(path)
+    write_pieces(path, [updated_card(content, facts, path)])
 
 
-def make_metadata(facts: CardFacts) -> ModelCardData:
+def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
+    """As `update_card`, for what a file holds. `where` names the file in errors."""
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        # huggingface_hub warns about a card without metadata.
+        card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
+        # ModelCardData would put the results of several models under one name. They stay as they are.
+        if len(card.data.get("model-index", [])) < 2:
+            card.data = ModelCardData(**vars(card.data))
+        parts = re.split(rf"^({BEGIN}|{END})[ \t]*$", card.text, flags=re.MULTILINE)
+        if parts[1::2] not in ([], [BEGIN, END]):
+            raise ValueError(f"the lines {BEGIN} and {END} must be there once each and in this order, or not at all")
+    # Damaged metadata raise errors of many types.
+    except Exception as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"{where} cannot be read: {problem}. Repair its metadata (YAML between two lines of ---) or its text "
+            "(UTF-8); nothing was changed."
+        ) from error
+    before = facts_in(content, where)
+    if len(parts) == 1:
+        above, below = card.text.rstrip() + "\n\n", "\n"
+        # Nobody wrote an empty text, nor the form of transformers.
+        replaced = ["", ModelCard.from_template(ModelCardData(), model_description=FORM).text.strip()]
+    else:
+        above, below = parts[0], parts[-1]
+        # A title that is still ours follows the name.
+        replaced = [] if before is None else [f"# {_inline(before.name)}"]
+    if above.strip() in replaced:
+        above = f"\n# {_inline(facts.name)}\n\n"
+    _merge(card.data, _metadata(facts), ModelCardData() if before is None else _metadata(before))
+    card.text = above + _render_section(facts, card.data) + below
+    return str(card).encode("utf-8", "replace")
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
     """Metadata as the Hub understands it. What is not known is None."""
     # Without weights there is nothing that a pipeline, or a button of the Hub, could load.
     pipeline = PIPELINES.get(facts.architecture) if facts.has_weights else None
@@ -96,72 +129,25 @@ def make_metadata(facts: CardFacts) -> ModelCardData:
     )
 
 
-def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
-    """As `update_card`, for what a file holds. `where` names the file in errors."""
-    card = _parse(decode_card(content, where), where)
-    section = SECTION.search(card.text)
-    marks = [len(re.findall(rf"^{mark}[ \t]*$", card.text, re.MULTILINE)) for mark in (BEGIN, END)]
-    if marks != ([0, 0] if section is None else [1, 1]):
-        raise ValueError(
-            f"{where} must have the lines {BEGIN} and {END} once each and in this order, or not at all. Remove what is "
-            "too much; nothing was changed."
-        )
-    before = facts_in(content, where)
-    _merge(card.data, make_metadata(facts), ModelCardData() if before is None else make_metadata(before))
-    ours = _render_section(facts, card.data)
-    above, below = card.text.rstrip() + "\n\n", "\n"
-    if section is not None:
-        above, below = card.text[: section.start()], card.text[section.end() :]
-    # A form is nobody's text, and a title that is still ours follows the name.
-    form = ModelCard.from_template(ModelCardData(), model_description=FORM).text
-    replaced = ["", form.strip()] if section is None else [] if before is None else [f"# {_inline(before.name)}"]
-    if above.strip() in replaced:
-        above = f"\n# {_inline(facts.name)}\n\n"
-    card.text = above + ours + below
-    return str(card).encode("utf-8", "replace")
-
-
-def _parse(text: str, where: object) -> ModelCard:
-    """
-    Raises:
-        ValueError: the metadata is not YAML, not a mapping, or not what huggingface_hub understands.
-    """
-    text = text if text.startswith("---\n") else f"---\n\n---\n{text}"
-    try:
-        card, index = ModelCard(text), RepoCard(text).data.get("model-index") or []
-        if len(index) > 1:
-            # ModelCardData would put them all under one name. They stay as they are.
-            card.data["model_name"] = card.data["eval_results"] = None
-            card.data["model-index"] = index
-    except UNREADABLE as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(
-            f"The metadata of {where} cannot be read: {problem}. Repair what is between its two lines of ---; nothing "
-            "was changed."
-        ) from error
-    return card
-
-
 def _merge(own: CardData, ours: ModelCardData, written: ModelCardData) -> None:
     """Write our values into the user's metadata where it has none, or where a value that we wrote still stands."""
-    if "model-index" in own:
-        ours.eval_results = None
-    for key in vars(ours):
-        mine, new, old = own.get(key), ours.get(key), as_list(written.get(key))
+    for key, new in vars(ours).items():
+        mine, old = own.get(key), written.get(key)
         if isinstance(mine, list):
             new = new if isinstance(new, list) else []
-            kept = [item for item in mine if item in new or item not in old]
-            value: Any = kept + [item for item in new if not any(_is_same(item, other) for other in kept)]
-        else:
-            value = new if mine is None or mine == written.get(key) else mine
-        own[key] = value or None
-    own["model_name"] = (own.get("model_name") or ours.model_name) if own.get("eval_results") else None
+            kept = [item for item in mine if item in new or item not in as_list(old)]
+            there = [_without_value(item) for item in kept]
+            mine = kept + [item for item in new if _without_value(item) not in there]
+        elif mine is None or mine == old:
+            mine = new
+        own[key] = mine or None
+    if "model-index" in own or not own["eval_results"]:
+        own["eval_results"] = own["model_name"] = None
 
 
-def _is_same(item: Any, other: Any) -> bool:
-    """Results are the same if they measure the same: the user's value wins."""
-    both = isinstance(item, EvalResult) and isinstance(other, EvalResult)
-    return item.is_equal_except_value(other) if both else item == other
+def _without_value(item: Any) -> Any:
+    """Two results are the same if they measure the same: the user's value wins."""
+    return replace(item, metric_value=None) if isinstance(item, EvalResult) else item
 
 
 def _render_section(facts: CardFacts, metadata: CardData) -> str:
@@ -171,12 +157,10 @@ def _render_section(facts: CardFacts, metadata: CardData) -> str:
     environment.filters["number"] = "{:,}".format
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
-        config=facts.config,
         auto_class=AUTO_CLASS.get(facts.architecture),
-        trust=", trust_remote_code=True" if facts.has_code else "",
         is_quantized=any(table["dtype"] in QUANTIZED_FORMATS for table in facts.tables),
-        license=", ".join(item for item in as_list(metadata.get("license")) if isinstance(item, str)),
-        base_model=", ".join(item for item in as_list(metadata.get("base_model")) if isinstance(item, str)),
+        license=", ".join(map(str, as_list(metadata.get("license")))),
+        base_model=", ".join(map(str, as_list(metadata.get("base_model")))),
         record=record_of(facts),
     )
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,15 @@ CAUSAL_LM = "EngramMoEForCausalLM"
 PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
 # Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
 BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
-SECTION = re.compile(rf"^{BEGIN}[ \t]*$.*?^{END}[ \t]*$", re.MULTILINE | re.DOTALL)
-RECORD = re.compile(r"^<!-- engram-hf: facts ([0-9a-f]{16}) (\{.*\}) -->$", re.MULTILINE)
-TABLE_FIELDS = ("name", "rows", "head_dim", "dtype", "nbytes")
-DATA_FIELDS = ("description", "datasets", "languages", "tokens")
-RESULT_FIELDS = ("metric", "value", "dataset", "command", "dataset_id", "split", "unit")
+RECORD = re.compile(r"^<!-- engram-hf: facts (\w+) (.*) -->", re.MULTILINE)
 CONFIG_FIELDS: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "hc_mult", "vocab_size")
 CONFIG_FIELDS += ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "first_k_dense_replace")
 CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads", "engram_compressed_vocab_size")
 CONFIG_FIELDS += ("engram_fingerprint", "max_position_embeddings")
 # What a card shows of a memory layer: the last value in the log.
-LAYER_FIGURES = ("gate_mean", "memory_share", "rows_touched", "ngrams_per_row", "ngrams_per_row_perfect_hash")
+LAYER_FIGURE = re.compile(
+    r"engram/(gate_mean|memory_share|rows_touched|ngrams_per_row|ngrams_per_row_perfect_hash)/layer_(\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,17 @@ class CardFacts:
 
     name: str
     architecture: str
-    preset: str | None
-    weights: str | None
-    has_weights: bool
-    has_code: bool
-    has_tokenizer: bool
     dtype: str
     config: dict[str, Any]
     parameters: dict[str, float] | None
     tables: list[dict[str, Any]]
     backbone_nbytes: int
     disk_nbytes: int
+    preset: str | None = None
+    weights: str | None = None
+    has_weights: bool = False
+    has_code: bool = False
+    has_tokenizer: bool = False
     repo_id: str | None = None
     tables_repo: str | None = None
     license: str | None = None
@@ -138,36 +137,37 @@ def gather_facts(
         >>> facts.tables[0]["rows"]
         53826
     """
-    folder = None if isinstance(source, EngramMoEConfig) else Path(source)
-    given: dict[str, Any] = {
-        "repo_id": repo_id,
-        "tables_repo": tables_repo,
-        "license": license,
-        "base_model": as_list(base_model),
-        "data": None if data is None else _data(data),
-        "training": None if training is None else _training(training),
-        "picture": picture,
-        "evaluation": [_result(result) for result in as_list(evaluation)],
-        "limits": as_list(limits),
-    }
-    datasets = given["data"]["datasets"] if given["data"] else []
-    for repository in filter(None, [repo_id, tables_repo, *given["base_model"], *datasets]):
+    if isinstance(source, EngramMoEConfig):
+        folder, config, found = None, source, _facts_of_config(source)
+    else:
+        folder, config = Path(source), EngramMoEConfig.from_pretrained(source)
+        found = _facts_of_checkpoint(folder, config, tables_from)
+    counted = count_parameters(config) if found["architecture"] == CAUSAL_LM else None
+    default_name = found.pop("name")
+    facts = CardFacts(
+        **found,
+        name=name or (repo_id or "").split("/")[-1],
+        config={name: getattr(config, name) for name in CONFIG_FIELDS},
+        parameters=None if counted is None else {**asdict(counted), "memory_share": counted.memory_share},
+        repo_id=repo_id,
+        tables_repo=tables_repo,
+        license=license,
+        base_model=as_list(base_model),
+        data=None if data is None else _data(data),
+        training=None if training is None else _training(training),
+        picture=picture,
+        evaluation=[_result(result) for result in as_list(evaluation)],
+        limits=as_list(limits),
+    )
+    for repository in filter(None, [repo_id, tables_repo, *facts.base_model, *(facts.data or {}).get("datasets", [])]):
         validate_repo_id(repository)
     if picture is not None:
         path = None if folder is None else (folder / picture).resolve()
         if folder is None or path is None or not path.is_file() or not path.is_relative_to(folder.resolve()):
             raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
-    found = (
-        _facts_of_config(source)
-        if isinstance(source, EngramMoEConfig)
-        else _facts_of_checkpoint(Path(source), tables_from)
-    )
-    facts = CardFacts(**found, **given)
-    known = None if folder is None else read_facts(folder)
-    if known is not None:
-        name = name or (known.name if repo_id is None and known.weights == facts.weights else None)
+    if folder is not None and (known := read_facts(folder)) is not None:
         facts = keep_known(facts, known)
-    return replace(facts, name=name or (repo_id.split("/")[-1] if repo_id else facts.name))
+    return replace(facts, name=facts.name or default_name)
 
 
 def read_facts(path: str | Path) -> CardFacts | None:
@@ -178,35 +178,26 @@ def read_facts(path: str | Path) -> CardFacts | None:
     Args:
         path: a card, or the folder of its README.md.
     """
+    path, content = read_card(path)
+    return facts_in(content, path)
+
+
+def read_card(path: str | Path) -> tuple[Path, bytes]:
+    """The file of a card, which is the README.md of a folder, and its bytes: none if it does not exist."""
     path = Path(path) / "README.md" if Path(path).is_dir() else Path(path)
-    return facts_in(path.read_bytes(), path) if path.is_file() else None
+    return path, path.read_bytes() if path.is_file() else b""
 
 
 def facts_in(content: bytes, where: object) -> CardFacts | None:
-    """As `read_facts`, for what a file holds. `where` names the file in messages."""
-    section = SECTION.search(decode_card(content, where))
-    record = None if section is None else RECORD.search(section[0])
-    if section is None:
-        return None
-    try:
-        if record is not None and record[1] == _digest(record[2]):
+    """As `read_facts`, for what a file holds. `where` names the file in the warning."""
+    text = content.decode(errors="replace")
+    record = RECORD.search(text)
+    if record is not None and record[1] == _digest(record[2]):
+        with suppress(ValueError):
             return CardFacts.from_dict(json.loads(record[2]))
-    except ValueError:
-        pass
-    logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
+    if BEGIN in text:
+        logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
     return None
-
-
-def decode_card(content: bytes, where: object) -> str:
-    """The text of a card, with plain line feeds.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text ({error}). Save it as UTF-8; nothing was changed.") from error
 
 
 def record_of(facts: CardFacts) -> str:
@@ -220,126 +211,117 @@ def keep_known(facts: CardFacts, known: CardFacts) -> CardFacts:
 
     Licence and base models are always kept, everything else only if the weights are the same.
     """
-    kept: dict[str, Any] = {"license": known.license, "base_model": known.base_model}
-    of_weights = {name: getattr(known, name) for name in ("data", "training", "picture", "evaluation", "limits")}
-    if known.weights is not None and known.weights == facts.weights:
-        kept |= {**of_weights, "repo_id": known.repo_id, "tables_repo": known.tables_repo}
-    elif lost := [name for name, value in of_weights.items() if value and not getattr(facts, name)]:
-        logger.warning(
-            f"The weights changed since this card was written. Removed: {', '.join(lost)}. Pass the values again if "
-            "they still apply."
-        )
-    return replace(facts, **{name: value for name, value in kept.items() if value and not getattr(facts, name)})
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    always, of_weights = ["license", "base_model"], ["data", "training", "picture", "evaluation", "limits"]
+    kept = {
+        name: getattr(known, name)
+        for name in [*always, *of_weights, "name", "repo_id", "tables_repo"]
+        if getattr(known, name) and not getattr(facts, name)
+    }
+    if known.weights is None or known.weights != facts.weights:
+        if lost := [name for name in of_weights if name in kept]:
+            logger.warning(
+                f"The weights changed since this card was written. Removed: {', '.join(lost)}. Pass the values again "
+                "if they still apply."
+            )
+        kept = {name: kept[name] for name in always if name in kept}
+    return replace(facts, **kept)
 
 
 def as_list(value) -> list:
     return [] if value is None else [value] if isinstance(value, str | Mapping) else list(value)
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _data(data: str | Mapping) -> dict[str, Any]:
-    content = {"description": data} if isinstance(data, str) else {**data}
-    if not content.get("description") or set(content) - {*DATA_FIELDS}:
-        allowed = ", ".join(DATA_FIELDS)
-        raise ValueError(f"data must have a description, and may have {allowed}; got {sorted(content)}.")
-    lists = {name: as_list(content.get(name)) for name in ("datasets", "languages")}
-    return {"description": content["description"], "tokens": content.get("tokens"), **lists}
+    content = {"description": data} if isinstance(data, str) else data
+    content = _with_fields(content, "data must have a", ["description"], ["datasets", "languages", "tokens"])
+    return content | {name: as_list(content[name]) for name in ("datasets", "languages")}
 
 
 def _result(result: Mapping) -> dict[str, Any]:
-    if set(result) - {*RESULT_FIELDS} or {*RESULT_FIELDS[:4]} - set(result):
-        wanted = ", ".join(RESULT_FIELDS)
-        raise ValueError(f"A result has {wanted}, the last three if they are known; got {sorted(result)}.")
-    what, value = f"{result['metric']} on {result['dataset']}", result["value"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}.")
-    if not result["command"].strip():
-        raise ValueError(f"{what} needs the command that gives it.")
-    return {name: result.get(name) for name in RESULT_FIELDS}
+    needed = ["metric", "value", "dataset", "command"]
+    content = _with_fields(result, "A result has", needed, ["dataset_id", "split", "unit"])
+    value, command = content["value"], content["command"]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and command.strip()):
+        raise ValueError(
+            f"{content['metric']} on {content['dataset']} must be a finite number with the command that gives it, got "
+            f"{value!r} and {command!r}."
+        )
+    return content
+
+
+def _with_fields(content: Mapping, claim: str, needed: list[str], known: list[str]) -> dict[str, Any]:
+    """A copy with None for what is not known."""
+    if not set(needed) <= set(content) <= {*needed, *known}:
+        raise ValueError(f"{claim} {', '.join(needed)}, and may have {', '.join(known)}; got {sorted(content)}.")
+    return {**dict.fromkeys(known), **content}
 
 
 def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
     """Facts of the causal language model of a config; bytes are counted in bfloat16 if it names no type."""
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
-    presets = [name for name in PAPER_PRESETS if EngramMoEConfig.preset(name).to_dict() == config.to_dict()]
+    preset = next((name for name in PAPER_PRESETS if EngramMoEConfig.preset(name).to_dict() == config.to_dict()), None)
     with torch.device("meta"):
         # A copy: the type that a model is built in is written into its config.
         model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
-    tables = _tables(model.engram_tables(), CAUSAL_LM)
-    backbone = sum(estimate_memory(config, "cpu", dtype).backbone.values())
+    needed = estimate_memory(config, "cpu", dtype)
     return {
-        **_facts_of_both(config, CAUSAL_LM),
-        **dict.fromkeys(("has_weights", "has_code", "has_tokenizer"), False),
-        "name": [*presets, config.model_type][0],
-        "preset": [*presets, None][0],
-        "weights": None,
+        "name": preset or config.model_type,
+        "architecture": CAUSAL_LM,
+        "preset": preset,
         "dtype": dtype,
-        "tables": tables,
-        "backbone_nbytes": backbone,
-        "disk_nbytes": backbone + sum(table["nbytes"] for table in tables),
+        "tables": _tables(model.engram_tables()),
+        "backbone_nbytes": sum(needed.backbone.values()),
+        "disk_nbytes": sum(needed.backbone.values()) + sum(needed.tables.values()),
     }
 
 
-def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[str, Any]:
+def _facts_of_checkpoint(folder: Path, config: EngramMoEConfig, tables_from: str | Path | None) -> dict[str, Any]:
     inspection, digests = inspect_checkpoint(folder, tables_from=tables_from), read_digests(folder)
-    config, checkpoint = (
-        EngramMoEConfig.from_pretrained(folder),
-        find_checkpoint(str(folder), {"local_files_only": True}),
-    )
+    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
+    here_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
     architecture = (config.architectures or [CAUSAL_LM])[0]
-    here = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
     return {
-        **_facts_of_both(config, architecture),
         "name": folder.resolve().name,
-        "preset": None,
+        "architecture": architecture,
         # Not of file names, so that saving the same weights again changes nothing.
         "weights": _digest(json.dumps(sorted(digests.values()))) if digests else None,
         "has_weights": True,
         "has_code": getattr(config, "auto_map", None) is not None,
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
         "dtype": str(config.dtype or "float32").removeprefix("torch."),
-        "tables": _tables(inspection.tables, architecture),
+        "tables": _tables(inspection.tables, prefix="" if architecture == "EngramMoEModel" else "model."),
         "backbone_nbytes": inspection.backbone_nbytes,
-        "disk_nbytes": here + (0 if checkpoint.blocks() else inspection.tables_nbytes),
+        "disk_nbytes": here_nbytes + (0 if checkpoint.blocks() else inspection.tables_nbytes),
     }
 
 
-def _facts_of_both(config: EngramMoEConfig, architecture: str) -> dict[str, Any]:
-    counted = count_parameters(config) if architecture == CAUSAL_LM else None
-    return {
-        "architecture": architecture,
-        "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
-        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
-    }
-
-
-def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
-    prefix = "" if architecture == "EngramMoEModel" else "model."
-    found = [{name: getattr(table, name) for name in TABLE_FIELDS} for table in tables]
-    return [{**table, "name": prefix + table["name"].removeprefix("model.")} for table in found]
+def _tables(tables: Iterable[Any], prefix: str = "") -> list[dict[str, Any]]:
+    known = ("rows", "head_dim", "dtype", "nbytes")
+    return [{"name": prefix + table.name, **{name: getattr(table, name) for name in known}} for table in tables]
 
 
 def _training(folder: str | Path) -> dict[str, Any]:
     state = read_state(folder)
-    last: dict[str, float] = {}
-    rates = [0.0]
-    for line in state["log_history"]:
-        numbers = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
-        last |= {key: value for key, value in numbers.items() if math.isfinite(value)}
-        rates.append(numbers.get("learning_rate", 0.0))
+    lines = [
+        {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
+        for line in state["log_history"]
+    ]
+    last = {key: value for line in lines for key, value in line.items()}
     layers: dict[str, dict[str, float]] = {}
     for key, value in last.items():
-        if (match := re.fullmatch(rf"engram/({'|'.join(LAYER_FIGURES)})/layer_(\d+)", key)) is not None:
+        if (match := LAYER_FIGURE.fullmatch(key)) is not None:
             layers.setdefault(match[2], {})[match[1]] = value
     return {
         "steps": state["global_step"],
         "epochs": state.get("epoch"),
         **{name: last.get(name) for name in ("loss", "eval_loss")},
-        "learning_rate": max(rates) or None,
+        "learning_rate": max((line.get("learning_rate", 0.0) for line in lines), default=0.0) or None,
         "layers": dict(sorted(layers.items(), key=lambda item: int(item[0]))),
     }
