@@ -3,12 +3,14 @@
 The classes below say which model is tested and what its cache holds, nothing else.
 """
 
+import copy
 import importlib
 import os
 import sys
 import unittest
 
 import pytest
+import torch
 from transformers.models.auto import modeling_auto
 
 from engram_hf import (
@@ -18,6 +20,7 @@ from engram_hf import (
     EngramMoEForTokenClassification,
     EngramMoEModel,
 )
+from engram_hf.modeling.memory_layer import IDS
 
 
 CHECKOUT = os.environ.get("TRANSFORMERS_CHECKOUT")
@@ -25,7 +28,6 @@ if not CHECKOUT:
     pytest.skip("needs a checkout of transformers, named by TRANSFORMERS_CHECKOUT", allow_module_level=True)
 sys.path.insert(0, CHECKOUT)
 suite = importlib.import_module("tests.causal_lm_tester")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 # The suite finds the labels of a model by class name, in tables that hold only models of transformers.
 for mapping, model in [
@@ -74,6 +76,13 @@ class OneStreamTester(suite.CausalLMModelTester):
         )
 
 
+def without_memory(cache):
+    """A cache with the layers of the attention alone, and the layer of the memory, which stands behind them."""
+    attention = copy.copy(cache)
+    attention.layers = cache.layers[:-1]
+    return attention, cache.layers[-1]
+
+
 class FourStreamsTester(OneStreamTester):
     streams = 4
 
@@ -82,10 +91,18 @@ class OneStreamTest(suite.CausalLMModelTest, unittest.TestCase):
     model_tester_class = OneStreamTester
     pipeline_model_mapping: dict = {}
 
-    def _get_conv_state_shape(self, batch_size, config):
-        # The suite's hook for what a hybrid layer keeps: the last ids, and the inputs of the convolution.
+    # The suite's hooks for caches of models that keep more than keys and values.
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        attention, state = without_memory(past_key_values)
+        super()._check_past_key_values_for_generate(batch_size, attention, seq_length, config)
         channels = config.hc_mult * config.hidden_size
-        return [(batch_size, config.engram_max_ngram_size - 1), (batch_size, channels, config.engram_conv_reach)]
+        assert state.past(IDS).shape == (batch_size, config.engram_max_ngram_size - 1)
+        assert state.past(1).shape == (batch_size, config.engram_conv_reach, channels)
+
+    def _check_caches_are_equal(self, cache1, cache2):
+        (attention1, state1), (attention2, state2) = without_memory(cache1), without_memory(cache2)
+        super()._check_caches_are_equal(attention1, attention2)
+        assert all(torch.equal(state1.past(name), state2.past(name)) for name in (IDS, 1))
 
     @unittest.skip("opens model.safetensors by name: tables lie in files of their own, so there is always an index")
     def test_load_save_without_tied_weights(self):

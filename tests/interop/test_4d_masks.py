@@ -103,65 +103,93 @@ def test_padding_on_the_left_is_not_seen(model, as_mask, with_positions):
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_positions", [False, True])
-def test_padding_between_tokens_is_the_gap_that_it_is_in_a_mask_of_two_dimensions(model, as_mask, with_positions):
+def test_a_gap_that_sees_itself_is_a_branch_of_its_own(model, as_mask, with_positions):
+    ids = tiny_ids(1, 12)
+    is_token = torch.ones(12, dtype=torch.bool)
+    is_token[5:7] = False
+    sees = causal(12) & is_token | torch.eye(12, dtype=torch.bool)
+    positions = torch.arange(12)[None]
+    given = {"position_ids": positions} if with_positions else {}
+    logits = model(ids, attention_mask=as_mask(sees), **given).logits[:, is_token]
+    without = model(ids[:, is_token], attention_mask=as_mask(causal(10)), position_ids=positions[:, is_token]).logits
+    assert_same_logits(logits, without)
+
+
+@torch.no_grad()
+def test_a_gap_that_does_not_see_itself_is_padding_as_in_a_mask_of_two_dimensions(model, as_mask):
     ids = tiny_ids(1, 12)
     is_token = torch.ones(1, 12, dtype=torch.bool)
     is_token[:, 5:7] = False
-    sees = causal(12) & is_token[:, None, None, :] | torch.eye(12, dtype=torch.bool)
-    expected = model(ids, attention_mask=is_token.long()).logits
-    positions = {"position_ids": torch.arange(12)[None]} if with_positions else {}
-
-    def tokens():
-        return model(ids, attention_mask=as_mask(sees), **positions).logits[is_token]
-
-    right_or_refused(tokens, expected[is_token], "directly before")
+    logits = model(ids, attention_mask=as_mask(causal(12) & is_token)).logits
+    assert_same_logits(logits[is_token], model(ids, attention_mask=is_token.long()).logits[is_token])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("with_positions", [False, True])
-def test_a_prefix_shared_by_two_answers_is_right_or_refused(model, as_mask, with_positions):
-    prefix, answers = tiny_ids(1, 5), tiny_ids(2, 3, seed=1)
-    row = torch.cat([prefix, answers[:1], answers[1:]], dim=1)
-    sees = causal(11)
-    sees[8:, 5:8] = False
-    expected = model(torch.cat([prefix.expand(2, -1), answers], dim=1)).logits
-    expected = torch.cat([expected[:1], expected[1:, 5:]], dim=1)
-    positions = {"position_ids": torch.cat([torch.arange(8), torch.arange(5, 8)])[None]} if with_positions else {}
-
-    def shared():
-        return model(row, attention_mask=as_mask(sees), **positions).logits
-
-    # Without positions the second answer stands three places further from the prefix: other logits, and an error of
-    # the memory all the same.
-    if with_positions:
-        right_or_refused(shared, expected, "directly before")
-    else:
-        with pytest.raises(REFUSALS, match="directly before"):
-            shared()
+@pytest.mark.parametrize("lengths", [(3, 3), (1, 4, 2), (12, 11)])
+def test_a_prefix_is_shared_by_several_answers(model, as_mask, lengths):
+    prefix = tiny_ids(1, 5)
+    answers = [tiny_ids(1, length, seed=number) for number, length in enumerate(lengths)]
+    owner = torch.cat([torch.full((5,), -1), *(torch.full((n,), i) for i, n in enumerate(lengths))])
+    sees = causal(len(owner)) & ((owner == owner[:, None]) | (owner == -1))
+    positions = torch.cat([torch.arange(5), *(torch.arange(5, 5 + n) for n in lengths)])[None]
+    row = torch.cat([prefix, *answers], dim=1)
+    logits = model(row, attention_mask=as_mask(sees), position_ids=positions).logits
+    for number, answer in enumerate(answers):
+        alone = model(torch.cat([prefix, answer], dim=1)).logits
+        assert_same_logits(logits[:, :5], alone[:, :5])
+        assert_same_logits(logits[:, owner == number], alone[:, 5:])
+    # Without positions the attention has other ones, and the memory reads the same.
+    gates = model(row, attention_mask=as_mask(sees), output_engram_gates=True).engram_gates[0]
+    expected = model(torch.cat([prefix, answers[-1]], dim=1), output_engram_gates=True).engram_gates[0]
+    assert_same_logits(gates[:, owner == len(lengths) - 1], expected[:, 5:])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("with_positions", [False, True])
-def test_a_tree_of_candidates_behind_a_cache_is_right_or_refused(model, as_mask, with_positions):
+def test_branches_branch_again_beside_a_row_that_does_not(model, as_mask):
+    ids, parent = tiny_ids(2, 9), [None, 0, 1, 1, 2, 3, 3, 4, 7]
+    sees = torch.eye(9, dtype=torch.bool).repeat(2, 1, 1)
+    for token in range(1, 9):
+        sees[0, token] |= sees[0, parent[token]]
+    sees[1] = causal(9)
+    positions = torch.stack([sees[0].sum(-1) - 1, torch.arange(9)])
+    logits = model(ids, attention_mask=as_mask(sees[:, None]), position_ids=positions).logits
+    assert_same_logits(logits[1:], model(ids[1:]).logits)
+    for token in range(9):
+        alone = model(ids[:1, sees[0, token]]).logits[:, -1]
+        assert_same_logits(logits[:1, token], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix_length", [1, 6, 20])
+def test_a_tree_of_candidates_behind_a_cache(model, as_mask, prefix_length):
     """What speculative decoding with several candidates does: each sees the prefix, and none the other."""
-    prefix, candidates = tiny_ids(1, 6), tiny_ids(1, 2, seed=1)
+    prefix, candidates = tiny_ids(1, prefix_length), tiny_ids(1, 4, seed=1)
     cache = DynamicCache(config=model.config)
     model(prefix, cache=cache)
+    among = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]).bool()
+    sees = torch.cat([torch.ones(4, prefix_length, dtype=torch.bool), among], dim=1)
+    positions = torch.tensor([[0, 0, 1, 1]]) + prefix_length
+    logits = model(candidates, attention_mask=as_mask(sees), cache=cache, position_ids=positions).logits
+    for token in range(4):
+        alone = model(torch.cat([prefix, candidates[:, among[token]]], dim=1)).logits[:, -1]
+        assert_same_logits(logits[:, token], alone)
+
+
+@torch.no_grad()
+def test_a_token_that_looks_past_padding_or_past_the_last_token_of_a_cache_is_refused(model, as_mask):
+    ids, sees = tiny_ids(1, 8), causal(8)
+    # A branch behind a gap: position 2 holds no token.
+    sees[:, 2] = sees[2, :2] = False
+    sees[2, 2] = False
+    sees[6:, 5] = False
+    with pytest.raises(REFUSALS, match="directly before.* looks past padding"):
+        model(ids, attention_mask=as_mask(sees), position_ids=torch.arange(8)[None])
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :6], cache=cache)
     sees = torch.ones(2, 8, dtype=torch.bool)
-    sees[0, 7] = sees[1, 6] = False
-    expected = torch.cat(
-        [model(torch.cat([prefix, candidates[:, i : i + 1]], dim=1)).logits[:, -1:] for i in range(2)], dim=1
-    )
-    positions = {"position_ids": torch.tensor([[6, 6]])} if with_positions else {}
-
-    def tree():
-        return model(candidates, attention_mask=as_mask(sees), cache=cache, **positions).logits
-
-    if with_positions:
-        right_or_refused(tree, expected, "directly before|do not go on where the cache ends")
-    else:
-        with pytest.raises(REFUSALS, match="directly before"):
-            tree()
+    sees[0, 7] = sees[1, 6] = sees[1, 5] = False
+    with pytest.raises(REFUSALS, match="directly before"):
+        model(ids[:, 6:], attention_mask=as_mask(sees), cache=cache, position_ids=torch.tensor([[6, 5]]))
 
 
 @torch.no_grad()

@@ -221,6 +221,20 @@ def test_the_compiled_forward_gives_the_same_logits(model):
 
 
 @torch.no_grad()
+def test_decoding_with_a_static_cache_is_compiled_once(model):
+    torch._dynamo.reset()
+    ids = tiny_ids(2, SEQ)
+    expected = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=SEQ)
+    model(ids[:, :5], cache=cache)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for place in range(5, SEQ):
+        with torch.compiler.set_stance("default" if place == 5 else "fail_on_recompile"):
+            logits = compiled(ids[:, place : place + 1], position_ids=torch.tensor([[place]]), cache=cache).logits
+        assert_same_logits(logits, expected[:, place : place + 1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
     documents, ids, positions = packed([3, 1, 11, 6])

@@ -180,7 +180,7 @@ def test_a_flipped_byte_is_found_by_its_digest(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing can be verified"):
         verify_tables(tmp_path / "nowhere")
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map(tmp_path)}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map(tmp_path)}))
     with pytest.raises(ValueError, match="holds no SHA-256"):
         verify_tables(tmp_path)
 

@@ -401,13 +401,21 @@ def refuse_missing(names: Iterable[str], where: str) -> NoReturn:
     )
 
 
+class MisshapenError(ValueError, RuntimeError):
+    """A tensor has another shape than the model's. transformers raises RuntimeError for it, which callers may catch."""
+
+
 def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> NoReturn:
-    """Raise for tensors that have another shape than the model's."""
+    """Raise for tensors that have another shape than the model's.
+
+    Raises:
+        MisshapenError: always.
+    """
     is_memory = any(part in description for description in descriptions for part in MEMORY_NAMES)
     quantized = ""
     if row_format in QUANTIZED_FORMATS:
         quantized = f" A row of {row_format} is its numbers and their scales; rows without scales mean nothing."
-    raise ValueError(
+    raise MisshapenError(
         f"{where} holds a {'memory' if is_memory else 'model'} of another shape: {'; '.join(descriptions[:8])}."
         f"{quantized} "
         + (

@@ -57,6 +57,8 @@ AUTO_MAP = {
     # What `transformers serve` asks for first; otherwise it looks for the class inside transformers.
     "AutoModelForDecision": "modeling_engram_moe.EngramMoEForCausalLM",
 }
+# By what `get_config_dict` tells `from_dict` where a config comes from, for its errors.
+SOURCE = "_source"
 TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8", "int4")
 
 # Equal in the paper's four models. The paper prints neither the MLA ranks nor the widths of the feed-forward layers;
@@ -313,8 +315,7 @@ class EngramMoEConfig(DeepseekV3Config):
                 f"config.json of {pretrained_model_name_or_path} is that of another model: model_type is "
                 f"{shorten(content['model_type'])}, not {cls.model_type!r}. Load it with the Auto classes."
             )
-        # For the errors of `from_dict`; the Auto classes pass it too.
-        return content, {**kwargs, "name_or_path": str(pretrained_model_name_or_path)}
+        return content, {**kwargs, SOURCE: str(pretrained_model_name_or_path)}
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -341,7 +342,8 @@ class EngramMoEConfig(DeepseekV3Config):
         """
         own = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         content = {**config_dict, **{name: kwargs.pop(name) for name in own & kwargs.keys()}}
-        where = kwargs.get("name_or_path")
+        # The Auto classes tell it in their own way.
+        where = kwargs.pop(SOURCE, None) or kwargs.get("name_or_path")
         try:
             content = with_own_names(content, cls)
             unused = {name: value for name, value in kwargs.items() if name.startswith("engram_")}

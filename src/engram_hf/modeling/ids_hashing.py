@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
-from .ids_reach import NO_MEMORY, document_positions, token_reach, unpack_history
+from .ids_reach import NO_MEMORY, Seen, document_positions, reach_along, token_reach, unpack_history
 
 
 LAYER_SEED_STEP = 10007
@@ -84,7 +84,11 @@ def build_token_map(tokenizer) -> torch.Tensor:
 
 
 def find_ngrams(
-    ids: torch.Tensor, reach: torch.Tensor, max_ngram_size: int, pad_id: int | torch.Tensor
+    ids: torch.Tensor,
+    reach: torch.Tensor,
+    max_ngram_size: int,
+    pad_id: int | torch.Tensor,
+    before: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The ids of the longest n-gram that ends at each token, pads where a token may not look.
 
@@ -93,15 +97,21 @@ def find_ngrams(
         reach: (batch, seq) as `token_reach` gives it.
         max_ngram_size: the largest order N.
         pad_id: the compressed pad.
+        before: of `Seen`.
 
     Returns:
         (batch, N, seq), the oldest id first, the token itself last; all in [0, compressed vocabulary size).
     """
     seq = reach.shape[1]
+    shifts = torch.arange(max_ngram_size - 1, -1, -1, device=ids.device).unsqueeze(1)
+    if before is not None:
+        own = torch.arange(seq, device=ids.device).expand(len(ids), -1).unsqueeze(-1)
+        places = torch.cat([before[..., : max_ngram_size - 1].flip(-1), own], -1) + ids.shape[1] - seq
+        read = ids.unsqueeze(1).expand(-1, seq, -1).gather(-1, places.clamp_min(0)).transpose(1, 2)
+        return torch.where(reach.unsqueeze(1) >= shifts, read, pad_id)
     missing = max(0, seq + max_ngram_size - 1 - ids.shape[1])
     padded = F.pad(ids, (missing, 0), value=NO_MEMORY) if missing else ids
     shifted = padded[:, 1 - max_ngram_size - seq :].unfold(1, max_ngram_size, 1).transpose(1, 2)  # (batch, N, seq)
-    shifts = torch.arange(max_ngram_size - 1, -1, -1, device=ids.device).unsqueeze(1)
     return torch.where(reach.unsqueeze(1) >= shifts, shifted, pad_id)
 
 
@@ -165,15 +175,17 @@ class HashedTokens(NamedTuple):
     """What a forward needs to know of its tokens.
 
     ids: (batch, seq) compressed ids; a negative id carries no memory.
-    reach: (batch, seq) tokens directly before it that each token may see; -1 for a token without memory.
+    reach: (batch, seq) tokens before it that each token may look at; -1 for a token without memory.
     ngrams: (batch, N, seq) ids of the longest n-gram that ends at each token, the oldest first.
     row_ids: layer id to (batch, seq, heads) row ids, each in [0, rows of its head).
+    before: of `Seen`: where the tokens before it are; None for directly before it.
     """
 
     ids: torch.Tensor
     reach: torch.Tensor
     ngrams: torch.Tensor
     row_ids: dict[int, torch.Tensor]
+    before: torch.Tensor | None = None
 
 
 class NgramHash(nn.Module):
@@ -288,7 +300,7 @@ class NgramHash(nn.Module):
         position_ids: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
-        seen: torch.Tensor | None = None,
+        seen: Seen | None = None,
     ) -> HashedTokens:
         """Row ids of all memory layers, and what the layers need to know of the tokens.
 
@@ -297,7 +309,7 @@ class NgramHash(nn.Module):
             position_ids: (batch or 1, seq) position of each token in its document; 0, 1, ... by default.
             token_mask: (batch, seq), 0 for padding.
             history: (batch, kept) what a cache keeps of the tokens before these, from `pack_history`.
-            seen: (batch, seq) how many tokens directly before it a mask lets each token see; None for all.
+            seen: which tokens before it a mask lets each token see; None for all.
 
         Raises:
             ValueError: no tokenizer is bound yet, or an id is not in the vocabulary.
@@ -330,12 +342,18 @@ class NgramHash(nn.Module):
             position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
             if run_before is not None:
                 position_ids = position_ids + run_before.unsqueeze(1)
-        reach = token_reach(ids, document_positions(position_ids.to(ids.device)), run_before)
-        if seen is not None:
-            reach = torch.minimum(reach, seen.to(ids.device))
-        ngrams = find_ngrams(read, reach, self.max_ngram_size, pad_id)
+        before = None
+        if seen is None:
+            reach = token_reach(ids, document_positions(position_ids.to(ids.device)), run_before)
+        elif seen.before is None:
+            # The mask alone decides, so that positions may jump.
+            reach = token_reach(ids, seen.reach.to(ids.device), run_before)
+        else:
+            before = seen.before.to(ids.device)
+            reach = reach_along(ids, seen.reach.to(ids.device), before, run_before)
+        ngrams = find_ngrams(read, reach, self.max_ngram_size, pad_id, before)
         rows = hash_layers(ngrams, *(constant.to(ids.device) for constant in self._constants))
-        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows, strict=True)))
+        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows, strict=True)), before)
 
     def row_ids(
         self, layer_id: int, compressed_ids: torch.Tensor, positions: torch.Tensor | None = None

@@ -1,8 +1,10 @@
 """Which earlier tokens each token may see: padding, packed documents, masks, and what a cache keeps of the past.
 
-An n-gram and a tap of the convolution both look at tokens directly before the current one. The *reach* of a token says
-how many of those it may see. This file knows ids, positions and masks; it knows nothing of hashing or tables.
+An n-gram and a tap of the convolution both look at the tokens before the current one. The *reach* of a token says how
+many of those it may see. This file knows ids, positions and masks; it knows nothing of hashing or tables.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -28,9 +30,24 @@ BESIDE_A_CACHE = (
 )
 NOT_THE_ONE_BEFORE = (
     "attention_mask lets a token see earlier tokens but not the one directly before it, as masks of a shared prefix "
-    "with several answers do. An n-gram needs neighbours, so the memory cannot read such a row. Give every answer a "
-    "row of its own, with the prefix in front."
+    "with several answers do. {why}. Give every answer a row of its own, with the prefix in front."
 )
+IN_A_GRAPH = NOT_THE_ONE_BEFORE.format(why="A traced or compiled forward reads neighbours only")
+BEYOND_THE_CACHE = NOT_THE_ONE_BEFORE.format(
+    why="Here it looks past padding, or past tokens of the cache, of which the memory keeps only the last"
+)
+
+
+class Seen(NamedTuple):
+    """Which tokens before it each token may look at.
+
+    reach: (batch, seq) int64, how many of them.
+    before: (batch, seq, furthest) int64, where the first of them is, the second and so on, counted from the first token
+        of this forward; negative in the cache. None where they are always those directly before it.
+    """
+
+    reach: torch.Tensor
+    before: torch.Tensor | None = None
 
 
 def token_reach(ids: torch.Tensor, positions: torch.Tensor, run_before: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,6 +71,23 @@ def token_reach(ids: torch.Tensor, positions: torch.Tensor, run_before: torch.Te
         last_gap = torch.where(ids >= 0, -1 - run, places).cummax(1)[0]
         run, ids = (places - 1 - last_gap)[:, -seq:], ids[:, -seq:]
     return torch.minimum(run, positions).masked_fill(ids < 0, NO_MEMORY)
+
+
+def reach_along(
+    ids: torch.Tensor, seen: torch.Tensor, before: torch.Tensor, run_before: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `token_reach`, where a mask says which tokens each token sees before itself.
+
+    Args:
+        ids: (batch, seq) compressed ids, negative for "no memory".
+        seen, before: as `Seen` has them.
+        run_before: as for `token_reach`.
+    """
+    run = (ids.new_zeros(ids.shape[0]) if run_before is None else run_before).view(-1, 1, 1)
+    nth = torch.arange(before.shape[-1], device=ids.device)
+    in_row = ids.unsqueeze(1).expand(-1, ids.shape[1], -1).gather(-1, before.clamp_min(0)) >= 0
+    is_real = torch.where(before >= 0, in_row, -before <= run) & (nth < seen.unsqueeze(-1))
+    return is_real.long().cumprod(-1).sum(-1).masked_fill(ids < 0, NO_MEMORY)
 
 
 def pack_history(ids: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
@@ -144,7 +178,7 @@ def _restarts_beside_padding(position_ids: torch.Tensor, attention_mask: torch.T
 
 def reach_under_mask(
     mask: torch.Tensor | BlockMask, seq: int, past_seen: int | torch.Tensor, furthest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Seen]:
     """What a mask with a row for each token says: which positions hold tokens, and how far back each may look.
 
     A position that does not see itself is padding.
@@ -157,11 +191,11 @@ def reach_under_mask(
         furthest: how far back anything looks.
 
     Returns:
-        (batch, seq) bool, and (batch, seq) int64, at most `furthest`: how many tokens directly before it each sees.
+        (batch, seq) bool, and what each token sees, at most `furthest` tokens.
 
     Raises:
-        ValueError: a token sees earlier tokens, but not the one directly before them. A traced forward raises
-            RuntimeError with the same text.
+        ValueError: a token sees earlier tokens, but not the one directly before them, and looks past padding or past
+            tokens of the cache. A traced forward raises RuntimeError wherever a token looks past another one.
     """
     sees = _seen_columns(mask, seq)  # (batch, seq, seen)
     lags = torch.arange(furthest + 1, device=sees.device)
@@ -173,12 +207,33 @@ def reach_under_mask(
     is_token = near[..., 0]
     hides_a_token = is_token.gather(-1, hidden.clamp_min(0)) & (hidden >= 0) & (run < furthest)
     first_seen = torch.where(sees.any(-1), sees.to(torch.uint8).argmax(-1), sees.shape[-1])
-    is_wrong = is_token & hides_a_token & (first_seen < hidden + past_seen)
+    looks_past_one = is_token & hides_a_token & (first_seen < hidden + past_seen)
     if is_tracing(sees):
-        torch._assert_async(~is_wrong.any(), NOT_THE_ONE_BEFORE)
-    elif is_wrong.any():
-        raise ValueError(NOT_THE_ONE_BEFORE)
-    return is_token, run
+        torch._assert_async(~looks_past_one.any(), IN_A_GRAPH)
+    elif looks_past_one.any():
+        return is_token, _tokens_before(sees, is_token, int(past_seen), furthest)
+    return is_token, Seen(run)
+
+
+def _tokens_before(sees: torch.Tensor, is_token: torch.Tensor, past_seen: int, furthest: int) -> Seen:
+    """The last tokens that each token sees before itself, wherever they are.
+
+    Raises:
+        ValueError: between two of them is padding, or they are apart in the cache.
+    """
+    places = torch.arange(sees.shape[-1], device=sees.device)
+    own = torch.arange(is_token.shape[1], device=sees.device).unsqueeze(1) + past_seen
+    earlier = torch.where(sees & (places < own), places, -1)
+    before = earlier.topk(min(furthest, len(places)), -1).values  # (batch, seq, at most furthest)
+    before = torch.nn.functional.pad(before, (0, furthest - before.shape[-1]), value=-1)
+    after = torch.cat([own.expand(len(sees), -1, -1), before[..., :-1]], -1)
+    skips = (before >= 0) & (after - before > 1) & is_token.unsqueeze(-1)
+    padding = torch.nn.functional.pad((~is_token).long(), (past_seen, 0)).cumsum(-1)  # (batch, seen)
+    padding = padding.unsqueeze(1).expand(-1, sees.shape[1], -1)
+    skipped_padding = padding.gather(-1, (after - 1).clamp_min(0)) - padding.gather(-1, before.clamp_min(0))
+    if (skips & ((skipped_padding > 0) | (before < past_seen - 1))).any():
+        raise ValueError(BEYOND_THE_CACHE)
+    return Seen((before >= 0).sum(-1), before - past_seen)
 
 
 def _seen_columns(mask: torch.Tensor | BlockMask, seq: int) -> torch.Tensor:

@@ -42,9 +42,12 @@ class StateWindow:
         length = kept_tokens + CROPPABLE_TOKENS * (1 if is_static else 2)
         self.buffer = first.new_zeros(first.shape[0], length, *first.shape[2:])
         self.end = length if is_static else kept_tokens
-        self.seen_tokens = self._cropped_tokens = 0
+        self._cropped_tokens = 0
+        # A tensor where forwards are compiled: another number in an attribute would make torch compile again.
+        self.seen_tokens = torch.zeros((), dtype=torch.int64, device=first.device) if is_static else 0
         if is_static and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.buffer)
+            torch._dynamo.mark_static_address(self.seen_tokens)
 
     def past(self) -> torch.Tensor:
         """(batch, kept tokens, ...)."""
@@ -74,6 +77,7 @@ class StateWindow:
         """A buffer that was made in inference mode can be written in inference mode alone."""
         if not torch.compiler.is_compiling() and self.buffer.is_inference() and not torch.is_inference_mode_enabled():
             self.buffer = self.buffer.clone()
+            self.seen_tokens = self.seen_tokens + 0
 
     def crop(self, tokens: int) -> None:
         """Forget the last tokens.
@@ -99,7 +103,7 @@ class StateWindow:
     def reset(self) -> None:
         self._own()
         self.buffer.zero_()
-        self.seen_tokens = 0
+        self.seen_tokens -= self.seen_tokens
         self.end = self.end if self.is_static else self.kept_tokens
 
 
@@ -165,7 +169,7 @@ class MemoryCacheLayer:
         to stay, which is above zero."""
         self.is_behind, was_behind = bool(self.windows), self.is_behind
         for window in self.windows.values():
-            window.crop(-tokens_to_remove if tokens_to_remove <= 0 else window.seen_tokens - tokens_to_remove)
+            window.crop(-tokens_to_remove if tokens_to_remove <= 0 else int(window.seen_tokens) - tokens_to_remove)
         self.is_behind = was_behind
 
     def activate_past_recording(self) -> None:
@@ -238,21 +242,30 @@ class ShortConvolution(nn.Conv1d):
 
     # Under another signature than Conv1d's: each token brings its history and its reach.
     def forward(  # type: ignore[override]
-        self, channels: torch.Tensor, history: torch.Tensor, reach: torch.Tensor
+        self,
+        channels: torch.Tensor,
+        history: torch.Tensor,
+        reach: torch.Tensor,
+        before: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             channels: (batch, seq, channels), the tokens themselves.
             history: (batch, at least reach of the convolution + seq, channels), ends with them.
-            reach: (batch, seq) tokens before it that each may see.
+            reach: (batch, seq) tokens before it that each may look at.
+            before: of `Seen`: where these are; None for directly before it.
         """
         weight = self.weight.squeeze(1)  # (channels, kernel size), the current token last
         seq, end = channels.shape[1], history.shape[1]
         mixed = channels * weight[:, -1]
         for tap in range(1, self.kernel_size[0]):
             shift = tap * self.dilation[0]
-            shifted = history[:, end - seq - shift : end - shift].masked_fill((reach < shift).unsqueeze(-1), 0.0)
-            mixed = mixed + shifted * weight[:, -1 - tap]
+            if before is None:
+                shifted = history[:, end - seq - shift : end - shift]
+            else:
+                places = (before[..., shift - 1 : shift].to(history.device) + end - seq).clamp_min(0)
+                shifted = history.gather(1, places.expand(-1, -1, history.shape[-1]))
+            mixed = mixed + shifted.masked_fill((reach < shift).unsqueeze(-1), 0.0) * weight[:, -1 - tap]
         return mixed
 
 
@@ -316,7 +329,7 @@ class EngramLayer(nn.Module):
         if self.conv is None or self.conv_norm is None:
             return gated, gates
         normed = self.conv_norm(gated)
-        return gated + F.silu(self.short_convolution(self.conv, normed, hashed.reach, state)), gates
+        return gated + F.silu(self.short_convolution(self.conv, normed, hashed, state)), gates
 
     def to_device(self, row_ids: torch.Tensor) -> torch.Tensor:
         """The row ids on the device of this layer; the same tensor where they are there."""
@@ -331,7 +344,7 @@ class EngramLayer(nn.Module):
         return hidden_streams.dtype
 
     def short_convolution(
-        self, conv: ShortConvolution, normed: torch.Tensor, reach: torch.Tensor, state: MemoryCacheLayer | None
+        self, conv: ShortConvolution, normed: torch.Tensor, hashed: HashedTokens, state: MemoryCacheLayer | None
     ) -> torch.Tensor:
         """Depthwise, causal and dilated: (batch, seq, streams, hidden) to the same."""
         channels = normed.flatten(-2)  # (batch, seq, streams * hidden)
@@ -342,4 +355,4 @@ class EngramLayer(nn.Module):
             history = torch.cat([past.to(channels), channels], dim=1)
         if state is not None and self.conv_reach:
             state.append(self.layer_idx, channels, self.conv_reach)
-        return conv(channels, history, reach).unflatten(-1, normed.shape[2:])
+        return conv(channels, history, hashed.reach, hashed.before).unflatten(-1, normed.shape[2:])
