@@ -58,6 +58,10 @@ OF_ONE_CHECKPOINT = "Load weights and config of one checkpoint; download or copy
 OLD_TOKEN_MAP, TOKEN_MAP = "token_map", "ngram_hash.token_map"
 
 
+class MisshapenError(ValueError, RuntimeError):
+    """A tensor has another shape than the model's. transformers raises RuntimeError for it, which callers may catch."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The safetensors files of a model on this machine.
@@ -187,7 +191,9 @@ def without_prefix(places: Mapping[str, TensorPlace], base_prefix: str, where: s
     return found
 
 
-def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_prefix: str) -> None:
+def check_sizes(
+    config, places: Mapping[str, TensorPlace], where: str, base_prefix: str, is_any_shape: bool = False
+) -> None:
     """Compare sizes that a config declares with those of the tensors, before anything of these sizes is made.
 
     Only sizes of which a model would have too many parts, or take long to build. `check_model` compares all shapes.
@@ -197,20 +203,22 @@ def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_pref
         places: of the tensors beside the tables.
         where: folder or repository, for the message.
         base_prefix: of the base model in tensor names.
+        is_any_shape: as for `check_model`.
 
     Raises:
-        ValueError: names the field and the tensor.
+        MisshapenError: names the field and the tensor.
     """
     if getattr(config, "quantization_config", None) is not None:
         return
     found = without_prefix(places, base_prefix, where)
     layers = 1 + max((int(match[1]) for name in found if (match := LAYER_KEY.match(name)) is not None), default=-1)
     if layers != config.num_hidden_layers:
-        raise ValueError(
+        raise MisshapenError(
             f"config.json of {where} says num_hidden_layers = {shorten(config.num_hidden_layers)}, and its tensors "
             f"are of {layers} layers. {OF_ONE_CHECKPOINT}"
         )
-    sizes = [("embed_tokens.weight", 0, "vocab_size"), ("embed_tokens.weight", 1, "hidden_size")]
+    embeddings = [("embed_tokens.weight", 0, "vocab_size"), ("embed_tokens.weight", 1, "hidden_size")]
+    sizes = [] if is_any_shape else embeddings
     sizes += [(f"layers.{i}.engram.value_proj.weight", 1, "engram_width") for i in config.engram_layer_ids or []]
     for name, axis, size in sizes:
         if name not in found:
@@ -218,7 +226,7 @@ def check_sizes(config, places: Mapping[str, TensorPlace], where: str, base_pref
         shape, declared = found[name].shape, getattr(config, size)
         if len(shape) != 2 or shape[axis] != declared:
             fields = {"engram_width": "(engram_max_ngram_size - 1) * engram_n_heads * engram_head_dim"}
-            raise ValueError(
+            raise MisshapenError(
                 f"config.json of {where} says {fields.get(size, size)} = {shorten(declared)}, and {name} is {shape}. "
                 f"{OF_ONE_CHECKPOINT}"
             )
@@ -399,10 +407,6 @@ def refuse_missing(names: Iterable[str], where: str) -> NoReturn:
             else ""
         )
     )
-
-
-class MisshapenError(ValueError, RuntimeError):
-    """A tensor has another shape than the model's. transformers raises RuntimeError for it, which callers may catch."""
 
 
 def refuse_shapes(descriptions: list[str], where: str, row_format: str | None = None) -> NoReturn:

@@ -235,13 +235,12 @@ class ModelWithTables:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
             check_generation_config(find_file(checkpoint.where, GENERATION_CONFIG, hub))
         backbone = {name: place for name, place in places.items() if not is_of_table(name)}
-        check_sizes(config, backbone, checkpoint.where, cls.base_model_prefix)
+        is_any_shape = bool(kwargs.get("ignore_mismatched_sizes"))
+        check_sizes(config, backbone, checkpoint.where, cls.base_model_prefix, is_any_shape)
         with torch.device("meta"), tables_without_blocks():
             built = cast(Any, cls)(config, *model_args)
         is_same_class = cls.__name__ in (config.architectures or [])
-        check_model(
-            built, backbone, checkpoint.where, is_same_class, may_lack, bool(kwargs.get("ignore_mismatched_sizes"))
-        )
+        check_model(built, backbone, checkpoint.where, is_same_class, may_lack, is_any_shape)
 
     def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
         tables = self.base_model.named_tables()
