@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 
@@ -62,8 +63,8 @@ with torch.no_grad():
     [
         ("AutoModelForCausalLM", tiny_model),
         ("AutoModel", lambda: tiny_model().model),
-        ("AutoModelForSequenceClassification", lambda: EngramMoEForSequenceClassification(tiny_config()).eval()),
-        ("AutoModelForTokenClassification", lambda: EngramMoEForTokenClassification(tiny_config()).eval()),
+        slow("AutoModelForSequenceClassification", lambda: EngramMoEForSequenceClassification(tiny_config()).eval()),
+        slow("AutoModelForTokenClassification", lambda: EngramMoEForTokenClassification(tiny_config()).eval()),
     ],
 )
 @torch.no_grad()

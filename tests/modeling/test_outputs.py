@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import slow
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, Trainer, TrainingArguments, set_seed
@@ -34,7 +35,7 @@ def test_outputs_hold_the_cache_under_the_name_of_transformers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, slow(True)])
 @pytest.mark.parametrize("first", NAMES)
 def test_a_forward_goes_on_with_a_cache_of_either_name(first, is_compiled):
     ids = tiny_ids(2, SEQ)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -144,7 +145,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay", [0.003, 0.011, 0.025, 0.04, 0.09])
+@pytest.mark.parametrize("delay", [0.003, slow(0.011), 0.025, slow(0.04), slow(0.09)])
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, delay):
     old, new = tiny_model(seed=1), tiny_model(seed=2)
     old.save_pretrained(tmp_path, max_shard_size="8KB")

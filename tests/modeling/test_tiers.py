@@ -211,6 +211,7 @@ def test_generation_from_disk_gives_the_same_tokens(tmp_path):
         assert torch.equal(disk.generate(ids, **options), model.generate(ids, **options))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_forward_reads_from_disk(tmp_path):
     model = saved_model(tmp_path)

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_ids, tiny_model
@@ -472,7 +473,7 @@ def test_asking_a_callback_for_its_state_writes_nothing(tmp_path):
     assert not written.exists() and trainer.state.stateful_callbacks["EngramRowStatisticsCallback"]
 
 
-@pytest.mark.parametrize("name, value", [("0.watched", -1), ("0.rows.2", 10**6), ("2.counts", None)])
+@pytest.mark.parametrize("name, value", [("0.watched", -1), slow("0.rows.2", 10**6), slow("2.counts", None)])
 def test_damaged_statistics_are_counted_anew_and_it_is_said(tmp_path, caplog, name, value):
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     train(tiny_model(), tmp_path / "run", [EngramRowStatisticsCallback()], **fields)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 
 
 TESTS = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def launch(out, processes, **options):
     return [torch.load(out / f"result{i}of{processes}.pt") for i in range(processes)]
 
 
-@pytest.mark.parametrize("rule, accumulation", [("sgd", 1), ("adam", 2)])
+@pytest.mark.parametrize("rule, accumulation", [slow("sgd", 1), ("adam", 2)])
 def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, accumulation):
     shared = {"gradient_accumulation_steps": accumulation}
     one = launch(tmp_path / "one", 1, rule=rule, trainer={"per_device_train_batch_size": 4, **shared})[0]
@@ -55,7 +56,7 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, 
     assert 0 < two[0]["largest"] < 100_000 < sum(block.numel() for block in one["tables"]) / 10
 
 
-@pytest.mark.parametrize("tier", ["cpu", "disk"])
+@pytest.mark.parametrize("tier", [slow("cpu"), "disk"])
 def test_two_processes_train_tables_off_the_device(tmp_path, tier):
     resident = launch(tmp_path / "resident", 2, trainer={"per_device_train_batch_size": 2})
     other = launch(tmp_path / "other", 2, tier=tier, trainer={"per_device_train_batch_size": 2})
@@ -74,6 +75,7 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         torch.testing.assert_close(resumed[1][name], whole[0][name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_tables_are_left_out_of_fsdp_and_train_the_same(tmp_path):
     one, two = (launch(tmp_path / str(processes), processes, rule="adam", fsdp=True) for processes in (1, 2))
     assert two[0]["is_sharded"] and not one[0]["is_sharded"]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from cases import slow
 from dense_rows import DenseReference
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ def rows_of_data(count=64, seq=9, seed=0):
 
 def made_arguments(folder, **changes) -> TrainingArguments:
     fields = {
-        "max_steps": 50,
+        "max_steps": 30,
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 2,
         "max_grad_norm": 0.0,
@@ -113,7 +114,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+# What the others show together, or once more.
+TOGETHER = ("accumulation", "clipping", "reentrant checkpointing")
+
+
+@pytest.mark.parametrize("way", [slow(way) if way in TOGETHER else way for way in WAYS])
 def test_a_run_equals_the_dense_rule_in_every_way_of_training(tmp_path, way):
     check_same(tmp_path, **WAYS[way])
 
@@ -123,11 +128,12 @@ def test_mixed_precision_equals_the_dense_rule(tmp_path):
     check_same(tmp_path, bf16=True, max_grad_norm=0.5)
 
 
-@pytest.mark.parametrize("rule", ["adam", "adagrad"])
+@pytest.mark.parametrize("rule", ["adam", slow("adagrad")])
 def test_tied_embeddings_equal_the_dense_rule(tmp_path, rule):
     check_same(tmp_path, rule, tiny_config(tie_word_embeddings=True))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_equals_the_dense_rule(tmp_path):
     torch._dynamo.reset()
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 50}
@@ -207,8 +213,16 @@ def test_the_norm_that_is_logged_counts_rows_and_clipping_reaches_them(tmp_path)
     assert trainer.state.log_history[0]["grad_norm"] < 0.99 * norms[0][0]
 
 
-@pytest.mark.parametrize("rule", ["adam", "rowwise_adam", "adagrad", "sgd"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+CASES = [("adam", "float32"), ("rowwise_adam", "bfloat16"), slow("adagrad", "float32"), slow("sgd", "float32")]
+CASES += [
+    slow("adam", "bfloat16"),
+    slow("rowwise_adam", "float32"),
+    slow("adagrad", "bfloat16"),
+    slow("sgd", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("rule, dtype", CASES)
 def test_every_tier_trains_to_the_same_bits(tmp_path, rule, dtype):
     tiny_model(tiny_config(engram_table_dtype=dtype)).save_pretrained(tmp_path / "model")
     files = {path: path.read_bytes() for path in (tmp_path / "model").glob("*.safetensors")}
