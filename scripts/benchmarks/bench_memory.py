@@ -53,8 +53,8 @@ def build(**overrides) -> EngramMoEForCausalLM:
 def check(model: EngramMoEForCausalLM, ids: torch.Tensor) -> None:
     """Raise unless decoding with a cache gives the logits of the plain forward."""
     cache = DynamicCache(config=model.config)
-    parts = [model(ids[:, :50], past_key_values=cache).logits]
-    parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(50, 60)]
+    parts = [model(ids[:, :50], cache=cache).logits]
+    parts += [model(ids[:, t : t + 1], cache=cache).logits for t in range(50, 60)]
     full = model(ids[:, :60]).logits
     difference = (torch.cat(parts, dim=1) - full).abs().max() / full.abs().max()
     if difference > 1e-5:
@@ -69,10 +69,10 @@ def prefill_seconds(model: EngramMoEForCausalLM, ids: torch.Tensor) -> float:
 
 def decode_seconds(model: EngramMoEForCausalLM, ids: torch.Tensor) -> float:
     cache = DynamicCache(config=model.config)
-    model(ids[:, :64], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :64], cache=cache, logits_to_keep=1)
     start = time.perf_counter()
     for t in range(64, 64 + DECODE_TOKENS):
-        model(ids[:, t : t + 1], past_key_values=cache)
+        model(ids[:, t : t + 1], cache=cache)
     return (time.perf_counter() - start) / DECODE_TOKENS
 
 

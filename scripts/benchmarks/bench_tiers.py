@@ -68,11 +68,11 @@ def forget_tables(models: dict) -> None:
 def decode_seconds(model, ids: torch.Tensor) -> float:
     """Seconds of one step, the median over the steps after a prompt of 8 tokens. ids: (batch, 8 + STEPS)."""
     cache = DynamicCache(config=model.config)
-    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, :8], cache=cache)
     times = []
     for t in range(8, ids.shape[1]):
         start = time.perf_counter()
-        model(ids[:, t : t + 1], past_key_values=cache)
+        model(ids[:, t : t + 1], cache=cache)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -128,7 +128,7 @@ def main() -> None:
             models[name] = AutoModelForCausalLM.from_pretrained(folder, device_map=on_disk)
         models[NONE] = none
         for table in models[COLD_BARE].model.tables():
-            table.prefetch = lambda row_ids: None
+            table.prefetch = lambda row_ids, on_cpu=None: None
 
         ids = torch.randint(CONFIG["vocab_size"], (2, 40))
         expected = models[RESIDENT](ids).logits
