@@ -12,7 +12,16 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .adapters.added_memory import (
+    add_engram,
+    disable_engram,
+    freeze_backbone,
+    record_gates,
+    remove_engram,
+    set_engram,
+)
 from .adapters.lora import lora_config
+from .adapters.memory_config import EngramConfig
 from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
@@ -51,6 +60,7 @@ AutoModelForTokenClassification.register(EngramMoEConfig, EngramMoEForTokenClass
 
 __all__ = [
     "CardFacts",
+    "EngramConfig",
     "EngramGateStatisticsCallback",
     "EngramMoEConfig",
     "EngramMoEForCausalLM",
@@ -65,11 +75,14 @@ __all__ = [
     "RowSGD",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "add_engram",
     "build_token_map",
     "count_parameters",
+    "disable_engram",
     "engram_optimizers",
     "estimate_memory",
     "fetch_blocks",
+    "freeze_backbone",
     "gather_facts",
     "inspect_checkpoint",
     "last_complete_checkpoint",
@@ -79,8 +92,11 @@ __all__ = [
     "push_engram",
     "quantize_tables",
     "read_facts",
+    "record_gates",
+    "remove_engram",
     "render_card",
     "report_to_trackers",
+    "set_engram",
     "update_card",
     "verify_tables",
 ]

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..hub.uploading import TRAINING_FILES
-from ..modeling.checkpoint_loading import INDEX_FILE, Checkpoint, check_saved_config, find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import (
+    INDEX_FILE,
+    Checkpoint,
+    check_saved_config,
+    find_checkpoint,
+    read_headers,
+    unseen_fields,
+)
 from ..modeling.checkpoint_saving import WrittenTables, link_file, publish, publishing, staging
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
@@ -113,7 +120,8 @@ def rewrite_blocks(
         content = {**read_json(source / "config.json"), **config_changes}
         _write_json(stage / "config.json", dict(sorted(content.items())))
         _write_json(stage / INDEX_FILE, {"metadata": {}, "weight_map": backbone})
-        publish(stage, target, WrittenTables(table_map, digests), config)
+        facts = {"engram_fingerprint": config.engram_fingerprint, "config": unseen_fields(config)}
+        publish(stage, target, WrittenTables(table_map, digests), facts)
 
 
 def _write_json(path: Path, content: dict) -> None:
