@@ -4,11 +4,10 @@ What runs in a forward is in memory_hooks.py, the class of a model with a memory
 """
 
 import copy
-import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from ..modeling.configuration_memory import usual_pad
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
-from .memory_class import class_with_memory, decoder_of, stock_class
+from .memory_class import Decoder, attach, build_layer, class_with_memory, decoder_of, stock_class
 from .memory_config import EngramConfig, MemoryOfModel, ModelFacts, text_config
 from .memory_hooks import (
     STEP,
@@ -37,14 +36,6 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Their cache is of a kind of its own, so the memory has nowhere to keep its state.
 REFUSED_TYPES = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
 PROJECTION_STD = 0.02
-
-
-class Decoder(NamedTuple):
-    """The text decoder of a model, the name of the list of its layers, and that list."""
-
-    module: PreTrainedModel
-    layers_name: str
-    layers: nn.ModuleList
 
 
 class Found(Exception):
@@ -88,18 +79,56 @@ def add_engram(
         >>> [table.name for table in model.engram_tables()]
         ['model.layers.1.engram.default.table']
     """
-    whole = unwrap(model)
-    refuse_compiled(whole)
-    decoder = find_decoder(whole, layers)
     if config.compressed_vocab_size is not None and tokenizer is None:
         raise ValueError(
             "This memory merges token ids that differ only in case, accents or space, so it needs the model's "
             "tokenizer: add_engram(model, config, tokenizer). compressed_vocab_size=None reads raw ids."
         )
-    memory = decoder.module._modules.get("engram")
+
+    def build_hash(view: MemoryOfModel) -> NgramHash:
+        ngram_hash = NgramHash(view)
+        if view.engram_compressed_vocab_size is None:
+            ngram_hash.confirm("this memory")
+        else:
+            ngram_hash.bind(tokenizer)
+        return ngram_hash
+
+    decoder = add_memory(unwrap(model), config, name, build_hash, layers=layers)
+    for layer in memory_layers_of(decoder):
+        start_layer(layer, config.start)
+    return model
+
+
+def add_memory(
+    whole: PreTrainedModel,
+    config: EngramConfig,
+    name: str,
+    build_hash: Callable[[MemoryOfModel], NgramHash],
+    check: Callable[[ModelFacts], None] = lambda facts: None,
+    layers: str | None = None,
+) -> PreTrainedModel:
+    """Put the modules of a memory into a model, with weights that nobody has set.
+
+    Args:
+        whole: the model.
+        config: of the memory; the model gets a copy.
+        name: of the memory.
+        build_hash: makes its hash.
+        check: raises where the memory was made for another model.
+        layers: as in `add_engram`.
+
+    Returns:
+        the decoder.
+
+    Raises:
+        ValueError: as `add_engram`. The model is as it was then.
+    """
+    refuse_compiled(whole)
+    decoder = find_decoder(whole, layers)
+    memory = cast(AddedMemory | None, decoder.module._modules.get("engram"))
     if memory is None:
         memory = _look_at(decoder)
-    memory = cast(AddedMemory, memory)
+    check(memory.facts)
     if not NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
         raise ValueError(f"A memory's name is letters, digits and underscores, such as 'default'; got {name!r}.")
     if name in memory:
@@ -112,14 +141,11 @@ def add_engram(
         config.pad_token_id = usual_pad(getattr(text, "pad_token_id", None), getattr(text, "eos_token_id", None))
     view = MemoryOfModel(config, memory.facts)
     view.check()
-    ngram_hash = NgramHash(view)
-    if config.compressed_vocab_size is None:
-        ngram_hash.confirm("this memory")
-    else:
-        ngram_hash.bind(tokenizer)
-    made = {layer_id: _build(view, decoder.layers[layer_id], layer_id) for layer_id in config.layer_ids}
+    ngram_hash = build_hash(view)
+    made = {layer_id: build_layer(view, decoder.layers[layer_id], layer_id) for layer_id in config.layer_ids}
+    whole.__class__ = class_with_memory(cast(Any, stock_class(whole)))
     attach(whole, decoder, memory, name, ngram_hash, made)
-    return model
+    return decoder.module
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -177,7 +203,8 @@ def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
             f"{type(module).__name__}, which has these lists of modules: {looked_at or 'none'}. Name the list: "
             'add_engram(..., layers="model.layers").'
         )
-    return Decoder(module, *found[0])
+    name = next(n for n, m in model.named_modules() if m is module)
+    return Decoder(module, name, *found[0])
 
 
 def _look_at(decoder: Decoder) -> AddedMemory:
@@ -196,10 +223,12 @@ def _look_at(decoder: Decoder) -> AddedMemory:
         streams=hidden.shape[2] if hidden.ndim == 4 else 1,
         num_hidden_layers=len(decoder.layers),
         vocab_size=cast(Any, decoder.module.get_input_embeddings()).weight.shape[0],
+        decoder=decoder.name,
         layers=decoder.layers_name,
+        passes_kwargs=found.passes_kwargs,
+        num_cache_layers=len(DynamicCache(config=text).layers),
     )
-    names = [name for name in inspect.signature(type(decoder.module).forward).parameters if name != "self"]
-    return AddedMemory(facts, found.passes_kwargs, names, len(DynamicCache(config=text).layers))
+    return AddedMemory(facts)
 
 
 @torch.no_grad()
@@ -225,15 +254,6 @@ def _run_to_first_layer(decoder: Decoder, kwargs: dict) -> Found | None:
     return None
 
 
-def _build(view: MemoryOfModel, layer: nn.Module, layer_id: int) -> EngramLayer:
-    """A memory layer for a decoder layer, on its device."""
-    with torch.device(device_of(layer)):
-        made = EngramLayer(view, layer_id)
-    made.train(layer.training)
-    start_layer(made, view.memory.start)
-    return made
-
-
 @torch.no_grad()
 def start_layer(layer: EngramLayer, start: str) -> None:
     """Give a new memory layer its first values; see `EngramConfig.start`."""
@@ -248,44 +268,6 @@ def start_layer(layer: EngramLayer, start: str) -> None:
             block.zero_()
     else:
         layer.table.blocks.init_weights(1.0 if start == "loud_rows" else PROJECTION_STD)
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a decoder layer computes; accelerate may hold its weights elsewhere."""
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    return next((p.device for p in layer.parameters()), torch.device("cpu"))
-
-
-def attach(
-    whole: PreTrainedModel,
-    decoder: Decoder,
-    memory: AddedMemory,
-    name: str,
-    ngram_hash: NgramHash,
-    layers: dict[int, EngramLayer],
-) -> None:
-    """Put a memory into a model, and make it the active one."""
-    if decoder.module._modules.get("engram") is None:
-        decoder.module.engram = memory
-        decoder.module.register_forward_pre_hook(begin_step, with_kwargs=True)
-        decoder.module.register_forward_hook(end_step, with_kwargs=True, always_call=True)
-        decoder.layers[0].register_forward_pre_hook(keep_tokens, with_kwargs=True)
-        for layer in decoder.layers:
-            layer.register_forward_pre_hook(read_memory, with_kwargs=True)
-        if whole is not decoder.module:
-            whole.register_forward_pre_hook(show_gates, with_kwargs=True)
-            whole.register_forward_hook(add_gates, with_kwargs=True)
-        whole.__class__ = class_with_memory(cast(Any, type(whole)))
-    memory[name] = ngram_hash.to(cast(Any, decoder.module.get_input_embeddings()).weight.device)
-    for layer_id, made in layers.items():
-        layer = decoder.layers[layer_id]
-        if "engram" not in layer._modules:
-            layer.engram = nn.ModuleDict()
-        cast(nn.ModuleDict, layer.engram)[name] = made
-    memory.active = name
 
 
 def remove_engram(model: PreTrainedModel, name: str | None = None) -> PreTrainedModel:
@@ -307,9 +289,9 @@ def remove_engram(model: PreTrainedModel, name: str | None = None) -> PreTrained
         True
     """
     whole = unwrap(model)
-    decoder, memory = _memory_in(whole)
+    decoder, memory, known = memory_in(whole, name)
     refuse_compiled(whole)
-    names = list(memory) if name is None else [_known(memory, name)]
+    names = list(memory) if name is None else [known]
     layers = cast(nn.ModuleList, decoder.get_submodule(memory.facts.layers))
     for each in names:
         del memory[each]
@@ -341,15 +323,18 @@ def _remove_hooks(module: nn.Module) -> None:
                 mark.pop(number, None)
 
 
-def _memory_in(whole: nn.Module) -> tuple[nn.Module, AddedMemory]:
+def memory_in(whole: nn.Module, name: str | None = None) -> tuple[nn.Module, AddedMemory, str]:
+    """The decoder of a model, its memories, and the name of one of them, by default of the active one.
+
+    Raises:
+        ValueError: the model has no such memory.
+    """
     decoder = decoder_of(whole)
-    return decoder, cast(AddedMemory, decoder.engram)
-
-
-def _known(memory: AddedMemory, name: str) -> str:
+    memory = cast(AddedMemory, decoder.engram)
+    name = (memory.active or next(iter(memory))) if name is None else name
     if name not in memory:
         raise ValueError(f"The model has no memory called {name!r}; it has {', '.join(memory)}.")
-    return name
+    return decoder, memory, name
 
 
 def set_engram(model: PreTrainedModel, name: str) -> None:
@@ -363,8 +348,8 @@ def set_engram(model: PreTrainedModel, name: str) -> None:
         >>> model = add_engram(model, config, tokenizer, name="code")
         >>> set_engram(model, "default")
     """
-    memory = _memory_in(unwrap(model))[1]
-    memory.active = _known(memory, name)
+    _, memory, known = memory_in(unwrap(model), name)
+    memory.active = known
 
 
 @contextmanager
@@ -379,7 +364,7 @@ def disable_engram(model: PreTrainedModel) -> Iterator[None]:
         >>> with disable_engram(model):
         ...     base_logits = model(**tokenizer("a text", return_tensors="pt")).logits
     """
-    memory = _memory_in(unwrap(model))[1]
+    _, memory, _ = memory_in(unwrap(model))
     active, memory.active = memory.active, None
     try:
         yield
@@ -400,7 +385,7 @@ def freeze_backbone(model: PreTrainedModel) -> PreTrainedModel:
         >>> model = freeze_backbone(add_engram(backbone, config, tokenizer))
         >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=engram_optimizers(args))
     """
-    decoder, memory = _memory_in(unwrap(model))
+    decoder, memory, _ = memory_in(unwrap(model))
     if memory.active is None:
         raise ValueError("The memory is disabled, so it cannot learn. Call freeze_backbone outside of disable_engram.")
     model.requires_grad_(False)
@@ -428,7 +413,7 @@ def record_gates(model: PreTrainedModel) -> Iterator[list[dict[int, torch.Tensor
         >>> list(gates[0])
         [1]
     """
-    decoder, _ = _memory_in(unwrap(model))
+    decoder, _, _ = memory_in(unwrap(model))
     found: list[dict[int, torch.Tensor]] = []
     layers = memory_layers_of(decoder)
 

@@ -169,14 +169,19 @@ class ModelFacts:
     hidden_size, streams: (batch, seq, streams, hidden) is what a layer changes; one stream in most models.
     num_hidden_layers: decoder layers.
     vocab_size: token ids that the model's embedding has.
-    layers: name of the list of decoder layers inside the decoder.
+    decoder, layers: names of the decoder inside the model, and of its list of layers inside the decoder.
+    passes_kwargs: whether the decoder hands keyword arguments that it does not know to its layers.
+    num_cache_layers: cache layers that the model itself needs.
     """
 
     hidden_size: int = 1
     streams: int = 1
     num_hidden_layers: int = MAX_LAYERS
     vocab_size: int = MAX_VOCAB_SIZE
+    decoder: str = ""
     layers: str = "layers"
+    passes_kwargs: bool = True
+    num_cache_layers: int = 0
 
 
 class MemoryOfModel(MemoryFields):

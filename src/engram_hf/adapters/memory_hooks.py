@@ -8,9 +8,11 @@ patched, and no forward is replaced. Hash and memory layers are those of EngramM
 Names of modules: hashes are `<decoder>.engram.<name>`, memory layers are `<decoder layer>.engram.<name>`.
 """
 
+import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -69,17 +71,13 @@ _STEP_OF_FORWARD: ContextVar[Step | None] = ContextVar("engram_step", default=No
 class AddedMemory(nn.ModuleDict):
     """The hashes of the memories of one decoder by their names, and which of them is active."""
 
-    def __init__(self, facts: ModelFacts, passes_kwargs: bool, argument_names: list[str], num_cache_layers: int):
+    def __init__(self, facts: ModelFacts):
         """
         Args:
             facts: of the model.
-            passes_kwargs: whether the decoder hands keyword arguments that it does not know to its layers.
-            argument_names: of the decoder's forward, for arguments that are given by position.
-            num_cache_layers: cache layers that the model itself needs.
         """
         super().__init__()
-        self.facts, self.passes_kwargs = facts, passes_kwargs
-        self.argument_names, self.num_cache_layers = argument_names, num_cache_layers
+        self.facts = facts
         self.active: str | None = None
 
     def config(self, name: str) -> EngramConfig:
@@ -134,10 +132,10 @@ def begin_step(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
         step = Step()
     else:
         if args:
-            args, kwargs = (), {**dict(zip(memory.argument_names, args)), **kwargs}
+            args, kwargs = (), {**dict(zip(argument_names(cast(Any, type(decoder))), args)), **kwargs}
         step = _read_tokens(decoder, memory, kwargs, token_ids)
     step.gates, step.shows_gates = {} if gates is None and shows_gates else gates, bool(shows_gates)
-    if memory.passes_kwargs:
+    if memory.facts.passes_kwargs:
         return args, {**kwargs, STEP: step}
     if torch.compiler.is_compiling():
         raise NotImplementedError(
@@ -152,7 +150,7 @@ def begin_step(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 def end_step(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """After the decoder, also where it has raised."""
     step = kwargs.get(STEP)
-    if step is None and not cast(AddedMemory, decoder.engram).passes_kwargs:
+    if step is None and not cast(AddedMemory, decoder.engram).facts.passes_kwargs:
         step = _STEP_OF_FORWARD.get()
         if step is None or step.decoder is not decoder:
             return output
@@ -160,6 +158,12 @@ def end_step(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     if step is None or not step.shows_gates or output is None:
         return output
     return with_gates(output, step.gates or {})
+
+
+@cache
+def argument_names(decoder_class: Any) -> tuple[str, ...]:
+    """Of the forward of a class, for arguments that are given by position."""
+    return tuple(name for name in inspect.signature(decoder_class.forward).parameters if name != "self")
 
 
 def _read_tokens(decoder: nn.Module, memory: AddedMemory, kwargs: dict, token_ids: torch.Tensor | None) -> Step:
@@ -186,7 +190,7 @@ def _read_tokens(decoder: nn.Module, memory: AddedMemory, kwargs: dict, token_id
             kwargs["use_cache"] = False
     view = cast(NgramHash, memory[name]).config
     token_mask, seen = _mask_of_tokens(mask, seq, cache, past_seen, view)
-    state = None if cache is None else memory_cache_layer(cache, memory.num_cache_layers, name)
+    state = None if cache is None else memory_cache_layer(cache, memory.facts.num_cache_layers, name)
     hashed, row_ids = find_rows(
         cast(NgramHash, memory[name]),
         memory_layers_of(decoder),
@@ -196,7 +200,7 @@ def _read_tokens(decoder: nn.Module, memory: AddedMemory, kwargs: dict, token_id
         seen,
         state,
     )
-    return Step(name, row_ids, hashed, memory.num_cache_layers)
+    return Step(name, row_ids, hashed, memory.facts.num_cache_layers)
 
 
 def find_cache(given: Mapping[str, Any]) -> Cache | None:

@@ -256,7 +256,7 @@ class ModelWithTables:
         )
 
     def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
-        tables = self.base_model.named_tables()
+        tables = self.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
         config = self._memory_config()
         if fingerprint is not None and config.engram_fingerprint is not None:
