@@ -89,7 +89,7 @@ def test_rows_that_were_never_trained_add_nothing():
 
 def test_a_memory_computes_what_its_specification_says():
     model, ids = with_memory(tiny_backbone("llama")), some_ids(1, 11)
-    ngram_hash, layer = model.memory().ngram_hash, memory_layers(model)[1]
+    ngram_hash, layer = model.engram_memory().ngram_hash, memory_layers(model)[1]
     given, said = [], []
     hook = layer.register_forward_hook(lambda module, args, output: given.append(args[0]) or said.append(output[0]))
     with torch.no_grad():
@@ -281,7 +281,8 @@ def test_a_memory_merges_ids_by_a_tokenizer_and_refuses_others(tokenizer):
     own = decoder_of(model).engram.config("default")
     assert own.compressed_vocab_size < 600 and own.fingerprint["tokens"] == "600"
     assert config.compressed_vocab_size == "auto" and config.fingerprint is None
-    row_ids = [model.memory().ngram_hash(torch.tensor([[tokenizer.convert_tokens_to_ids(c)]])).row_ids for c in "aA"]
+    ngram_hash = model.engram_memory().ngram_hash
+    row_ids = [ngram_hash(torch.tensor([[tokenizer.convert_tokens_to_ids(c)]])).row_ids for c in "aA"]
     assert torch.equal(row_ids[0][0], row_ids[1][0])
     model.bind_tokenizer(tokenizer)
     again = add_engram(tiny_backbone("llama", vocab_size=640), own, tokenizer)

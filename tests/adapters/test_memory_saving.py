@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from architectures import draw, memory_layers, tiny_backbone, tiny_memory, with_memory
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from engram_hf import EngramMoEConfig, add_engram, load_engram, remove_engram, save_engram, set_engram
@@ -127,7 +128,7 @@ def test_without_the_package_nothing_loads_half_a_model(tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "model type `engram_memory` but Transformers does not recognize this architecture" in ran.stdout
     with pytest.raises(
-        AttributeError, match="This model has a memory: import engram_hf, and load it with AutoModelFor"
+        StrictDataclassError, match="This model has a memory: import engram_hf, and load it with AutoModelFor"
     ):
         LlamaForCausalLM.from_pretrained(tmp_path)
 

@@ -228,7 +228,7 @@ def _look_at(decoder: Decoder) -> AddedMemory:
         passes_kwargs=found.passes_kwargs,
         num_cache_layers=len(DynamicCache(config=text).layers),
     )
-    return AddedMemory(facts)
+    return AddedMemory(facts, decoder.module)
 
 
 @torch.no_grad()
@@ -292,20 +292,19 @@ def remove_engram(model: PreTrainedModel, name: str | None = None) -> PreTrained
     decoder, memory, known = memory_in(whole, name)
     refuse_compiled(whole)
     names = list(memory) if name is None else [known]
-    layers = cast(nn.ModuleList, decoder.get_submodule(memory.facts.layers))
     for each in names:
-        del memory[each]
-        for layer in layers:
-            memories = cast(Any, layer._modules.get("engram"))
-            if memories is not None and each in memories:
+        del memory[each], memory.layers_of[each]
+        for module in list(whole.modules()):
+            memories = module._modules.get("engram")
+            if isinstance(memories, nn.ModuleDict) and memories is not memory and each in memories:
                 del memories[each]
-            if memories is not None and not len(memories):
-                del layer.engram
+                if not len(memories):
+                    del module.engram
     if memory.active in names:
         memory.active = next(iter(memory), None)
     if not len(memory):
         del decoder.engram
-        for module in (whole, decoder, *layers):
+        for module in whole.modules():
             _remove_hooks(module)
         whole.__class__ = stock_class(whole)
     return model

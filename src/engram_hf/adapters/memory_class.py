@@ -5,7 +5,7 @@ it is made of, because transformers looks classes up by these: Trainer to shift 
 record, loaders to name an architecture. Taking the memory out gives the model its own class back.
 
 Saved whole, such a model has a config.json of the type "engram_memory", which holds that of the backbone. Without this
-package nothing knows this type, and the backbone's own class stumbles over `dtype`, so that nobody loads the backbone
+package nothing knows this type, and the backbone's own class stumbles over `vocab_size`. So nobody loads the backbone
 without its memory.
 """
 
@@ -45,7 +45,7 @@ from .memory_hooks import (
 )
 
 
-# Stands where the type of the weights is, which every other class of transformers reads first.
+# Stands where a number is in the config of every other class of transformers.
 NOT_ALONE = "of the backbone. This model has a memory: import engram_hf, and load it with AutoModelForCausalLM"
 # The memories of the model that is being loaded in this context.
 _DESCRIPTION: ContextVar["Description | None"] = ContextVar("engram_description", default=None)
@@ -101,6 +101,7 @@ def attach(
         if "engram" not in layer._modules:
             layer.engram = nn.ModuleDict()
         cast(nn.ModuleDict, layer.engram)[name] = made
+    there.layers_of[name] = [layers[layer_id] for layer_id in sorted(layers)]
     there.active = name
 
 
@@ -165,10 +166,11 @@ class ModelWithMemory(ModelWithTables):
             name = name.removeprefix(whole.base_model_prefix).removeprefix(".")
         module = cast(PreTrainedModel, whole.get_submodule(name))
         layers = cast(nn.ModuleList, module.get_submodule(facts.layers))
+        decoder = Decoder(module, name, facts.layers, layers)
         for each, memory_config in description.memories.items():
             view = MemoryOfModel(memory_config, facts)
             made = {i: build_layer(view, layers[i], i) for i in memory_config.layer_ids}
-            attach(whole, Decoder(module, name, facts.layers, layers), AddedMemory(facts), each, NgramHash(view), made)
+            attach(whole, decoder, AddedMemory(facts, module), each, NgramHash(view), made)
             # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type.
             parts = {f"engram.{each}.{part}" for part, _ in next(iter(made.values())).named_children()}
             self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *parts - {f"engram.{each}.table"}}
@@ -178,7 +180,7 @@ class ModelWithMemory(ModelWithTables):
             }
         cast(AddedMemory, module.engram).active = description.active
 
-    def memory(self) -> Memory:
+    def engram_memory(self) -> Memory:
         """The active memory; without a hash where the memory is disabled."""
         decoder = decoder_of(cast(nn.Module, self))
         active = cast(AddedMemory, decoder.engram).active
@@ -211,7 +213,7 @@ class ModelWithMemory(ModelWithTables):
         content = {
             "model_type": EngramMemoryConfig.model_type,
             "architectures": self.config.architectures,
-            "dtype": NOT_ALONE,
+            "vocab_size": NOT_ALONE,
             # Not in the backbone's part: transformers looks for parts with the type that it is told to load.
             "backbone_model_type": backbone.pop("model_type"),
             "backbone": backbone,

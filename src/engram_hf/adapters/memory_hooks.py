@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -71,14 +70,19 @@ _STEP_OF_FORWARD: ContextVar[Step | None] = ContextVar("engram_step", default=No
 class AddedMemory(nn.ModuleDict):
     """The hashes of the memories of one decoder by their names, and which of them is active."""
 
-    def __init__(self, facts: ModelFacts):
+    def __init__(self, facts: ModelFacts, decoder: nn.Module):
         """
         Args:
             facts: of the model.
+            decoder: that it becomes a part of.
         """
         super().__init__()
         self.facts = facts
+        # For arguments that are given by position.
+        self.argument_names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
         self.active: str | None = None
+        # Name of a memory to its layers. They are children of the decoder layers, wherever somebody has wrapped these.
+        self.layers_of: dict[str, list[EngramLayer]] = {}
 
     def config(self, name: str) -> EngramConfig:
         """The config of a memory."""
@@ -91,13 +95,7 @@ class AddedMemory(nn.ModuleDict):
 def memory_layers_of(decoder: nn.Module, name: str | None = None) -> list[EngramLayer]:
     """The memory layers of one memory of a decoder, in order; by default those of the active one."""
     memory = cast(AddedMemory, decoder.engram)
-    name = cast(str, memory.active if name is None else name)
-    layers = cast(nn.ModuleList, decoder.get_submodule(memory.facts.layers))
-    return [
-        cast(EngramLayer, cast(nn.ModuleDict, layer.engram)[name])
-        for layer in layers
-        if "engram" in layer._modules and name in cast(nn.ModuleDict, layer.engram)
-    ]
+    return memory.layers_of[cast(str, memory.active if name is None else name)]
 
 
 # What runs in a forward. All of these are functions of modules, so that copies and pickles of a model are right.
@@ -127,21 +125,21 @@ def with_gates(output: Any, gates: Mapping[int, torch.Tensor]) -> Any:
 def begin_step(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Before the decoder: hash the tokens, and hand what is known of them to the layers."""
     memory = cast(AddedMemory, decoder.engram)
+    if not memory.facts.passes_kwargs and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "The decoder of this model hands no keyword arguments to its layers, so a compiled forward cannot give "
+            "them what the memory needs. Run the model without torch.compile, and generate with disable_compile=True."
+        )
     token_ids, gates, shows_gates = kwargs.pop(IDS, None), kwargs.pop(GATES, None), kwargs.pop(OUTPUT_GATES, False)
     if memory.active is None:
         step = Step()
     else:
         if args:
-            args, kwargs = (), {**dict(zip(argument_names(cast(Any, type(decoder))), args)), **kwargs}
+            args, kwargs = (), {**dict(zip(memory.argument_names, args)), **kwargs}
         step = _read_tokens(decoder, memory, kwargs, token_ids)
     step.gates, step.shows_gates = {} if gates is None and shows_gates else gates, bool(shows_gates)
     if memory.facts.passes_kwargs:
         return args, {**kwargs, STEP: step}
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{type(decoder).__name__} hands no keyword arguments to its layers, so a compiled forward cannot give "
-            "them what the memory needs. Run this model without torch.compile, and generate with disable_compile=True."
-        )
     step.decoder, step.before = decoder, _STEP_OF_FORWARD.get()
     _STEP_OF_FORWARD.set(step)
     return args, kwargs
@@ -158,12 +156,6 @@ def end_step(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     if step is None or not step.shows_gates or output is None:
         return output
     return with_gates(output, step.gates or {})
-
-
-@cache
-def argument_names(decoder_class: Any) -> tuple[str, ...]:
-    """Of the forward of a class, for arguments that are given by position."""
-    return tuple(name for name in inspect.signature(decoder_class.forward).parameters if name != "self")
 
 
 def _read_tokens(decoder: nn.Module, memory: AddedMemory, kwargs: dict, token_ids: torch.Tensor | None) -> Step:

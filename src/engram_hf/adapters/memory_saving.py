@@ -189,7 +189,7 @@ def load_engram(
         >>> save_engram(add_engram(backbone, config, tokenizer), "my-memory")
         >>> model = load_engram(remove_engram(backbone), "my-memory", device_map={"...table": "disk"})
         >>> model.engram_tables()[0].tiers
-        {'disk': 516160}
+        {'disk': 525696}
     """
     if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
         raise ValueError(f"load_engram takes {', '.join(HUB_ARGUMENTS)} of a repository, but not {unknown[0]}.")

@@ -307,7 +307,7 @@ class ModelWithTables:
             if device.type != "meta":
                 ngram_hash.to(device)
 
-    def memory(self) -> Memory:
+    def engram_memory(self) -> Memory:
         """The memory that forwards read."""
         base = self.base_model
         return Memory(base.ngram_hash, [layer.engram for layer in base.memory_layers()])
@@ -334,7 +334,7 @@ class ModelWithTables:
             ValueError: the model has no use for a tokenizer, it is another one than the one that is bound, or it does
                 not fit the config.
         """
-        ngram_hash = self.memory().ngram_hash
+        ngram_hash = self.engram_memory().ngram_hash
         if ngram_hash is None:
             raise ValueError("This model has no memory, so there is no tokenizer to bind; use it as it is.")
         ngram_hash.bind(tokenizer)
@@ -455,7 +455,7 @@ class ModelWithTables:
             attention_mask: (batch, seq), 0 for padding.
             position_ids: (batch or 1, seq), where documents are packed.
         """
-        ngram_hash, layers = self.memory()
+        ngram_hash, layers = self.engram_memory()
         if ngram_hash is None or all(layer.table.is_resident for layer in layers):
             return
         row_ids = ngram_hash(input_ids, position_ids, attention_mask).row_ids

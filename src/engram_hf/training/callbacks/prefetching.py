@@ -19,7 +19,7 @@ from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
 from ...modeling.ids_hashing import NgramHash
 from ...modeling.table import EngramTable
-from .reporting import EngramCallback, find_memory_layers
+from .reporting import EngramCallback, find_memory_layers, memory_of
 
 
 # Rows of a lookup whose pages are looked for in the page cache.
@@ -57,8 +57,7 @@ class RowPrefetcher:
             model: a model with tables; nothing happens for those that are not on disk.
             optimizer: the optimizer of the tables, to prefetch the state of their rows too.
         """
-        whole: Any = model
-        ngram_hash, layers = (whole.get_base_model() if hasattr(model, "get_base_model") else whole).memory()
+        ngram_hash, layers = memory_of(model)
         self.ngram_hash: NgramHash = copy.deepcopy(ngram_hash).cpu()
         updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
