@@ -39,8 +39,9 @@ def content_of(folder) -> dict:
 def change(folder, **fields) -> None:
     """Other fields for a memory that is saved alone."""
     content = content_of(folder)
-    content["engram"]["config"] |= {k: v for k, v in fields.items() if k in content["engram"]["config"]}
-    content["engram"]["model"] |= {k: v for k, v in fields.items() if k in content["engram"]["model"]}
+    parts = (content["engram"]["model"], content["engram"]["memories"]["default"])
+    part = next(part for part in parts if set(fields) <= set(part))
+    part.update(fields)
     (folder / "config.json").write_text(json.dumps(content))
 
 
@@ -235,7 +236,7 @@ def test_a_memory_for_another_tokenizer_is_refused(tmp_path, tokenizer):
 def test_folders_that_are_no_memory_are_refused(tmp_path):
     model = with_memory(tiny_backbone("llama"))
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="holds a whole model .*Load it with AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match="holds a whole model, not a memory alone. Load it with AutoModelForCausalLM"):
         load_engram(tiny_backbone("llama"), tmp_path / "whole")
     for folder in ("whole", "plain"):
         remove_engram(model) if folder == "plain" else None

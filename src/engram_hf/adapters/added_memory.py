@@ -127,7 +127,7 @@ def add_memory(
     decoder = find_decoder(whole, layers)
     memory = cast(AddedMemory | None, decoder.module._modules.get("engram"))
     if memory is None:
-        memory = _look_at(decoder)
+        memory = _look_at(decoder, whole.name_or_path or "")
     check(memory.facts)
     if not NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
         raise ValueError(f"A memory's name is letters, digits and underscores, such as 'default'; got {name!r}.")
@@ -207,7 +207,7 @@ def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
     return Decoder(module, name, *found[0])
 
 
-def _look_at(decoder: Decoder) -> AddedMemory:
+def _look_at(decoder: Decoder, base_model: str) -> AddedMemory:
     """Find out what a memory must know of a decoder, by one forward of one token that ends at the first layer."""
     found = _run_to_first_layer(decoder, {STEP: _MARK})
     if found is None:
@@ -227,6 +227,7 @@ def _look_at(decoder: Decoder) -> AddedMemory:
         layers=decoder.layers_name,
         passes_kwargs=found.passes_kwargs,
         num_cache_layers=len(DynamicCache(config=text).layers),
+        base_model=base_model,
     )
     return AddedMemory(facts, decoder.module)
 

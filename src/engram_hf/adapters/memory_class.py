@@ -9,12 +9,11 @@ package nothing knows this type, and the backbone's own class stumbles over `voc
 without its memory.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,14 +24,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from ..modeling.checkpoint_loading import Checkpoint, refuse_missing, refuse_shapes
+from ..modeling.checkpoint_loading import Checkpoint
 from ..modeling.configuration_checks import shorten
 from ..modeling.disk_safetensors import read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.memory_model import Memory, ModelWithTables
-from ..modeling.table import tables_without_blocks
-from .memory_config import EngramConfig, MemoryOfModel, ModelFacts
+from .memory_config import MemoryOfModel
+from .memory_files import MODEL_TYPE, Description, check_tensors
 from .memory_hooks import (
     AddedMemory,
     add_gates,
@@ -105,38 +104,6 @@ def attach(
     there.active = name
 
 
-class Description(NamedTuple):
-    """What a config.json says of memories: what they know of the model, their configs by name, which one is active."""
-
-    facts: ModelFacts
-    memories: dict[str, EngramConfig]
-    active: str
-
-    def to_dict(self) -> dict[str, Any]:
-        memories = {name: config.to_dict() for name, config in self.memories.items()}
-        return {"model": asdict(self.facts), "memories": memories, "active": self.active}
-
-    @classmethod
-    def from_dict(cls, content: Any, where: str) -> "Description":
-        """
-        Raises:
-            ValueError: it is damaged.
-        """
-        try:
-            facts = ModelFacts(**content["model"])
-            memories = {name: EngramConfig.from_dict(fields) for name, fields in content["memories"].items()}
-            description = cls(facts, memories, content["active"])
-            for config in memories.values():
-                MemoryOfModel(config, facts).check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"config.json of {where} does not describe a memory ({shorten(error, 300)}). Copy or download it again."
-            ) from error
-        if description.active not in memories:
-            raise ValueError(f"config.json of {where} has no memory called {shorten(description.active)}.")
-        return description
-
-
 @contextmanager
 def loading(description: Description) -> Iterator[None]:
     """Models of a class with memory that are built inside have these memories."""
@@ -164,6 +131,7 @@ class ModelWithMemory(ModelWithTables):
         if whole.base_model is whole:
             # A base model that is loaded from the checkpoint of a model with a head.
             name = name.removeprefix(whole.base_model_prefix).removeprefix(".")
+            facts = replace(facts, decoder=name)
         module = cast(PreTrainedModel, whole.get_submodule(name))
         layers = cast(nn.ModuleList, module.get_submodule(facts.layers))
         decoder = Decoder(module, name, facts.layers, layers)
@@ -211,7 +179,7 @@ class ModelWithMemory(ModelWithTables):
         path = folder / "config.json"
         backbone = read_json(path)
         content = {
-            "model_type": EngramMemoryConfig.model_type,
+            "model_type": MODEL_TYPE,
             "architectures": self.config.architectures,
             "vocab_size": NOT_ALONE,
             # Not in the backbone's part: transformers looks for parts with the type that it is told to load.
@@ -227,23 +195,9 @@ class ModelWithMemory(ModelWithTables):
         of the backbone, whose files may have names and shapes of earlier releases.
 
         Raises:
-            ValueError: a tensor of a memory is missing or misshapen.
+            ValueError: as `check_tensors`.
         """
-        with torch.device("meta"), tables_without_blocks():
-            built = cast(Any, cls)(copy.deepcopy(kwargs["config"]), *model_args)
-        prefix = f"{cls.base_model_prefix}."
-        found = {name.removeprefix(prefix): place for name, place in places.items()}
-        wanted = {n.removeprefix(prefix): t for n, t in built.state_dict().items() if ".engram." in f".{n}"}
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            refuse_missing(missing, checkpoint.where)
-        wrong = [
-            f"{name} is {found[name].shape}, needs {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if found[name].shape != tuple(tensor.shape)
-        ]
-        if wrong:
-            refuse_shapes(wrong, checkpoint.where)
+        check_tensors(cast(Description, _DESCRIPTION.get()).modules(), places, checkpoint.where)
 
     def __reduce_ex__(self, protocol):
         # The class cannot be found by its name, which is that of the model's own class.
@@ -295,7 +249,7 @@ class EngramMemoryConfig(PreTrainedConfig):
     engram: their description.
     """
 
-    model_type = "engram_memory"
+    model_type = MODEL_TYPE
     backbone: Any = None
     engram: Any = None
 

@@ -172,6 +172,7 @@ class ModelFacts:
     decoder, layers: names of the decoder inside the model, and of its list of layers inside the decoder.
     passes_kwargs: whether the decoder hands keyword arguments that it does not know to its layers.
     num_cache_layers: cache layers that the model itself needs.
+    base_model: where the model came from, as it was loaded; "" where nobody knows.
     """
 
     hidden_size: int = 1
@@ -182,6 +183,7 @@ class ModelFacts:
     layers: str = "layers"
     passes_kwargs: bool = True
     num_cache_layers: int = 0
+    base_model: str = ""
 
 
 class MemoryOfModel(MemoryFields):
