@@ -190,7 +190,9 @@ class RowGradients(nn.Module):
         self._rows = row_ids, gradients
         self._norms = torch.linalg.vector_norm(gradients, dim=-1)
         norm = torch.linalg.vector_norm(self._norms)
-        largest = torch.linalg.vector_norm(gradients, float("inf")) if len(gradients) else torch.zeros_like(norm)
+        # The norm of order infinity takes fifty times as long on a CPU.
+        is_any = bool(gradients.numel())
+        largest = torch.maximum(gradients.amax(), -gradients.amin()) if is_any else torch.zeros_like(norm)
         rest = (norm.square() - largest.square()).clamp_min(0).sqrt()
         self._measured = torch.stack([largest, rest, torch.full_like(norm, UNIT)]).to(self.norm)
         self.norm.grad = self._measured.clone()
