@@ -188,7 +188,7 @@ class ModelWithMemory(ModelWithTables):
         for view in self._views():
             view.engram_table_dtype = table_dtype or view.engram_table_dtype
 
-    def description(self) -> "Description":
+    def engram_description(self) -> "Description":
         """What a config.json says of the memories."""
         memory = cast(AddedMemory, decoder_of(cast(nn.Module, self)).engram)
         configs = {name: memory.config(name) for name in memory}
@@ -205,7 +205,7 @@ class ModelWithMemory(ModelWithTables):
             # Not in the backbone's part: transformers looks for parts with the type that it is told to load.
             "backbone_model_type": backbone.pop("model_type"),
             "backbone": backbone,
-            "engram": self.description().to_dict(),
+            "engram": self.engram_description().to_dict(),
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
         (folder / CODE_FILE).write_text(CODE)
