@@ -429,3 +429,22 @@ def small_config(config_class):
     return config_class(
         vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8
     )
+
+
+def test_continuous_batching_is_refused_and_back_without_the_memory():
+    model = tiny_backbone("llama")
+    assert hasattr(model, "init_continuous_batching")
+    with_memory(model)
+    assert not hasattr(model, "init_continuous_batching")
+    with pytest.raises(NotImplementedError, match="Continuous batching is not supported"):
+        model.generate_batch([[5, 6]])
+    remove_engram(model)
+    assert hasattr(model, "init_continuous_batching")
+
+
+def test_each_residual_stream_has_a_gate():
+    model, ids = with_memory(tiny_backbone("deepseek_v4")), some_ids()
+    with record_gates(model) as gates:
+        model(ids)
+    assert [gates[0][layer].shape for layer in (0, 2)] == [(2, 9, 2)] * 2
+    assert not torch.equal(gates[0][0][..., 0], gates[0][0][..., 1])

@@ -30,6 +30,7 @@ from ..modeling.disk_safetensors import read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.memory_model import Memory, ModelWithTables
+from ..modeling.modeling_engram_moe import WithoutContinuousBatching
 from .memory_config import MemoryOfModel
 from .memory_files import MODEL_TYPE, Description, check_tensors
 from .memory_hooks import (
@@ -133,7 +134,7 @@ def loading(description: Description) -> Iterator[None]:
         _DESCRIPTION.reset(token)
 
 
-class ModelWithMemory(ModelWithTables):
+class ModelWithMemory(WithoutContinuousBatching, ModelWithTables):
     """Part of a model that a memory was added to: what any model with tables can do."""
 
     # The modeling code of this package runs an EngramMoE. A model with an added memory needs the package.
@@ -158,13 +159,12 @@ class ModelWithMemory(ModelWithTables):
             view = MemoryOfModel(memory_config, facts)
             made = {i: build_layer(view, layers[i], i) for i in memory_config.layer_ids}
             attach(whole, decoder, AddedMemory(facts, module), each, NgramHash(view), made)
-            # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type.
-            parts = {f"engram.{each}.{part}" for part, _ in next(iter(made.values())).named_children()}
-            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *parts - {f"engram.{each}.table"}}
-            self._keep_in_fp32_modules_strict = {
-                *(self._keep_in_fp32_modules_strict or ()),
-                *self._keep_in_fp32_modules,
-            }
+            # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type. Quantizers
+            # match these from the beginning of a name.
+            parts = [part for part, _ in next(iter(made.values())).named_children() if part != "table"]
+            own = {f".*engram.{each}.{part}" for part in parts}
+            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *own}
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *own}
         cast(AddedMemory, module.engram).active = description.active
 
     def engram_memory(self) -> Memory:

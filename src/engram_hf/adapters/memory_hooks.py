@@ -31,6 +31,7 @@ from ..modeling.memory_layer import (
     keep_ids,
     memory_cache_layer,
 )
+from ..modeling.modeling_engram_moe import refuse_other_engines
 from .memory_config import EngramConfig, MemoryOfModel, ModelFacts
 
 
@@ -176,6 +177,7 @@ def end_step(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
 
 def _read_tokens(decoder: nn.Module, memory: AddedMemory, kwargs: dict, token_ids: torch.Tensor | None) -> Step:
     """The step of a forward with these arguments. Documents of a packed row are kept apart as in EngramMoE."""
+    refuse_other_engines(decoder.config)
     name = cast(str, memory.active)
     input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     cache = find_cache(kwargs)
