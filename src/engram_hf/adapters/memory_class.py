@@ -30,6 +30,7 @@ from ..modeling.disk_safetensors import read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.memory_model import Memory, ModelWithTables
+from ..modeling.modeling_engram_moe import WithoutContinuousBatching
 from .memory_config import MemoryOfModel
 from .memory_files import MODEL_TYPE, Description, check_tensors
 from .memory_hooks import (
@@ -39,6 +40,7 @@ from .memory_hooks import (
     end_step,
     keep_tokens,
     memory_layers_of,
+    name_tokens,
     read_memory,
     show_gates,
 )
@@ -46,6 +48,20 @@ from .memory_hooks import (
 
 # Stands where a number is in the config of every other class of transformers.
 NOT_ALONE = "of the backbone. This model has a memory: import engram_hf, and load it with AutoModelForCausalLM"
+# Beside a saved model, for programs that import what `trust_remote_code` names, such as `transformers serve`. Where the
+# package is missing, transformers says that it has to be installed.
+CODE_FILE = "engram_memory.py"
+AUTO_CLASSES = {
+    "AutoConfig": "EngramMemoryConfig",
+    "AutoModel": "EngramMemoryModel",
+    "AutoModelForCausalLM": "EngramMemoryForCausalLM",
+    "AutoModelForDecision": "EngramMemoryForCausalLM",
+}
+CODE = """# This model has a memory, which the package engram-hf adds to it.
+from engram_hf import EngramMemoryConfig, EngramMemoryForCausalLM, EngramMemoryModel
+
+__all__ = ["EngramMemoryConfig", "EngramMemoryForCausalLM", "EngramMemoryModel"]
+"""
 # The memories of the model that is being loaded in this context.
 _DESCRIPTION: ContextVar["Description | None"] = ContextVar("engram_description", default=None)
 
@@ -60,9 +76,10 @@ class Decoder(NamedTuple):
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a decoder layer computes; accelerate may hold its weights elsewhere."""
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    """Where a module computes; accelerate may hold its weights elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
     if device is not None:
         return torch.device(device)
     return next((p.device for p in layer.parameters()), torch.device("cpu"))
@@ -91,10 +108,13 @@ def attach(
         decoder.layers[0].register_forward_pre_hook(keep_tokens, with_kwargs=True)
         for layer in decoder.layers:
             layer.register_forward_pre_hook(read_memory, with_kwargs=True)
+        if there.facts.passes_ids:
+            whole.register_forward_pre_hook(name_tokens, with_kwargs=True)
         if whole is not decoder.module:
             whole.register_forward_pre_hook(show_gates, with_kwargs=True)
             whole.register_forward_hook(add_gates, with_kwargs=True)
-    there[name] = ngram_hash.to(cast(Any, decoder.module.get_input_embeddings()).weight.device)
+    device = device_of(decoder.module.get_input_embeddings())
+    there[name] = ngram_hash if device.type == "meta" else ngram_hash.to(device)
     for layer_id, made in layers.items():
         layer = decoder.layers[layer_id]
         if "engram" not in layer._modules:
@@ -114,7 +134,7 @@ def loading(description: Description) -> Iterator[None]:
         _DESCRIPTION.reset(token)
 
 
-class ModelWithMemory(ModelWithTables):
+class ModelWithMemory(WithoutContinuousBatching, ModelWithTables):
     """Part of a model that a memory was added to: what any model with tables can do."""
 
     # The modeling code of this package runs an EngramMoE. A model with an added memory needs the package.
@@ -139,13 +159,12 @@ class ModelWithMemory(ModelWithTables):
             view = MemoryOfModel(memory_config, facts)
             made = {i: build_layer(view, layers[i], i) for i in memory_config.layer_ids}
             attach(whole, decoder, AddedMemory(facts, module), each, NgramHash(view), made)
-            # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type.
-            parts = {f"engram.{each}.{part}" for part, _ in next(iter(made.values())).named_children()}
-            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *parts - {f"engram.{each}.table"}}
-            self._keep_in_fp32_modules_strict = {
-                *(self._keep_in_fp32_modules_strict or ()),
-                *self._keep_in_fp32_modules,
-            }
+            # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type. Quantizers
+            # match these from the beginning of a name.
+            parts = [part for part, _ in next(iter(made.values())).named_children() if part != "table"]
+            own = {f".*engram.{each}.{part}" for part in parts}
+            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *own}
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *own}
         cast(AddedMemory, module.engram).active = description.active
 
     def engram_memory(self) -> Memory:
@@ -169,7 +188,7 @@ class ModelWithMemory(ModelWithTables):
         for view in self._views():
             view.engram_table_dtype = table_dtype or view.engram_table_dtype
 
-    def description(self) -> "Description":
+    def engram_description(self) -> "Description":
         """What a config.json says of the memories."""
         memory = cast(AddedMemory, decoder_of(cast(nn.Module, self)).engram)
         configs = {name: memory.config(name) for name in memory}
@@ -182,12 +201,17 @@ class ModelWithMemory(ModelWithTables):
             "model_type": MODEL_TYPE,
             "architectures": self.config.architectures,
             "vocab_size": NOT_ALONE,
+            "auto_map": {auto: f"{CODE_FILE.removesuffix('.py')}.{name}" for auto, name in AUTO_CLASSES.items()},
             # Not in the backbone's part: transformers looks for parts with the type that it is told to load.
             "backbone_model_type": backbone.pop("model_type"),
             "backbone": backbone,
-            "engram": self.description().to_dict(),
+            "engram": self.engram_description().to_dict(),
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
+        (folder / CODE_FILE).write_text(CODE)
+
+    def _remove_code(self, folder: Path) -> None:
+        """What this save has written stays."""
 
     @classmethod
     def _check_files(cls, checkpoint: Checkpoint, places, model_args, kwargs: Mapping, may_lack: bool) -> None:
