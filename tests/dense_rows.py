@@ -47,7 +47,7 @@ class DenseReference(torch.optim.Optimizer):
     def __init__(self, model, args, rule: str, scale: float = 5.0):
         self.tables = [
             DenseRows(rule, block, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
-            for table in model.model.tables()
+            for table in model.named_tables().values()
             for block in table.blocks
             if block.requires_grad
         ]

@@ -1,7 +1,8 @@
 """The examples in docstrings run, and print what they say.
 
 They find what a reader has at hand: a model with its tokenizer in `output/tiny`, which is what `make demo` leaves, a
-checkpoint of a run, and the names `model`, `tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
+checkpoint of a run, somebody else's model in `backbone` and a memory for it in `config`, and the names `model`,
+`tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
 network are marked `+SKIP`.
 """
 
@@ -12,12 +13,28 @@ import shutil
 
 import pytest
 import transformers
-from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 import engram_hf
-from engram_hf import EngramMoEConfig, EngramMoEForCausalLM
+from engram_hf import EngramConfig, EngramMoEConfig, EngramMoEForCausalLM
 
 
+# Somebody else's model.
+BACKBONE = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -55,6 +72,8 @@ def test_an_example_prints_what_it_says(name, saved, tokenizer, tmp_path, monkey
         "data": data,
         "args": args,
         "folder": "output/tiny",
+        "backbone": LlamaForCausalLM(LlamaConfig(**BACKBONE)),
+        "config": EngramConfig(layer_ids=[1], vocab_size=1000, n_heads=4, head_dim=16),
         "trainer": Trainer(model, args, train_dataset=data),
         **{name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "Trainer", "TrainingArguments")},
         **{name: getattr(engram_hf, name) for name in engram_hf.__all__},

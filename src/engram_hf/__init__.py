@@ -12,7 +12,18 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .adapters.added_memory import (
+    add_engram,
+    disable_engram,
+    freeze_backbone,
+    record_gates,
+    remove_engram,
+    set_engram,
+)
 from .adapters.lora import lora_config
+from .adapters.memory_class import EngramMemoryConfig, EngramMemoryForCausalLM, EngramMemoryModel
+from .adapters.memory_config import EngramConfig
+from .adapters.memory_saving import load_engram, save_engram
 from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
@@ -48,10 +59,18 @@ AutoModel.register(EngramMoEConfig, EngramMoEModel)
 AutoModelForCausalLM.register(EngramMoEConfig, EngramMoEForCausalLM)
 AutoModelForSequenceClassification.register(EngramMoEConfig, EngramMoEForSequenceClassification)
 AutoModelForTokenClassification.register(EngramMoEConfig, EngramMoEForTokenClassification)
+# Models with an added memory, as they are saved.
+AutoConfig.register(EngramMemoryConfig.model_type, EngramMemoryConfig)
+AutoModel.register(EngramMemoryConfig, EngramMemoryModel)
+AutoModelForCausalLM.register(EngramMemoryConfig, EngramMemoryForCausalLM)
 
 __all__ = [
     "CardFacts",
+    "EngramConfig",
     "EngramGateStatisticsCallback",
+    "EngramMemoryConfig",
+    "EngramMemoryForCausalLM",
+    "EngramMemoryModel",
     "EngramMoEConfig",
     "EngramMoEForCausalLM",
     "EngramMoEForSequenceClassification",
@@ -65,22 +84,30 @@ __all__ = [
     "RowSGD",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "add_engram",
     "build_token_map",
     "count_parameters",
+    "disable_engram",
     "engram_optimizers",
     "estimate_memory",
     "fetch_blocks",
+    "freeze_backbone",
     "gather_facts",
     "inspect_checkpoint",
     "last_complete_checkpoint",
+    "load_engram",
     "lora_config",
     "merge_changed_rows",
     "plot_training",
     "push_engram",
     "quantize_tables",
     "read_facts",
+    "record_gates",
+    "remove_engram",
     "render_card",
     "report_to_trackers",
+    "save_engram",
+    "set_engram",
     "update_card",
     "verify_tables",
 ]

@@ -7,7 +7,8 @@ from typing import Any
 
 
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-MEMORY = ("engram.key_proj", "engram.value_proj")
+# In an EngramMoE, and in a memory that was added to another model.
+MEMORY = ("engram.key_proj", "engram.value_proj", "engram.default.key_proj", "engram.default.value_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # One parameter holds all experts of a layer, so PEFT takes these as parameters and not as modules.
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")

@@ -66,7 +66,7 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
             digest = bytes(brought.digests[number].tolist())
             return _with_rows(file, name, row_ids, brought.rows[part], digest, progress.update)
 
-        rewrite_blocks(checkpoint, config, source, target, merged, {})
+        rewrite_blocks(checkpoint, config, source, target, merged)
     return target
 
 

@@ -13,7 +13,7 @@ from ..modeling.configuration_engram_moe import AUTO_MAP
 from ..modeling.disk_safetensors import write_pieces
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
 from ..modeling.table_formats import QUANTIZED_FORMATS
-from .card_facts import BEGIN, END, CardFacts, as_list, facts_in, read_card, record_of
+from .card_facts import BEGIN, END, MEMORY, WITH_MEMORY, CardFacts, as_list, facts_in, read_card, record_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -22,9 +22,11 @@ PIPELINES = {
     "EngramMoEForSequenceClassification": "text-classification",
     "EngramMoEForTokenClassification": "token-classification",
     "EngramMoEModel": "feature-extraction",
+    WITH_MEMORY: "text-generation",
 }
 # The first that a model has: AutoModelForDecision is a second name of the causal one.
 AUTO_CLASS = {model.split(".")[1]: auto for auto, model in reversed(AUTO_MAP.items())}
+AUTO_CLASS[WITH_MEMORY] = AUTO_CLASS[MEMORY] = "AutoModelForCausalLM"
 # How the form begins that `push_to_hub` of transformers writes where there is no card. Nobody has filled it in.
 FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
 FORM += "automatically generated."
@@ -101,6 +103,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     # Without weights there is nothing that a pipeline, or a button of the Hub, could load.
     pipeline = PIPELINES.get(facts.architecture) if facts.has_weights else None
     tags = list(EngramMoEForCausalLM.model_tags) if facts.tables else ["engram_moe"]
+    if facts.architecture in (WITH_MEMORY, MEMORY):
+        tags = [tag.replace("engram_moe", "engram_memory") for tag in tags]
     data = facts.data or {}
     results = [
         EvalResult(
@@ -158,6 +162,8 @@ def _render_section(facts: CardFacts, metadata: CardData) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         auto_class=AUTO_CLASS.get(facts.architecture),
+        is_memory=facts.architecture in (WITH_MEMORY, MEMORY),
+        is_alone=facts.architecture == MEMORY,
         is_quantized=any(table["dtype"] in QUANTIZED_FORMATS for table in facts.tables),
         license=", ".join(map(str, as_list(metadata.get("license")))),
         base_model=", ".join(map(str, as_list(metadata.get("base_model")))),

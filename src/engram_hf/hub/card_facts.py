@@ -18,6 +18,8 @@ import torch
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..adapters.memory_files import MemoryFiles
+from ..checkpoints.checking import backbone_config, read_config
 from ..checkpoints.inspecting import inspect_checkpoint
 from ..insight.plotting import read_state
 from ..modeling.checkpoint_loading import find_checkpoint, read_digests
@@ -28,6 +30,8 @@ from ..planning import count_parameters, estimate_memory
 
 logger = logging.get_logger(__name__)
 CAUSAL_LM = "EngramMoEForCausalLM"
+# Somebody else's model with a memory, and such a memory alone.
+WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
 PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
 # Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
 BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
@@ -79,7 +83,8 @@ class CardFacts:
 
     @property
     def has_experts(self) -> bool:
-        return self.config["first_k_dense_replace"] < self.config["num_hidden_layers"]
+        dense = self.config["first_k_dense_replace"]
+        return dense is not None and dense < self.config["num_hidden_layers"]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -121,7 +126,8 @@ def gather_facts(
         evaluation: results, each a dict with "metric", "value", "dataset", the "command" that gives the value and, if
             known, "dataset_id" (on the Hub), "split" and "unit".
         license: as the Hub writes it ("apache-2.0").
-        base_model: repositories of the models that this one was made from.
+        base_model: repositories of the models that this one was made from; for an added memory by default the one that
+            it was added to.
         repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
         name: title; by default the name of the repository, preset or folder.
         picture: of the training curves; a file in `source`, named from there.
@@ -137,22 +143,19 @@ def gather_facts(
         >>> facts.tables[0]["rows"]
         53826
     """
+    folder = None if isinstance(source, EngramMoEConfig) else Path(source)
     if isinstance(source, EngramMoEConfig):
-        folder, config, found = None, source, _facts_of_config(source)
+        found = _facts_of_config(source)
     else:
-        folder, config = Path(source), EngramMoEConfig.from_pretrained(source)
-        found = _facts_of_checkpoint(folder, config, tables_from)
-    counted = count_parameters(config) if found["architecture"] == CAUSAL_LM else None
-    default_name = found.pop("name")
+        found = _facts_of_checkpoint(Path(source), tables_from)
+    default_name, default_base = found.pop("name"), found.pop("base_model", [])
     facts = CardFacts(
         **found,
         name=name or (repo_id or "").split("/")[-1],
-        config={name: getattr(config, name) for name in CONFIG_FIELDS},
-        parameters=None if counted is None else {**asdict(counted), "memory_share": counted.memory_share},
         repo_id=repo_id,
         tables_repo=tables_repo,
         license=license,
-        base_model=as_list(base_model),
+        base_model=as_list(base_model) or default_base,
         data=None if data is None else _data(data),
         training=None if training is None else _training(training),
         picture=picture,
@@ -270,41 +273,76 @@ def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
         model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
     needed = estimate_memory(config, "cpu", dtype)
     return {
+        **_facts_of_both(config, CAUSAL_LM),
         "name": preset or config.model_type,
-        "architecture": CAUSAL_LM,
         "preset": preset,
         "dtype": dtype,
-        "tables": _tables(model.engram_tables()),
+        "tables": _tables(model.engram_tables(), CAUSAL_LM),
         "backbone_nbytes": sum(needed.backbone.values()),
         "disk_nbytes": sum(needed.backbone.values()) + sum(needed.tables.values()),
     }
 
 
-def _facts_of_checkpoint(folder: Path, config: EngramMoEConfig, tables_from: str | Path | None) -> dict[str, Any]:
+def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[str, Any]:
     inspection, digests = inspect_checkpoint(folder, tables_from=tables_from), read_digests(folder)
-    checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
+    config, checkpoint = read_config(folder), find_checkpoint(str(folder), {"local_files_only": True})
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
+    if isinstance(config, MemoryFiles):
+        architecture = MEMORY if config.description.is_alone else WITH_MEMORY
+        own = _facts_of_memory(config, folder)
+    else:
+        architecture = (config.architectures or [CAUSAL_LM])[0]
+        own = _facts_of_both(config, architecture)
     here_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
-    architecture = (config.architectures or [CAUSAL_LM])[0]
     return {
-        "name": folder.resolve().name,
+        **own,
         "architecture": architecture,
+        "name": folder.resolve().name,
         # Not of file names, so that saving the same weights again changes nothing.
         "weights": _digest(json.dumps(sorted(digests.values()))) if digests else None,
         "has_weights": True,
         "has_code": getattr(config, "auto_map", None) is not None,
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
-        "dtype": str(config.dtype or "float32").removeprefix("torch."),
-        "tables": _tables(inspection.tables, prefix="" if architecture == "EngramMoEModel" else "model."),
+        "dtype": str(getattr(backbone_config(config), "dtype", None) or "float32").removeprefix("torch."),
+        "tables": _tables(inspection.tables, architecture),
         "backbone_nbytes": inspection.backbone_nbytes,
         "disk_nbytes": here_nbytes + (0 if checkpoint.blocks() else inspection.tables_nbytes),
     }
 
 
-def _tables(tables: Iterable[Any], prefix: str = "") -> list[dict[str, Any]]:
+def _facts_of_both(config: EngramMoEConfig, architecture: str) -> dict[str, Any]:
+    counted = count_parameters(config) if architecture == CAUSAL_LM else None
+    return {
+        "architecture": architecture,
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
+        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
+    }
+
+
+def _facts_of_memory(config: MemoryFiles, folder: Path) -> dict[str, Any]:
+    facts = config.description.facts
+    counted = None if config.description.is_alone else count_parameters(folder)
+    fields = {n: getattr(config, n, getattr(config.backbone, n, None)) for n in CONFIG_FIELDS if n != "hc_mult"}
+    return {
+        "config": {**fields, "hc_mult": facts.streams, "backbone": ", ".join(config.architectures or [])},
+        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
+        "base_model": [facts.base_model] if is_repository(facts.base_model) else [],
+    }
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is that of a repository of the Hub, and of no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
+    prefix = "" if architecture in ("EngramMoEModel", MEMORY, WITH_MEMORY) else "model."
     known = ("rows", "head_dim", "dtype", "nbytes")
-    return [{"name": prefix + table.name, **{name: getattr(table, name) for name in known}} for table in tables]
+    return [
+        {"name": prefix + table.name.removeprefix("model."), **{name: getattr(table, name) for name in known}}
+        for table in tables
+    ]
 
 
 def _training(folder: str | Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, unseen_fields, with_variant
+from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, with_variant
 from .configuration_engram_moe import AUTO_MAP
 from .disk_files import BlockSource, MappedFile
 from .disk_safetensors import (
@@ -48,6 +48,7 @@ CODE_FILES = (
     "checkpoint_saving.py",
     "configuration_checks.py",
     "configuration_engram_moe.py",
+    "configuration_memory.py",
     "disk_files.py",
     "disk_reading.py",
     "disk_safetensors.py",
@@ -313,7 +314,9 @@ def link_file(source: Path, target: Path) -> str:
     return read_digests(source.parent).get(source.name) or file_digest(target)
 
 
-def publish(stage: Path, folder: Path, written: WrittenTables, config, variant: str | None = None) -> dict[str, Path]:
+def publish(
+    stage: Path, folder: Path, written: WrittenTables, facts: Mapping, variant: str | None = None
+) -> dict[str, Path]:
     """Give what lies in `stage` its place in `folder`, and remove the weights that it replaces.
 
     The replacement of the index is the one step in which the new weights take the place of the old. config.json is a
@@ -324,7 +327,7 @@ def publish(stage: Path, folder: Path, written: WrittenTables, config, variant: 
         stage: with the files of transformers and of `write_tables`.
         folder: the checkpoint.
         written: as `write_tables` gives it.
-        config: of the model.
+        facts: what the index has beside names and digests: `engram_fingerprint` and `config`.
         variant: in the names of the backbone's files.
 
     Returns:
@@ -346,8 +349,7 @@ def publish(stage: Path, folder: Path, written: WrittenTables, config, variant: 
         metadata = {
             "total_size": total_size,
             "sha256": {names[name]: digest for name, digest in digests.items()},
-            "engram_fingerprint": config.engram_fingerprint,
-            "config": unseen_fields(config),
+            **facts,
         }
         if written.changed_rows:
             metadata |= {"changed_rows": written.changed_rows, "stamp": written.stamp}

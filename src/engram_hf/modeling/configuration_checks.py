@@ -148,12 +148,21 @@ def check_sizes(config) -> None:
     Raises:
         ValueError: names the field.
     """
-    for name, (least, most) in SIZES.items():
-        value = getattr(config, name)
-        if value is None or not least <= value <= most:
-            raise ValueError(f"{name} must lie in [{least}, {most}], got {shorten(value)}.")
+    check_range(config, SIZES)
     if config.q_lora_rank is not None and not 1 <= config.q_lora_rank <= MAX_WIDTH:
         raise ValueError(f"q_lora_rank must be None or lie in [1, {MAX_WIDTH}], got {shorten(config.q_lora_rank)}.")
+
+
+def check_range(config, names: Iterable[str]) -> None:
+    """See that some of the sizes of a config are within their bounds.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name in names:
+        value, (least, most) = getattr(config, name), SIZES[name]
+        if value is None or not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least}, {most}], got {shorten(value)}.")
 
 
 def check_rope(rope: Mapping[str, Any]) -> None:

@@ -31,11 +31,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from .configuration_checks import (
-    MAX_HEADS,
     MAX_NUMBER,
-    MAX_ROWS,
     MAX_TOKEN_ID,
-    MAX_VOCAB_SIZE,
     UNEXPECTED,
     check_content,
     check_rope,
@@ -45,6 +42,7 @@ from .configuration_checks import (
     shorten,
     with_own_names,
 )
+from .configuration_memory import MemoryFields, usual_pad
 
 
 # What `save_pretrained` writes beside the weights, so that the model loads where this package is not installed.
@@ -59,7 +57,6 @@ AUTO_MAP = {
 }
 # By what `get_config_dict` tells `from_dict` where a config comes from, for its errors.
 SOURCE = "_source"
-TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8", "int4")
 
 # Equal in the paper's four models. The paper prints neither the MLA ranks nor the widths of the feed-forward layers;
 # these fit every total and active count that it does print.
@@ -160,7 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Documented by hand: the fields inherited from DeepseekV3Config differ between releases.
 # trf-ignore: TRF057
 @strict
-class EngramMoEConfig(DeepseekV3Config):
+class EngramMoEConfig(MemoryFields, DeepseekV3Config):
     r"""
     Configuration of a mixture-of-experts language model with Engram memory. The defaults are those of the paper's
     Engram-27B; `EngramMoEConfig.preset(name)` gives all four of its models, and small ones.
@@ -289,9 +286,7 @@ class EngramMoEConfig(DeepseekV3Config):
                     f"{shorten(value)}. Leave it out."
                 )
         if self.engram_pad_token_id is None:
-            eos = self.eos_token_id[:1] if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-            candidates = [self.pad_token_id, *eos]
-            self.engram_pad_token_id = next((i for i in candidates if i is not None and i >= 0), 0)
+            self.engram_pad_token_id = usual_pad(self.pad_token_id, self.eos_token_id)
         # All layers are of one type; checkpoints before version 0.2 name memory layers "hybrid".
         self.layer_types = ["full_attention"] * self.num_hidden_layers
 
@@ -397,33 +392,6 @@ class EngramMoEConfig(DeepseekV3Config):
             raise ValueError(f"No preset is called {name!r}; there are {', '.join(PRESETS)}.")
         return cls.from_dict({**PRESETS[name], **overrides})
 
-    @property
-    def engram_vocab_sizes(self) -> list[int]:
-        """Least number of rows of a head, for the orders 2, 3, ... N."""
-        if isinstance(self.engram_vocab_size, int):
-            return [self.engram_vocab_size] * (self.engram_max_ngram_size - 1)
-        return list(self.engram_vocab_size)
-
-    @property
-    def engram_id_space(self) -> int | None:
-        """Number of different ids that the hash may meet; None while a tokenizer must still be bound.
-
-        Without compression these are the raw ids that the tables were made for, whatever `vocab_size` has become.
-        """
-        if self.engram_compressed_vocab_size is None:
-            return int(self.engram_fingerprint["ids"]) if self.engram_fingerprint else self.vocab_size
-        return self.engram_compressed_vocab_size if isinstance(self.engram_compressed_vocab_size, int) else None
-
-    @property
-    def engram_width(self) -> int:
-        """Numbers that one token reads in one memory layer."""
-        return (self.engram_max_ngram_size - 1) * self.engram_n_heads * self.engram_head_dim
-
-    @property
-    def engram_conv_reach(self) -> int:
-        """Tokens before the current one that the short convolution sees; its dilation is the largest order."""
-        return max(self.engram_kernel_size - 1, 0) * self.engram_max_ngram_size
-
     def validate_sizes(self):
         """Part of `@strict` validation: no size is so large that using it would take time or memory."""
         check_sizes(self)
@@ -458,57 +426,6 @@ class EngramMoEConfig(DeepseekV3Config):
     def validate_mla_rope(self):
         """Part of `@strict` validation: rotary embeddings that MLA can have."""
         check_rope(self.rope_parameters or {})
-
-    def validate_engram(self):
-        """Part of `@strict` validation: what the memory's fields may be."""
-        self._validate_memory_layers()
-        self._validate_rows()
-        size = self.engram_compressed_vocab_size
-        if isinstance(size, str) and size != "auto" or isinstance(size, int) and not 0 < size <= self.vocab_size:
-            raise ValueError(
-                f'engram_compressed_vocab_size must be "auto", None or an int in [1, {self.vocab_size}] '
-                f"(vocab_size), got {shorten(size)}."
-            )
-        if not 0 <= self.engram_pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"engram_pad_token_id must be a raw token id in [0, {self.vocab_size}), got "
-                f"{shorten(self.engram_pad_token_id)}."
-            )
-        if self.engram_fingerprint is not None:
-            ids = self.engram_fingerprint.get("ids")
-            if not all(isinstance(part, str) for item in self.engram_fingerprint.items() for part in item):
-                raise ValueError(f"engram_fingerprint must hold strings only, got {shorten(self.engram_fingerprint)}.")
-            if ids is None or not (ids.isascii() and ids.isdigit()) or not 0 < int(ids[:20]) <= MAX_VOCAB_SIZE:
-                raise ValueError(
-                    f"ids in engram_fingerprint must be a number in [1, {MAX_VOCAB_SIZE}], got {shorten(ids)}."
-                )
-
-    def _validate_memory_layers(self):
-        layer_ids = self.engram_layer_ids or []
-        if any(not 0 <= i < self.num_hidden_layers for i in layer_ids) or len(set(layer_ids)) != len(layer_ids):
-            raise ValueError(
-                f"engram_layer_ids must be different zero-based layer ids in [0, {self.num_hidden_layers}), "
-                f"got {shorten(layer_ids)}."
-            )
-        heads = len(layer_ids) * (self.engram_max_ngram_size - 1) * self.engram_n_heads
-        if heads > MAX_HEADS:
-            raise ValueError(
-                f"engram_layer_ids, engram_max_ngram_size and engram_n_heads make {heads} hash heads, and at most "
-                f"{MAX_HEADS} are allowed. Take fewer heads, and make engram_head_dim or engram_vocab_size larger."
-            )
-
-    def _validate_rows(self):
-        orders, sizes = self.engram_max_ngram_size - 1, self.engram_vocab_sizes
-        if len(sizes) != orders or any(not 2 <= n <= MAX_ROWS for n in sizes):
-            raise ValueError(
-                f"engram_vocab_size must be one number, or one for each of the {orders} orders 2 to "
-                f"{self.engram_max_ngram_size}, each in [2, {MAX_ROWS}]; got {shorten(self.engram_vocab_size)}."
-            )
-        if self.engram_table_dtype is not None and self.engram_table_dtype not in TABLE_DTYPES:
-            raise ValueError(
-                f"engram_table_dtype must be None or one of {', '.join(TABLE_DTYPES)}; got "
-                f"{shorten(self.engram_table_dtype)}."
-            )
 
     def validate_experts(self):
         """Part of `@strict` validation: what the router may choose from."""

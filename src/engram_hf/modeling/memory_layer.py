@@ -4,17 +4,17 @@ The table gives rows; this file never asks where they live. Every fast form has 
 arXiv 2601.07372, section 2.3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
-from .ids_hashing import HashedTokens, find_primes
-from .ids_reach import pack_history
-from .table import EngramTable
+from .ids_hashing import HashedTokens, NgramHash, find_primes
+from .ids_reach import Seen, pack_history
+from .table import EngramTable, prefetch_rows
 from .table_formats import row_format
 
 
@@ -120,7 +120,10 @@ class MemoryCacheLayer:
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, is_static: bool = False):
+    def __init__(self, is_static: bool = False, memory_name: str = "", is_sliding: bool = False):
+        self.memory_name = memory_name
+        # transformers takes the first layer that does not slide for one of full attention.
+        self.is_sliding = is_sliding
         self.is_initialized = True
         self.keys = self.values = None
         self.is_static = is_static
@@ -182,12 +185,13 @@ class MemoryCacheLayer:
             window.reset()
 
 
-def memory_cache_layer(cache: Cache, num_model_layers: int) -> MemoryCacheLayer:
+def memory_cache_layer(cache: Cache, num_model_layers: int, memory_name: str = "") -> MemoryCacheLayer:
     """The memory's layer of a cache, appended behind the layers of the model where it is missing.
 
     Args:
         cache: the caller's.
         num_model_layers: cache layers that the model itself needs.
+        memory_name: of the memory, where a model has several.
 
     Raises:
         ValueError: it is no `Cache`, or it holds tokens that the memory has not read.
@@ -197,22 +201,53 @@ def memory_cache_layer(cache: Cache, num_model_layers: int) -> MemoryCacheLayer:
             f"The memory keeps its state in a transformers Cache, and got {type(cache).__name__}. Give "
             "DynamicCache(config=model.config), or leave the cache out."
         )
-    for layer in reversed(cache.layers):
-        if isinstance(layer, MemoryCacheLayer):
-            return layer
-    if int(cache.get_seq_length()):
-        raise ValueError(
-            f"The cache holds {int(cache.get_seq_length())} tokens that the memory has not read, so n-grams across its "
-            "end would be wrong. Start from an empty cache. Prefix tuning of PEFT begins with such a cache, and is not "
-            "supported beside a memory: train LoRA instead."
-        )
+    found = find_state(cache, memory_name)
+    _refuse_unread(cache, None if found is None else found.windows.get(IDS))
+    if found is not None:
+        return found
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < num_model_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-    added = MemoryCacheLayer(any(isinstance(layer, StaticLayer) for layer in cache.layers))
+    is_static = isinstance(cache, StaticCache) or any(isinstance(layer, StaticLayer) for layer in cache.layers)
+    layers = zip(cache.layers, cache.is_sliding)
+    attends_to_all = [isinstance(layer, CacheLayerMixin) and not is_sliding for layer, is_sliding in layers]
+    added = MemoryCacheLayer(is_static, memory_name, is_sliding=not any(attends_to_all))
     # Known by what it can do: the base class for such layers is newer than the oldest release that is supported.
     cache.layers.append(cast(Any, added))
     return added
+
+
+def find_state(cache: Cache, memory_name: str = "") -> MemoryCacheLayer | None:
+    """The memory's layer of a cache; None where it has none yet."""
+    layers = (layer for layer in reversed(cache.layers) if isinstance(layer, MemoryCacheLayer))
+    return next((layer for layer in layers if layer.memory_name == memory_name), None)
+
+
+def counts_tokens(cache: Cache) -> bool:
+    """Whether a cache knows how many tokens it holds; one with layers of linear attention alone does not."""
+    return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
+def _refuse_unread(cache: Cache, read: StateWindow | None) -> None:
+    """
+    Args:
+        read: the ids that the memory keeps; None before its first tokens.
+    """
+    if counts_tokens(cache):
+        held = cache.get_seq_length()
+        # The count of a static cache is a tensor, which is looked at once, and a compiled forward looks at none.
+        if torch.compiler.is_compiling() or (isinstance(held, torch.Tensor) and read is not None):
+            return
+        is_read, tokens = int(held) == (0 if read is None else int(read.seen_tokens)), f"{int(held)} tokens"
+    else:
+        is_read = (read is not None and int(read.seen_tokens) > 0) or not cache.has_previous_state()
+        tokens = "tokens"
+    if not is_read:
+        raise ValueError(
+            f"The cache holds {tokens} that the memory has not read, so n-grams across its end would be wrong. Start "
+            "from an empty cache. Prefix tuning of PEFT begins with such a cache, and is not supported beside a "
+            "memory: train LoRA instead."
+        )
 
 
 def keep_ids(state: MemoryCacheLayer, hashed: HashedTokens) -> None:
@@ -356,3 +391,31 @@ class EngramLayer(nn.Module):
         if state is not None and self.conv_reach:
             state.append(self.layer_idx, channels, self.conv_reach)
         return conv(channels, history, hashed.reach, hashed.before).unflatten(-1, normed.shape[2:])
+
+
+def find_rows(
+    ngram_hash: NgramHash,
+    memories: Sequence[EngramLayer],
+    token_ids: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+    seen: Seen | None = None,
+    state: MemoryCacheLayer | None = None,
+) -> tuple[HashedTokens, dict[int, torch.Tensor]]:
+    """Hash the tokens of a forward, and begin to bring their rows. It comes before anything else of the forward.
+
+    Args:
+        ngram_hash: of the memory.
+        memories: its layers, in order.
+        token_ids, position_ids, token_mask, seen: as `NgramHash` takes them.
+        state: what the cache keeps for the memory. Only `keep_ids` changes it.
+
+    Returns:
+        what is known of the tokens, and the row ids of each layer by its id, (batch, seq, heads) on its device.
+    """
+    history = None if state is None else state.past(IDS)
+    hashed = ngram_hash(token_ids, position_ids, token_mask, history, seen)
+    # On the device of their layer, since a lookup knows its prefetch by the tensor.
+    row_ids = {memory.layer_idx: memory.to_device(hashed.row_ids[memory.layer_idx]) for memory in memories}
+    prefetch_rows([memory.table for memory in memories], list(row_ids.values()))
+    return hashed, row_ids

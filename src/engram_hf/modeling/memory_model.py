@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -34,6 +34,7 @@ from .checkpoint_loading import (
     read_headers,
     refuse_incomplete,
     refuse_missing,
+    unseen_fields,
 )
 from .checkpoint_saving import (
     publish,
@@ -47,9 +48,11 @@ from .checkpoint_saving import (
     write_tables,
 )
 from .configuration_checks import check_source
-from .configuration_engram_moe import PRESETS, TABLE_DTYPES
+from .configuration_engram_moe import PRESETS
+from .configuration_memory import TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint
+from .memory_layer import EngramLayer
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
@@ -107,9 +110,18 @@ class TableInfo:
         return {tier: sum(b.nbytes for b in self.blocks if b.tier == tier) for tier in {b.tier for b in self.blocks}}
 
 
+class Memory(NamedTuple):
+    """The hash of a memory, None where there is none, and its layers in order."""
+
+    ngram_hash: NgramHash | None
+    layers: list[EngramLayer]
+
+
 class ModelWithTables:
     """Part of a `PreTrainedModel` whose base model has tables and an `ngram_hash`."""
 
+    # Whether a save copies the modeling code.
+    _has_code = True
     # Blocks are opened, not loaded, so transformers finds them in a checkpoint and not in the model.
     _keys_to_ignore_on_load_unexpected = [r"\.table\.(blocks|changed)\."]
 
@@ -200,8 +212,8 @@ class ModelWithTables:
             refuse_incomplete(info, where, prefix, is_same_class)
         tables = checkpoint
         hub = {key: kwargs.get(key) for key in HUB_ARGUMENTS if key not in ("revision", "subfolder")}
-        if tables_from is None and not checkpoint.blocks() and model.config.engram_tables_repo is not None:
-            tables_from, hub["revision"] = model.config.engram_tables_repo, model.config.engram_tables_revision
+        if tables_from is None and not checkpoint.blocks():
+            tables_from, hub["revision"] = model._tables_repository()
         if tables_from is not None:
             found = find_checkpoint(tables_from, hub)
             if found is None:
@@ -243,15 +255,16 @@ class ModelWithTables:
         check_model(built, backbone, checkpoint.where, is_same_class, may_lack, is_any_shape)
 
     def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
-        tables = self.base_model.named_tables()
+        tables = self.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
-        if fingerprint is not None and self.config.engram_fingerprint is not None:
-            check_fingerprint(self.config.engram_fingerprint, fingerprint, f"the tables of {checkpoint.where}")
+        config = self._memory_config()
+        if fingerprint is not None and config.engram_fingerprint is not None:
+            check_fingerprint(config.engram_fingerprint, fingerprint, f"the tables of {checkpoint.where}")
         if tables and not checkpoint.blocks():
             refuse_missing(
                 (block_name(n, block.number) for n, t in tables.items() for block in t.block_records), checkpoint.where
             )
-        sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, self.config))
+        sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, config))
         check_changes(tables, checkpoint, places)
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
         entries = resolve_entries(entries, sizes, self._tables_prefix())
@@ -287,16 +300,28 @@ class ModelWithTables:
 
     def _confirm_hash(self, where: str) -> None:
         """See that rows are addressed as the config says, after everything is loaded."""
-        ngram_hash = self._hash()
-        if ngram_hash is not None:
+        for ngram_hash in self._hashes():
             ngram_hash.confirm(where)
             device = self.base_model.get_input_embeddings().weight.device
             if device.type != "meta":
                 ngram_hash.to(device)
 
-    def _hash(self) -> NgramHash | None:
-        """The hash of the memory layers; None for a model without them."""
-        return self.base_model.ngram_hash
+    def engram_memory(self) -> Memory:
+        """The memory that forwards read."""
+        base = self.base_model
+        return Memory(base.ngram_hash, [layer.engram for layer in base.memory_layers()])
+
+    def _hashes(self) -> list[NgramHash]:
+        """The hashes of all memories that the model has, also of those that forwards do not read."""
+        return [module for module in self.base_model.modules() if isinstance(module, NgramHash)]
+
+    def _tables_repository(self) -> tuple[str | None, str | None]:
+        """Repository and commit of tables that do not lie beside the backbone."""
+        return self.config.engram_tables_repo, self.config.engram_tables_revision
+
+    def _memory_config(self) -> Any:
+        """The config with the fields `engram_*`."""
+        return self.config
 
     def bind_tokenizer(self, tokenizer) -> None:
         """Write a tokenizer's compression into a new model, or see that it is the tokenizer of a trained one.
@@ -308,7 +333,7 @@ class ModelWithTables:
             ValueError: the model has no use for a tokenizer, it is another one than the one that is bound, or it does
                 not fit the config.
         """
-        ngram_hash = self._hash()
+        ngram_hash = self.engram_memory().ngram_hash
         if ngram_hash is None:
             raise ValueError("This model has no memory, so there is no tokenizer to bind; use it as it is.")
         ngram_hash.bind(tokenizer)
@@ -318,7 +343,7 @@ class ModelWithTables:
 
     def _default_places(self, tables: Mapping[str, EngramTable]) -> tuple[dict[str, Place], torch.device]:
         """For each table the place of blocks without an entry: with its layer; and the device that computes."""
-        device_map = getattr(self, "hf_device_map", None) or {"": self.base_model.embed_tokens.weight.device}
+        device_map = getattr(self, "hf_device_map", None) or {"": self.base_model.get_input_embeddings().weight.device}
         devices = [torch.device(value) for value in device_map.values() if value != "disk"]
         main_device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         default = {}
@@ -429,12 +454,38 @@ class ModelWithTables:
             attention_mask: (batch, seq), 0 for padding.
             position_ids: (batch or 1, seq), where documents are packed.
         """
-        base = self.base_model
-        if all(table.is_resident for table in self.named_tables().values()):
+        ngram_hash, layers = self.engram_memory()
+        if ngram_hash is None or all(layer.table.is_resident for layer in layers):
             return
-        row_ids = base.ngram_hash(input_ids, position_ids, attention_mask).row_ids
-        for layer in base.memory_layers():
-            layer.engram.table.bring_pages(row_ids[layer.engram.layer_idx])
+        row_ids = ngram_hash(input_ids, position_ids, attention_mask).row_ids
+        for layer in layers:
+            layer.table.bring_pages(row_ids[layer.layer_idx])
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
+        rows of all other n-grams stay where they are.
+
+        Raises:
+            ValueError: the memory's pad would be cut off, or the token map has more different ids.
+        """
+        hashes = self._hashes()
+        for config in [each.config for each in hashes]:
+            if new_num_tokens is not None and config.engram_pad_token_id >= new_num_tokens:
+                raise ValueError(
+                    f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's pad is "
+                    f"{config.engram_pad_token_id}."
+                )
+            compressed = config.engram_compressed_vocab_size
+            if new_num_tokens is not None and isinstance(compressed, int) and new_num_tokens < compressed:
+                raise ValueError(
+                    f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's token map has {compressed} "
+                    "different ones."
+                )
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for ngram_hash in hashes:
+            ngram_hash.config.vocab_size = embeddings.weight.shape[0]
+            ngram_hash.resize(embeddings.weight.shape[0])
+        return embeddings
 
     def save_pretrained(
         self,
@@ -496,30 +547,34 @@ class ModelWithTables:
         self._warn_unbound()
         run = next((table.changes.run for table in tables.values() if table.changes.run is not None), None)
         is_checkpoint = run is not None and state_dict is None and not apart and run.has_checkpoint(folder)
-        if table_dtype is not None:
-            self.config.engram_table_dtype = table_dtype
-        set_auto_map(self.config, with_code)
-        # They are saved beside the backbone, or where `tables_from` will be told.
-        self.config.engram_tables_repo = self.config.engram_tables_revision = None
+        with_code = with_code and self._has_code
+        self._note_saved(table_dtype, with_code)
         repository = self._open_repository_to_push(folder, token, kwargs) if push_to_hub else None
         saved, by_base = {}, {}
         if apart:
             with publishing(tables_to), staging(tables_to) as stage:
                 written = write_tables(stage, blocks, tables, prefix, max_shard_size)
-                saved = publish(stage, Path(tables_to), written, self.config)
+                saved = publish(stage, Path(tables_to), written, self._saved_facts())
         with publishing(folder), staging(folder) as stage:
             if run is not None and is_checkpoint and run.begins_checkpoint(folder):
                 remove_marker(folder)
             if with_code:
                 save_code(stage)
-            super().save_pretrained(stage, True, backbone, False, **shared)
+            ignored = self._keys_to_ignore_on_save
+            # Of a quantized model transformers takes all tensors, whatever it is given.
+            self._keys_to_ignore_on_save = {*(ignored or ()), *names}
+            try:
+                super().save_pretrained(stage, True, backbone, False, **shared)
+            finally:
+                self._keys_to_ignore_on_save = ignored
             if not with_code:
                 remove_code(stage)
+            self._describe_memory(stage)
             written = write_tables(stage, {} if apart else blocks, tables, prefix, max_shard_size, is_checkpoint)
             by_base = written.by_base
-            saved |= publish(stage, folder, written, self.config, variant)
+            saved |= publish(stage, folder, written, self._saved_facts(), variant)
             if not with_code:
-                remove_code(folder)
+                self._remove_code(folder)
         if run is not None and is_checkpoint:
             run.last_checkpoint = (folder.resolve(), run.steps)
         if state_dict is None:
@@ -532,9 +587,27 @@ class ModelWithTables:
             self._upload_modified_files(folder, token=token, **repository)
         return None
 
+    def _note_saved(self, table_dtype: str | None, with_code: bool) -> None:
+        """Write into the config what a save changes: the type of the tables, and where tables and code lie."""
+        if table_dtype is not None:
+            self.config.engram_table_dtype = table_dtype
+        set_auto_map(self.config, with_code)
+        # They are saved beside the backbone, or where `tables_from` will be told.
+        self.config.engram_tables_repo = self.config.engram_tables_revision = None
+
+    def _saved_facts(self) -> dict[str, Any]:
+        """What the index of a save has beside names and digests of files."""
+        return {"engram_fingerprint": self._memory_config().engram_fingerprint, "config": unseen_fields(self.config)}
+
+    def _remove_code(self, folder: Path) -> None:
+        """Take what an earlier save has left of code out of a folder."""
+        remove_code(folder)
+
+    def _describe_memory(self, folder: Path) -> None:
+        """Write what a config.json must say of the memory beside the fields of the config."""
+
     def _warn_unbound(self) -> None:
-        ngram_hash = self._hash()
-        if ngram_hash is not None and ngram_hash.token_map is not None and not ngram_hash.is_confirmed:
+        if any(each.token_map is not None and not each.is_confirmed for each in self._hashes()):
             logger.warning(
                 "No tokenizer was bound to this model, so its memory can read nothing, and neither can the checkpoint. "
                 "Call model.bind_tokenizer(tokenizer) before saving."

@@ -52,11 +52,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_engram_moe import EngramMoEConfig
 from .ids_hashing import HashedTokens, NgramHash
-from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, reach_under_mask
+from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, tokens_under_mask
 from .ids_recovery import recover_token_ids
-from .memory_layer import IDS, EngramLayer, MemoryCacheLayer, ShortConvolution, keep_ids, memory_cache_layer
+from .memory_layer import EngramLayer, MemoryCacheLayer, ShortConvolution, find_rows, keep_ids, memory_cache_layer
 from .memory_model import ModelWithTables
-from .table import EngramTable, prefetch_rows
+from .table import EngramTable
 from .table_blocks import RowBlocks
 
 
@@ -228,27 +228,8 @@ class EngramMoEPreTrainedModel(ModelWithTables, PreTrainedModel):
             init.constant_(module.token_map, NO_MEMORY)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
-        rows of all other n-grams stay where they are.
-
-        Raises:
-            ValueError: the memory's pad would be cut off.
-        """
-        if new_num_tokens is not None and self.config.engram_pad_token_id >= new_num_tokens:
-            raise ValueError(
-                f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's pad is "
-                f"{self.config.engram_pad_token_id}."
-            )
-        compressed = self.config.engram_compressed_vocab_size
-        if new_num_tokens is not None and isinstance(compressed, int) and new_num_tokens < compressed:
-            raise ValueError(
-                f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's token map has {compressed} "
-                "different ones."
-            )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.base_model.vocab_size = embeddings.num_embeddings
-        if self.base_model.ngram_hash is not None:
-            self.base_model.ngram_hash.resize(embeddings.num_embeddings)
         return embeddings
 
 
@@ -357,7 +338,8 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
                 **{CACHE_NAME: cache_of_caller},
             )
 
-        hashed, row_ids, state = None, {}, None
+        hashed, state = None, None
+        row_ids: dict[int, torch.Tensor] = {}
         # CODEPATH: engram-27b and engram-40b have a memory, moe-27b and dense-4b none.
         if self.ngram_hash is not None:
             refuse_other_engines(self.config)
@@ -369,21 +351,13 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
                     f"engram_input_ids must have one id per position, {tuple(inputs_embeds.shape[:2])}, "
                     f"got {tuple(token_ids.shape)}."
                 )
-            token_mask, seen = None, None
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                token_mask = attention_mask[:, -seq:]
-            elif attention_mask is not None:
-                furthest = max(self.config.engram_max_ngram_size - 1, self.config.engram_conv_reach)
-                token_mask, seen = reach_under_mask(attention_mask, seq, past_seen, furthest)
+            furthest = max(self.config.engram_max_ngram_size - 1, self.config.engram_conv_reach)
+            token_mask, seen = tokens_under_mask(attention_mask, seq, past_seen, furthest)
             state = None if cache is None else memory_cache_layer(cache, self.config.num_hidden_layers)
-            history = None if state is None else state.past(IDS)
-            hashed = self.ngram_hash(token_ids, position_ids, token_mask, history, seen)
             memories = [layer.engram for layer in self.memory_layers()]
-            # On the device of their layer, since a lookup knows its prefetch by the tensor.
-            row_ids = {memory.layer_idx: memory.to_device(hashed.row_ids[memory.layer_idx]) for memory in memories}
+            hashed, row_ids = find_rows(self.ngram_hash, memories, token_ids, position_ids, token_mask, seen, state)
             if state is not None:
                 keep_ids(state, hashed)
-            prefetch_rows([memory.table for memory in memories], list(row_ids.values()))
 
         hidden_streams = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -430,9 +404,8 @@ def refuse_other_engines(config) -> None:
 
 
 NOT_PAGED = (
-    "Continuous batching is not supported. The pages of transformers hold keys and values of one shape. DeepSeek's "
-    "attention keeps compressed keys, which do not fit, and a memory keeps the last ids, which have no pages. Call "
-    "generate with a batch of prompts padded on the left: it gives what each gives alone."
+    "Continuous batching is not supported. The pages of transformers hold keys and values, and a memory keeps the last "
+    "ids, which have no pages. Call generate with a batch of prompts padded on the left: each is answered as alone."
 )
 
 

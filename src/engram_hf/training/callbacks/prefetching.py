@@ -19,7 +19,7 @@ from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
 from ...modeling.ids_hashing import NgramHash
 from ...modeling.table import EngramTable
-from .reporting import EngramCallback, find_memory_layers
+from .reporting import EngramCallback, find_memory_layers, memory_of
 
 
 # Rows of a lookup whose pages are looked for in the page cache.
@@ -57,15 +57,14 @@ class RowPrefetcher:
             model: a model with tables; nothing happens for those that are not on disk.
             optimizer: the optimizer of the tables, to prefetch the state of their rows too.
         """
-        whole: Any = model
-        base = whole.get_base_model().base_model if hasattr(model, "get_base_model") else whole.base_model
-        self.ngram_hash: NgramHash = copy.deepcopy(base.ngram_hash).cpu()
+        ngram_hash, layers = memory_of(model)
+        self.ngram_hash: NgramHash = copy.deepcopy(ngram_hash).cpu()
         updates = getattr(getattr(optimizer, "optimizer", optimizer), "rows", {})
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
         self.columns: dict[int, list[Column]] = {}
         self.first_rows: dict[int, torch.Tensor] = {}
-        for layer in base.memory_layers():
-            table, layer_id = layer.engram.table, layer.engram.layer_idx
+        for layer in layers:
+            table, layer_id = layer.table, layer.layer_idx
             self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
             self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))
         self.reader = PageReader()
