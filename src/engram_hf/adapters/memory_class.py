@@ -298,6 +298,8 @@ class EngramMemoryConfig(PreTrainedConfig):
         found, unused = CONFIG_MAPPING[str(kind)].from_dict(backbone, return_unused_kwargs=True, **kwargs)
         Description.from_dict(content.get("engram"), str(where))
         config = cls(backbone=found, engram=content["engram"], architectures=content.get("architectures"))
+        if "auto_map" in content:
+            config.auto_map = content["auto_map"]
         return (config, unused) if wants_unused else config
 
     def get_text_config(self, *args, **kwargs):
@@ -317,6 +319,10 @@ class EngramMemoryModel:
     config_class = EngramMemoryConfig
     _auto_class = None
     _stock_classes = MODEL_MAPPING
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Called by Auto classes that `trust_remote_code` brings here. A save writes the whole `auto_map` anyway."""
 
     @classmethod
     def class_of(cls, config: EngramMemoryConfig) -> type[PreTrainedModel]:

@@ -310,7 +310,7 @@ def read_memory(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     if step is None:
         raise RuntimeError(
             f"{type(layer).__name__} was called outside of its model, so its memory does not know the tokens. Call the "
-            "model, and checkpoint activations with model.gradient_checkpointing_enable()."
+            "model itself. To checkpoint its activations, use transformers 5.24 and its own gradient checkpointing."
         )
     memories = layer._modules.get("engram")
     if step.memory_name is None or memories is None or step.memory_name not in cast(nn.ModuleDict, memories):
