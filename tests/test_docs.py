@@ -8,6 +8,7 @@ them. They find `output/tiny` there, which is what `make demo` leaves, and the R
 
 import ast
 import copy
+import json
 import os
 import pydoc_data.topics
 import re
@@ -148,6 +149,16 @@ def test_the_examples_of_the_guide_to_tables_run(scratch):
 @pytest.mark.parametrize("guide", [name for name in GUIDES if name not in ("tables.md", "results.md")])
 def test_the_examples_of_the_other_guides_run(guide, scratch):
     run_examples(f"docs/{guide}")
+
+
+def test_the_notebook_is_the_guide(monkeypatch):
+    """Its cells are run as the examples of the guide."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "maintenance"))
+    from render_notebook import NOTEBOOK, notebook
+
+    assert NOTEBOOK.read_text(encoding="utf-8") == notebook(), "run: python scripts/maintenance/render_notebook.py"
+    code = [cell for cell in json.loads(notebook())["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(examples("docs/any_model.md"))
 
 
 def test_every_guide_is_listed_and_linked_from_the_readme():

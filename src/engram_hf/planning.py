@@ -11,13 +11,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import convert_file_size_to_int, get_balanced_memory
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .adapters.memory_files import read_memory_config
+from .modeling.configuration_checks import check_source
 from .modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
-from .modeling.modeling_engram_moe import EngramMoEForCausalLM
 from .modeling.table import tables_without_blocks
 from .modeling.table_blocks import BLOCK_KEY, DISK, HOST, Block
 from .modeling.table_placement import (
@@ -58,8 +61,8 @@ class ParameterCount:
         return self.tables / sparse if sparse else 0.0
 
 
-def config_of(model: EngramMoEConfig | str | os.PathLike, **arguments) -> EngramMoEConfig:
-    """The config of a preset, a folder or a repository.
+def config_of(model: PreTrainedConfig | str | os.PathLike, **arguments) -> Any:
+    """The config of a preset, a folder or a repository: that of an EngramMoE, or of a model with an added memory.
 
     Args:
         model: its name; a config is returned as it is. The folder `tiny` is `./tiny`, since `tiny` is a preset.
@@ -69,31 +72,38 @@ def config_of(model: EngramMoEConfig | str | os.PathLike, **arguments) -> Engram
         FileNotFoundError: it is none of these.
         ValueError: the config is damaged, or that of another kind of model.
     """
-    if isinstance(model, EngramMoEConfig):
+    if isinstance(model, PreTrainedConfig):
         return model
     if model in PRESETS:
         return EngramMoEConfig.preset(str(model))
+    check_source(model, PRESETS)
+    if read_memory_config(str(model), **arguments) is not None:
+        return AutoConfig.from_pretrained(model, **arguments)
     return EngramMoEConfig.from_pretrained(model, **arguments)
 
 
-def count_parameters(config: EngramMoEConfig | str | os.PathLike) -> ParameterCount:
+def count_parameters(config: PreTrainedConfig | str | os.PathLike) -> ParameterCount:
     """Count the parameters of the causal language model of a config, a preset, a folder or a repository.
 
     Example:
         >>> round(count_parameters("engram-27b").memory_share, 2)
         0.25
     """
-    # Blocks of quantized rows hold bytes, of numbers and scales; the numbers are those of a plain table.
-    config = copy.deepcopy(config_of(config))
-    config.engram_table_dtype = None
+    own: Any = copy.deepcopy(config_of(config))
     with torch.device("meta"):
-        model = EngramMoEForCausalLM(config)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if not _is_norm(name)}
-    total = sum(sizes.values())
-    tables = sum(size for name, size in sizes.items() if ".table.blocks." in name)
-    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
-    unused = routed - routed * (config.num_experts_per_tok or 0) // config.n_routed_experts
+        model = AutoModelForCausalLM.from_config(own)
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not _is_norm(n) and BLOCK_KEY.match(n) is None}
+    # Blocks of quantized rows hold bytes, of numbers and scales; the numbers are those of a plain table.
+    tables = sum(table.num_rows * table.head_dim for table in model.named_tables().values())
+    total = sum(sizes.values()) + tables
+    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    ends = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+    of_vocabulary = {id(parameter) for each in ends for parameter in each.parameters()}
+    vocabulary = sum(p.numel() for p in model.parameters() if id(p) in of_vocabulary)
+    text = own.get_text_config()
+    chosen, experts = getattr(text, "num_experts_per_tok", None) or 0, getattr(text, "num_experts", None)
+    experts = experts or getattr(text, "num_local_experts", None) or getattr(text, "n_routed_experts", None)
+    unused = routed - routed * chosen // experts if experts else 0
     return ParameterCount(total, total - tables - vocabulary - unused, tables, routed)
 
 
@@ -170,7 +180,7 @@ def estimate_memory(
     if max_memory is not None:
         _check_limits(max_memory, backbone_map)
     with torch.device("meta"):
-        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tables = model.named_tables()
     blocks = {name: [block.nbytes for block in table.blocks] for name, table in tables.items()}
     prefix = f"{model.base_model_prefix}."
@@ -183,7 +193,7 @@ def estimate_memory(
     }
     check_backbone_keys(backbone_map, tensors, prefix, blocks)
 
-    step = max(_moments(config, dtype, batch_size * seq_length))
+    step = max(_moments(model, dtype, batch_size * seq_length))
     limits, usable = None, None
     if backbone_map in AUTOMATIC:
         limits = memory_limits(None) if max_memory is None else _bytes_of(max_memory)
@@ -267,10 +277,10 @@ def _bytes_of(max_memory: Mapping) -> dict[object, int]:
     return {key: limits[key] for key in [*accelerators, "cpu"] if key in limits}
 
 
-def _automatic_map(config: EngramMoEConfig, dtype: torch.dtype, kind: str, limits: Mapping[object, int]) -> Mapping:
+def _automatic_map(config: PreTrainedConfig, dtype: torch.dtype, kind: str, limits: Mapping[object, int]) -> Mapping:
     """The map that loading makes of "auto" and its like; tables have no part in it."""
     with torch.device("meta"), tables_without_blocks():
-        model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     options = {"no_split_module_classes": list(model._no_split_modules)}
     with _without_warnings():
         if kind != "sequential":
@@ -319,9 +329,9 @@ def _add_lacking(estimate: MemoryEstimate, limits: Mapping) -> None:
         estimate.lacking[DISK] = estimate.backbone[DISK]
 
 
-def _nbytes(name: str, tensor: torch.Tensor, model: EngramMoEForCausalLM) -> int:
+def _nbytes(name: str, tensor: torch.Tensor, model: PreTrainedModel) -> int:
     """Bytes of a tensor as `from_pretrained` loads it: some stay in single precision, whatever the `dtype`."""
-    is_single = tensor.is_floating_point() and any(part in name for part in model.model.single_precision_modules())
+    is_single = tensor.is_floating_point() and any(part in name for part in model._keep_in_fp32_modules_strict or ())
     return max(tensor.nbytes, tensor.numel() * 4) if is_single else tensor.nbytes
 
 
@@ -345,15 +355,17 @@ def _backbone_devices(device_map, sizes: Mapping[str, int]) -> dict[str, str]:
     return values
 
 
-def _moments(config: EngramMoEConfig, dtype: torch.dtype, tokens: int) -> Iterator[int]:
+def _moments(model: Any, dtype: torch.dtype, tokens: int) -> Iterator[int]:
     """Bytes of what lies beside the residual streams at the widest points of a forward."""
-    streams = tokens * config.hidden_size * config.hc_mult * dtype.itemsize
+    config, layers = model.config.get_text_config(), model.engram_memory().layers
+    streams = tokens * config.hidden_size * getattr(config, "hc_mult", 1) * dtype.itemsize
     # Logits, and their copy in float32 for the loss.
     yield streams + tokens * config.vocab_size * (dtype.itemsize + 4)
     # Rows, keys and values of a memory layer; scores are in float32.
-    if config.engram_layer_ids:
-        scores = 2 * config.hc_mult * config.hidden_size * 4
-        yield 3 * streams + tokens * (config.engram_width * (4 + dtype.itemsize) + scores)
+    if layers:
+        scores = 2 * layers[0].streams * config.hidden_size * 4
+        yield 3 * streams + tokens * (layers[0].value_proj.in_features * (4 + dtype.itemsize) + scores)
     # Gate, up and product of the widest feed-forward layer.
-    routed = (config.num_experts_per_tok or 0) * config.moe_intermediate_size
-    yield 2 * streams + 3 * tokens * max(config.intermediate_size, routed) * dtype.itemsize
+    routed = (getattr(config, "num_experts_per_tok", None) or 0) * (getattr(config, "moe_intermediate_size", None) or 0)
+    widest = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, routed)
+    yield 2 * streams + 3 * tokens * widest * dtype.itemsize

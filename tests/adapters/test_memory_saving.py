@@ -11,6 +11,7 @@ import torch
 from architectures import draw, memory_layers, tiny_backbone, tiny_memory, with_memory
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from engram_hf import EngramMoEConfig, add_engram, load_engram, remove_engram, save_engram, set_engram
 from engram_hf.adapters.memory_class import decoder_of
@@ -39,8 +40,9 @@ def content_of(folder) -> dict:
 def change(folder, **fields) -> None:
     """Other fields for a memory that is saved alone."""
     content = content_of(folder)
-    content["engram"]["config"] |= {k: v for k, v in fields.items() if k in content["engram"]["config"]}
-    content["engram"]["model"] |= {k: v for k, v in fields.items() if k in content["engram"]["model"]}
+    parts = (content["engram"]["model"], content["engram"]["memories"]["default"])
+    part = next(part for part in parts if set(fields) <= set(part))
+    part.update(fields)
     (folder / "config.json").write_text(json.dumps(content))
 
 
@@ -235,7 +237,7 @@ def test_a_memory_for_another_tokenizer_is_refused(tmp_path, tokenizer):
 def test_folders_that_are_no_memory_are_refused(tmp_path):
     model = with_memory(tiny_backbone("llama"))
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="holds a whole model .*Load it with AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match="holds a whole model, not a memory alone. Load it with AutoModelForCausalLM"):
         load_engram(tiny_backbone("llama"), tmp_path / "whole")
     for folder in ("whole", "plain"):
         remove_engram(model) if folder == "plain" else None
@@ -290,3 +292,58 @@ def test_a_model_without_memory_saves_as_it_does_without_the_package(tmp_path):
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("after", "before")]
     assert files[0] == files[1]
     assert decoder_of(with_memory(model)) is model.model
+
+
+def test_programs_that_trust_remote_code_import_the_package(tmp_path):
+    model, ids = with_memory(tiny_backbone("llama")), some_ids(1)
+    model.save_pretrained(tmp_path / "model")
+    code = (
+        "import sys, torch\n"
+        "if sys.argv[2] == 'without': sys.modules['engram_hf'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "kwargs = {'trust_remote_code': True, 'attn_implementation': 'eager'}\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **kwargs).eval()\n"
+        "print(model(torch.tensor([eval(sys.argv[3])])).logits.sum().item())\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model"), which, str(ids[0].tolist())],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        for which in ("with", "without")
+    ]
+    assert ran[0].returncode == 0, ran[0].stderr[-2000:]
+    assert float(ran[0].stdout) == pytest.approx(float(model(ids).logits.sum()), abs=1e-3)
+    assert ran[1].returncode and "engram_hf" in ran[1].stderr.splitlines()[-1]
+
+
+def test_the_vocabulary_grows_and_shrinks_with_the_embedding(tmp_path, tokenizer):
+    for config in (tiny_memory(compressed_vocab_size="auto"), tiny_memory()):
+        model = add_engram(tiny_backbone("llama", vocab_size=640), config, tokenizer)
+        draw(model, 1, "default")
+        ids = torch.tensor([[5, 7, 5, 7, 9]])
+        before = model(ids).logits
+        model.resize_token_embeddings(700)
+        torch.testing.assert_close(model(ids).logits[..., :640], before)
+        new = torch.tensor([[5, 7, 650, 7, 9]])
+        pad = torch.tensor([[5, 7, 0, 7, 9]])
+        hashed = [model.engram_memory().ngram_hash(each).row_ids[2] for each in (new, pad)]
+        assert torch.equal(*hashed)
+        with pytest.raises(ValueError, match="cannot shrink to 0 ids"):
+            model.resize_token_embeddings(0)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(load(tmp_path)(new).logits, model(new).logits)
+        model.resize_token_embeddings(600)
+        torch.testing.assert_close(model(ids).logits, before[..., :600])
+
+
+def test_quantizers_leave_the_memory_alone(tmp_path):
+    model = with_memory(tiny_backbone("llama"))
+    model.save_pretrained(tmp_path)
+    left_alone = list(load(tmp_path)._keep_in_fp32_modules)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv1d)}
+    converted = {name for name in linear if should_convert_module(name, left_alone)}
+    assert linear - converted == {name for name in linear if ".engram." in name}

@@ -5,6 +5,8 @@ backbone alone fails says nothing of a memory. Gates and convolution are drawn a
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,3 +300,11 @@ def test_without_its_state_in_the_cache_a_memory_is_not_exact(dropped, monkeypat
     assert holds(token_by_token, model) and holds(chunks, model) and holds(crop, model)
     monkeypatch.setattr(MemoryCacheLayer, "past", forget)
     assert not holds(token_by_token, model) and not holds(chunks, model) and not holds(crop, model)
+
+
+def test_the_guide_shows_every_architecture():
+    """Made by scripts/maintenance/render_architectures.py."""
+    guide = (Path(__file__).parents[2] / "docs" / "any_model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|", guide, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(ARCHITECTURES) and len(rows) >= 40
+    assert all(int(alone) - int(both) == len(REFUSED.get(name, ())) for name, alone, both in rows)

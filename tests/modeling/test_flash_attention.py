@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from architectures import tiny_backbone, with_memory
 from tiny import SHAPES, assert_same_logits, shaped_config, tiny_ids, tiny_model
 from transformers import DataCollatorWithFlattening, DynamicCache, modeling_flash_attention_utils
 
@@ -48,10 +49,13 @@ def calls(monkeypatch) -> list[str]:
     return ran
 
 
-@pytest.fixture(params=SHAPES, ids=lambda shape: "streams{}-order{}-taps{}".format(*shape))
+@pytest.fixture(params=[*SHAPES, "llama"], ids=str)
 def models(request):
-    """The same model with SDPA, which other tests prove, and with flash attention."""
-    sdpa, flash = (tiny_model(shaped_config(request.param)) for _ in range(2))
+    """The same model with SDPA, which other tests prove, and with flash attention; or a Llama with an added memory."""
+    if request.param == "llama":
+        sdpa, flash = (with_memory(tiny_backbone("llama", attn_implementation="sdpa")) for _ in range(2))
+    else:
+        sdpa, flash = (tiny_model(shaped_config(request.param)) for _ in range(2))
     flash.config._attn_implementation = "flash_attention_2"
     return sdpa, flash
 

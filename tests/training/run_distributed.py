@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from architectures import tiny_backbone, with_memory
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from engram_hf import (
     EngramPrefetchCallback,
     EngramRowStatisticsCallback,
     engram_optimizers,
+    freeze_backbone,
 )
 
 
@@ -46,7 +48,7 @@ def train_sharded(model, args, rule: str) -> list[float]:
     """
     factory, options = engram_optimizers(args, rule)
     if args.world_size > 1:
-        ignored = {parameter for table in model.model.tables() for parameter in table.parameters()}
+        ignored = {parameter for table in model.named_tables().values() for parameter in table.parameters()}
         mesh = init_device_mesh("cpu", (args.world_size,))
         for layer in [*model.model.layers, model]:
             fully_shard(layer, mesh=mesh, ignored_params=ignored)
@@ -77,7 +79,11 @@ def main():
         **{"save_strategy": "no", "max_grad_norm": 0.3, **options["trainer"]},
     )
     config = tiny_config(engram_vocab_size=30_011, **({"engram_table_dtype": "float64"} if options["exact"] else {}))
-    if options["tier"] is None:
+    if options.get("added"):
+        # Somebody else's model with a memory, of which the memory alone learns.
+        fields = {"vocab_size": 30_011, "table_dtype": "float64" if options["exact"] else None}
+        model = freeze_backbone(with_memory(tiny_backbone("llama"), **fields))
+    elif options["tier"] is None:
         model = tiny_model(config)
     else:
         if args.process_index == 0:
@@ -87,7 +93,8 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(out / "base", device_map=device_map)
     if options["exact"]:
         model = model.double()
-        model.set_experts_implementation("eager")
+        if not options.get("added"):
+            model.set_experts_implementation("eager")
     if options.get("fsdp"):
         with LargestMessage():
             losses = train_sharded(model, args, options["rule"])
@@ -106,7 +113,7 @@ def main():
 
 
 def write(out: Path, args: TrainingArguments, model, losses: list[float], history=None) -> None:
-    tables = [block.detach().clone() for table in model.model.tables() for block in table.blocks]
+    tables = [block.detach().clone() for table in model.named_tables().values() for block in table.blocks]
     whole = [(n, p.detach().full_tensor() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
     rest = {n: p.detach().clone() for n, p in whole if ".table." not in n}
     statistics = [line for line in (history or []) if "loss" in line]

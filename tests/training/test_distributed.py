@@ -12,6 +12,7 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "run_distributed.py"
+SEARCHED = os.pathsep.join([str(TESTS), *sys.path])
 
 
 def launch(out, processes, **options):
@@ -21,7 +22,7 @@ def launch(out, processes, **options):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
     command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED}
     ran = subprocess.run(
         [*command, str(SCRIPT), str(out), json.dumps(options)],
         env=environment,
@@ -82,3 +83,23 @@ def test_tables_are_left_out_of_fsdp_and_train_the_same(tmp_path):
         torch.testing.assert_close(two[0][name], one[0][name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two[1]["tables"], two[0]["tables"], rtol=0, atol=0)
     assert 0 < two[0]["largest"] < 100_000
+
+
+def test_two_processes_train_an_added_memory_like_one(tmp_path):
+    one = launch(tmp_path / "one", 1, rule="adam", added=True, trainer={"per_device_train_batch_size": 4})[0]
+    two = launch(tmp_path / "two", 2, rule="adam", added=True, trainer={"per_device_train_batch_size": 2})
+    for block, other in zip(two[0]["tables"], two[1]["tables"], strict=True):
+        assert torch.equal(block, other)
+    for name in ("losses", "tables", "rest"):
+        torch.testing.assert_close(two[0][name], one[name], rtol=1e-5, atol=1e-5)
+    assert one["losses"][-1] != one["losses"][0] and 0 < two[0]["largest"] < 100_000
+
+
+def test_an_added_memory_trains_under_fsdp_with_its_tables_left_out(tmp_path):
+    options = {"rule": "adam", "fsdp": True, "added": True}
+    one, two = (launch(tmp_path / str(processes), processes, **options) for processes in (1, 2))
+    assert two[0]["is_sharded"] and not one[0]["is_sharded"]
+    means = [sum(losses) / 2 for losses in zip(two[0]["losses"], two[1]["losses"], strict=True)]
+    torch.testing.assert_close(means, one[0]["losses"], rtol=1e-5, atol=1e-5)
+    for name in ("tables", "rest"):
+        torch.testing.assert_close(two[0][name], one[0][name], rtol=1e-5, atol=1e-5)

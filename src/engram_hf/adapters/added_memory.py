@@ -17,9 +17,10 @@ from transformers.cache_utils import DynamicCache
 from ..modeling.configuration_memory import usual_pad
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
-from .memory_class import Decoder, attach, build_layer, class_with_memory, decoder_of, stock_class
+from .memory_class import Decoder, attach, build_layer, class_with_memory, decoder_of, device_of, stock_class
 from .memory_config import EngramConfig, MemoryOfModel, ModelFacts, text_config
 from .memory_hooks import (
+    IDS,
     STEP,
     AddedMemory,
     add_gates,
@@ -27,6 +28,7 @@ from .memory_hooks import (
     end_step,
     keep_tokens,
     memory_layers_of,
+    name_tokens,
     read_memory,
     show_gates,
 )
@@ -127,7 +129,7 @@ def add_memory(
     decoder = find_decoder(whole, layers)
     memory = cast(AddedMemory | None, decoder.module._modules.get("engram"))
     if memory is None:
-        memory = _look_at(decoder)
+        memory = _look_at(whole, decoder)
     check(memory.facts)
     if not NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
         raise ValueError(f"A memory's name is letters, digits and underscores, such as 'default'; got {name!r}.")
@@ -207,7 +209,7 @@ def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
     return Decoder(module, name, *found[0])
 
 
-def _look_at(decoder: Decoder) -> AddedMemory:
+def _look_at(whole: PreTrainedModel, decoder: Decoder) -> AddedMemory:
     """Find out what a memory must know of a decoder, by one forward of one token that ends at the first layer."""
     found = _run_to_first_layer(decoder, {STEP: _MARK})
     if found is None:
@@ -226,9 +228,31 @@ def _look_at(decoder: Decoder) -> AddedMemory:
         decoder=decoder.name,
         layers=decoder.layers_name,
         passes_kwargs=found.passes_kwargs,
+        passes_ids=text_config(whole) is not whole.config and _passes_ids(whole, decoder),
         num_cache_layers=len(DynamicCache(config=text).layers),
+        base_model=whole.name_or_path or "",
     )
     return AddedMemory(facts, decoder.module)
+
+
+@torch.no_grad()
+def _passes_ids(whole: PreTrainedModel, decoder: Decoder) -> bool:
+    """Whether a model hands `engram_input_ids` to its decoder."""
+
+    def stop(module: nn.Module, args: tuple, given: dict) -> None:
+        raise Found(given.get(IDS) is not None, torch.empty(0))
+
+    hook = decoder.module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=device_of(whole.get_input_embeddings()))
+        whole(input_ids=ids, **{IDS: ids})
+    except Found as found:
+        return found.passes_kwargs
+    except TypeError:
+        return False
+    finally:
+        hook.remove()
+    return False
 
 
 @torch.no_grad()
@@ -239,10 +263,10 @@ def _run_to_first_layer(decoder: Decoder, kwargs: dict) -> Found | None:
         raise Found(given.get(STEP) is _MARK, args[0] if args else given["hidden_states"])
 
     hooks = [layer.register_forward_pre_hook(stop, with_kwargs=True) for layer in decoder.layers]
-    weight = cast(Any, decoder.module.get_input_embeddings()).weight
+    device = device_of(decoder.module.get_input_embeddings())
     try:
         with torch.random.fork_rng(devices=[]):
-            decoder.module(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=weight.device), **kwargs)
+            decoder.module(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), **kwargs)
     except Found as found:
         return found
     except TypeError:
@@ -311,7 +335,7 @@ def remove_engram(model: PreTrainedModel, name: str | None = None) -> PreTrained
 
 
 def _remove_hooks(module: nn.Module) -> None:
-    ours = {begin_step, end_step, keep_tokens, read_memory, show_gates, add_gates}
+    ours = {begin_step, end_step, keep_tokens, read_memory, name_tokens, show_gates, add_gates}
     for hooks, marks in (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),

@@ -9,12 +9,11 @@ package nothing knows this type, and the backbone's own class stumbles over `voc
 without its memory.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,14 +24,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from ..modeling.checkpoint_loading import Checkpoint, refuse_missing, refuse_shapes
+from ..modeling.checkpoint_loading import Checkpoint
 from ..modeling.configuration_checks import shorten
 from ..modeling.disk_safetensors import read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.memory_model import Memory, ModelWithTables
-from ..modeling.table import tables_without_blocks
-from .memory_config import EngramConfig, MemoryOfModel, ModelFacts
+from .memory_config import MemoryOfModel
+from .memory_files import MODEL_TYPE, Description, check_tensors
 from .memory_hooks import (
     AddedMemory,
     add_gates,
@@ -40,6 +39,7 @@ from .memory_hooks import (
     end_step,
     keep_tokens,
     memory_layers_of,
+    name_tokens,
     read_memory,
     show_gates,
 )
@@ -47,6 +47,20 @@ from .memory_hooks import (
 
 # Stands where a number is in the config of every other class of transformers.
 NOT_ALONE = "of the backbone. This model has a memory: import engram_hf, and load it with AutoModelForCausalLM"
+# Beside a saved model, for programs that import what `trust_remote_code` names, such as `transformers serve`. Where the
+# package is missing, transformers says that it has to be installed.
+CODE_FILE = "engram_memory.py"
+AUTO_CLASSES = {
+    "AutoConfig": "EngramMemoryConfig",
+    "AutoModel": "EngramMemoryModel",
+    "AutoModelForCausalLM": "EngramMemoryForCausalLM",
+    "AutoModelForDecision": "EngramMemoryForCausalLM",
+}
+CODE = """# This model has a memory, which the package engram-hf adds to it.
+from engram_hf import EngramMemoryConfig, EngramMemoryForCausalLM, EngramMemoryModel
+
+__all__ = ["EngramMemoryConfig", "EngramMemoryForCausalLM", "EngramMemoryModel"]
+"""
 # The memories of the model that is being loaded in this context.
 _DESCRIPTION: ContextVar["Description | None"] = ContextVar("engram_description", default=None)
 
@@ -61,9 +75,10 @@ class Decoder(NamedTuple):
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a decoder layer computes; accelerate may hold its weights elsewhere."""
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    """Where a module computes; accelerate may hold its weights elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
     if device is not None:
         return torch.device(device)
     return next((p.device for p in layer.parameters()), torch.device("cpu"))
@@ -92,10 +107,13 @@ def attach(
         decoder.layers[0].register_forward_pre_hook(keep_tokens, with_kwargs=True)
         for layer in decoder.layers:
             layer.register_forward_pre_hook(read_memory, with_kwargs=True)
+        if there.facts.passes_ids:
+            whole.register_forward_pre_hook(name_tokens, with_kwargs=True)
         if whole is not decoder.module:
             whole.register_forward_pre_hook(show_gates, with_kwargs=True)
             whole.register_forward_hook(add_gates, with_kwargs=True)
-    there[name] = ngram_hash.to(cast(Any, decoder.module.get_input_embeddings()).weight.device)
+    device = device_of(decoder.module.get_input_embeddings())
+    there[name] = ngram_hash if device.type == "meta" else ngram_hash.to(device)
     for layer_id, made in layers.items():
         layer = decoder.layers[layer_id]
         if "engram" not in layer._modules:
@@ -103,38 +121,6 @@ def attach(
         cast(nn.ModuleDict, layer.engram)[name] = made
     there.layers_of[name] = [layers[layer_id] for layer_id in sorted(layers)]
     there.active = name
-
-
-class Description(NamedTuple):
-    """What a config.json says of memories: what they know of the model, their configs by name, which one is active."""
-
-    facts: ModelFacts
-    memories: dict[str, EngramConfig]
-    active: str
-
-    def to_dict(self) -> dict[str, Any]:
-        memories = {name: config.to_dict() for name, config in self.memories.items()}
-        return {"model": asdict(self.facts), "memories": memories, "active": self.active}
-
-    @classmethod
-    def from_dict(cls, content: Any, where: str) -> "Description":
-        """
-        Raises:
-            ValueError: it is damaged.
-        """
-        try:
-            facts = ModelFacts(**content["model"])
-            memories = {name: EngramConfig.from_dict(fields) for name, fields in content["memories"].items()}
-            description = cls(facts, memories, content["active"])
-            for config in memories.values():
-                MemoryOfModel(config, facts).check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"config.json of {where} does not describe a memory ({shorten(error, 300)}). Copy or download it again."
-            ) from error
-        if description.active not in memories:
-            raise ValueError(f"config.json of {where} has no memory called {shorten(description.active)}.")
-        return description
 
 
 @contextmanager
@@ -164,6 +150,7 @@ class ModelWithMemory(ModelWithTables):
         if whole.base_model is whole:
             # A base model that is loaded from the checkpoint of a model with a head.
             name = name.removeprefix(whole.base_model_prefix).removeprefix(".")
+            facts = replace(facts, decoder=name)
         module = cast(PreTrainedModel, whole.get_submodule(name))
         layers = cast(nn.ModuleList, module.get_submodule(facts.layers))
         decoder = Decoder(module, name, facts.layers, layers)
@@ -211,15 +198,20 @@ class ModelWithMemory(ModelWithTables):
         path = folder / "config.json"
         backbone = read_json(path)
         content = {
-            "model_type": EngramMemoryConfig.model_type,
+            "model_type": MODEL_TYPE,
             "architectures": self.config.architectures,
             "vocab_size": NOT_ALONE,
+            "auto_map": {auto: f"{CODE_FILE.removesuffix('.py')}.{name}" for auto, name in AUTO_CLASSES.items()},
             # Not in the backbone's part: transformers looks for parts with the type that it is told to load.
             "backbone_model_type": backbone.pop("model_type"),
             "backbone": backbone,
             "engram": self.description().to_dict(),
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
+        (folder / CODE_FILE).write_text(CODE)
+
+    def _remove_code(self, folder: Path) -> None:
+        """What this save has written stays."""
 
     @classmethod
     def _check_files(cls, checkpoint: Checkpoint, places, model_args, kwargs: Mapping, may_lack: bool) -> None:
@@ -227,23 +219,9 @@ class ModelWithMemory(ModelWithTables):
         of the backbone, whose files may have names and shapes of earlier releases.
 
         Raises:
-            ValueError: a tensor of a memory is missing or misshapen.
+            ValueError: as `check_tensors`.
         """
-        with torch.device("meta"), tables_without_blocks():
-            built = cast(Any, cls)(copy.deepcopy(kwargs["config"]), *model_args)
-        prefix = f"{cls.base_model_prefix}."
-        found = {name.removeprefix(prefix): place for name, place in places.items()}
-        wanted = {n.removeprefix(prefix): t for n, t in built.state_dict().items() if ".engram." in f".{n}"}
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            refuse_missing(missing, checkpoint.where)
-        wrong = [
-            f"{name} is {found[name].shape}, needs {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if found[name].shape != tuple(tensor.shape)
-        ]
-        if wrong:
-            refuse_shapes(wrong, checkpoint.where)
+        check_tensors(cast(Description, _DESCRIPTION.get()).modules(), places, checkpoint.where)
 
     def __reduce_ex__(self, protocol):
         # The class cannot be found by its name, which is that of the model's own class.
@@ -295,7 +273,7 @@ class EngramMemoryConfig(PreTrainedConfig):
     engram: their description.
     """
 
-    model_type = "engram_memory"
+    model_type = MODEL_TYPE
     backbone: Any = None
     engram: Any = None
 

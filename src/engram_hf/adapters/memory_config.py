@@ -171,7 +171,9 @@ class ModelFacts:
     vocab_size: token ids that the model's embedding has.
     decoder, layers: names of the decoder inside the model, and of its list of layers inside the decoder.
     passes_kwargs: whether the decoder hands keyword arguments that it does not know to its layers.
+    passes_ids: whether a model around the decoder, which sees more than text, hands `engram_input_ids` to it.
     num_cache_layers: cache layers that the model itself needs.
+    base_model: where the model came from, as it was loaded; "" where nobody knows.
     """
 
     hidden_size: int = 1
@@ -181,7 +183,9 @@ class ModelFacts:
     decoder: str = ""
     layers: str = "layers"
     passes_kwargs: bool = True
+    passes_ids: bool = False
     num_cache_layers: int = 0
+    base_model: str = ""
 
 
 class MemoryOfModel(MemoryFields):
@@ -194,9 +198,18 @@ class MemoryOfModel(MemoryFields):
             facts: of the model.
         """
         self.memory, self.facts = memory, facts
-        self.vocab_size, self.num_hidden_layers = facts.vocab_size, facts.num_hidden_layers
+        self.num_hidden_layers = facts.num_hidden_layers
         self.hidden_size, self.hc_mult = facts.hidden_size, facts.streams
         self.rms_norm_eps = memory.rms_norm_eps
+
+    # It changes where the embedding is resized.
+    @property
+    def vocab_size(self) -> int:
+        return self.facts.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.facts.vocab_size = value
 
     def __getattr__(self, name: str):
         if not name.startswith(PREFIX):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..modeling.ids_hashing import HashedTokens, NgramHash
-from ..modeling.ids_reach import find_documents, positions_in_documents, tokens_under_mask
+from ..modeling.ids_reach import NO_MEMORY, find_documents, positions_in_documents, tokens_under_mask
 from ..modeling.ids_recovery import recover_token_ids
 from ..modeling.memory_layer import (
     EngramLayer,
@@ -36,6 +36,8 @@ from .memory_config import EngramConfig, MemoryOfModel, ModelFacts
 
 # Keyword arguments: what a decoder hands to its layers, what a caller may give, what a model hands to its decoder.
 STEP, IDS, OUTPUT_GATES, GATES = "engram_step", "engram_input_ids", "output_engram_gates", "engram_gates_of_step"
+# Names of the ids that stand for images and their like.
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
@@ -106,6 +108,20 @@ def show_gates(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
     if not kwargs.pop(OUTPUT_GATES, None):
         return args, kwargs
     return args, {**kwargs, GATES: {}}
+
+
+def name_tokens(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before a model that sees more than text: ids for the memory, since its decoder is given embeddings. Images and
+    their like are no tokens."""
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    if input_ids is None or kwargs.get(IDS) is not None:
+        return args, kwargs
+    config = cast(PreTrainedModel, model).config
+    placeholders = [getattr(config, name, None) for name in PLACEHOLDERS]
+    ids = input_ids
+    for placeholder in {each for each in placeholders if isinstance(each, int)}:
+        ids = torch.where(input_ids == placeholder, NO_MEMORY, ids)
+    return args, {**kwargs, IDS: ids}
 
 
 def add_gates(model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

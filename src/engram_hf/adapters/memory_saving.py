@@ -11,7 +11,7 @@ written, published and opened by the functions that save and load whole models.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,31 +24,27 @@ from ..modeling.checkpoint_loading import (
     HUB_ARGUMENTS,
     Checkpoint,
     find_checkpoint,
-    find_file,
     match_blocks,
     open_sources,
     read_headers,
-    refuse_missing,
-    refuse_shapes,
 )
 from ..modeling.checkpoint_saving import publish, publishing, staging, write_tables
-from ..modeling.configuration_checks import shorten
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_reading import PageReader
-from ..modeling.disk_safetensors import TensorContent, TensorPlace, read_json, write_file
+from ..modeling.disk_safetensors import TensorContent, TensorPlace, write_file
 from ..modeling.ids_hashing import NgramHash, check_fingerprint
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.table import EngramTable, tables_without_blocks
 from ..modeling.table_blocks import block_name, is_of_table
 from ..modeling.table_placement import known_tables, plan_places, resolve_entries, split_device_map
 from .added_memory import add_memory, memory_in, remove_engram, unwrap
-from .memory_class import EngramMemoryConfig, ModelWithMemory
-from .memory_config import EngramConfig, MemoryOfModel, ModelFacts
+from .memory_class import ModelWithMemory
+from .memory_config import MemoryOfModel, ModelFacts
+from .memory_files import MODEL_TYPE, Description, MemoryFiles, check_tensors, read_memory_config
 from .memory_hooks import AddedMemory, memory_layers_of
 
 
 logger = logging.get_logger(__name__)
-MODEL_TYPE = EngramMemoryConfig.model_type
 SINGLE_FILE = "model.safetensors"
 # What a memory and its model must agree in.
 FACTS = ("hidden_size", "streams", "num_hidden_layers", "vocab_size")
@@ -103,15 +99,12 @@ def save_engram(
     config, folder = memory.config(known), Path(folder)
     _refuse_other_content(folder)
     state = parts.state()
-    _refuse_adapted(state, config, memory.facts)
     blocks = {key: tensor for key, tensor in state.items() if is_of_table(key)}
     dtypes = {table.row_format or str(table.dtype).removeprefix("torch.") for table in parts.tables.values()}
     saved = replace(config, table_dtype=next(iter(dtypes)))
-    content = {
-        "model_type": MODEL_TYPE,
-        "base_model": whole.name_or_path or None,
-        "engram": {"model": asdict(memory.facts), "config": saved.to_dict()},
-    }
+    description = Description(memory.facts, {"default": saved}, "default", is_alone=True)
+    _refuse_adapted(state, description)
+    content = {"model_type": MODEL_TYPE, "engram": description.to_dict()}
     facts = {"engram_fingerprint": config.fingerprint, "config": {}}
     with publishing(folder), staging(folder) as stage:
         rest = {key: TensorContent.of(tensor.detach().cpu()) for key, tensor in state.items() if key not in blocks}
@@ -132,26 +125,20 @@ def _refuse_other_content(folder: Path) -> None:
     Raises:
         ValueError: a model lies there.
     """
-    path = folder / "config.json"
-    content = read_json(path) if path.is_file() else None
-    has_weights = any(folder.glob("*.safetensors*"))
-    if content is None and not has_weights:
-        return
-    if content is None or content.get("model_type") != MODEL_TYPE or "backbone" in content:
+    files = read_memory_config(folder) if (folder / "config.json").is_file() else None
+    is_empty = not (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*"))
+    if not is_empty and (files is None or not files.description.is_alone):
         raise ValueError(f"{folder} holds a model, which a memory alone would replace. Name another folder.")
 
 
-def _refuse_adapted(state: Mapping[str, torch.Tensor], config: EngramConfig, facts: ModelFacts) -> None:
+def _refuse_adapted(state: Mapping[str, torch.Tensor], description: Description) -> None:
     """
     Raises:
         ValueError: the tensors are not those of a memory.
     """
-    with torch.device("meta"):
-        view = MemoryOfModel(replace(config), facts)
-        plain = Parts(NgramHash(view), {f"{facts.layers}.{i}.engram": EngramLayer(view, i) for i in config.layer_ids})
-    wanted = {key: tuple(tensor.shape) for key, tensor in plain.state().items()}
-    # The map of a hash that is bound.
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    states = {name: module.state_dict() for name, module in description.modules().items()}
+    wanted = {f"{name}.{key}": tensor.shape for name, own in states.items() for key, tensor in own.items()}
+    found = {key: tensor.shape for key, tensor in state.items() if not is_of_table(key)}
     if wrong := sorted({*wanted.items()} ^ {*found.items()}):
         raise ValueError(
             f"The memory's layers are adapted or quantized, so they cannot be saved alone: {wrong[0][0]} is not as a "
@@ -194,8 +181,8 @@ def load_engram(
     if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
         raise ValueError(f"load_engram takes {', '.join(HUB_ARGUMENTS)} of a repository, but not {unknown[0]}.")
     where = str(folder_or_repo)
-    config, facts, checkpoint = _find(where, hub)
-    whole = unwrap(model)
+    files, checkpoint = _find(where, hub)
+    whole, facts = unwrap(model), files.description.facts
     others, entries = split_device_map(device_map)
     places = read_headers(checkpoint)
 
@@ -206,15 +193,16 @@ def load_engram(
                     f"The memory in {where} was made for a model with {fact} = {getattr(facts, fact)}, and this one "
                     f"has {getattr(here, fact)}. Load it into the model that it was made for."
                 )
+        check_tensors(files.description.modules(), places, where)
 
     def build_hash(view: MemoryOfModel) -> NgramHash:
         ngram_hash = NgramHash(view)
-        _load_tensors(ngram_hash, "engram", checkpoint, places)
+        _load_tensors(ngram_hash, "engram", checkpoint)
         ngram_hash.confirm(where)
         return ngram_hash
 
     with tables_without_blocks():
-        add_memory(whole, config, name, build_hash, check)
+        add_memory(whole, files.memory, name, build_hash, check)
     try:
         decoder, memory, _ = memory_in(whole, name)
         parts = parts_of(decoder, memory, name)
@@ -222,7 +210,7 @@ def load_engram(
             tables = known_tables(cast(ModelWithMemory, whole).named_tables(), "")
             raise ValueError(f"load_engram places tables and blocks only, got {others!r}. {tables}")
         for layer_name, layer in parts.layers.items():
-            _load_tensors(layer, layer_name, checkpoint, places)
+            _load_tensors(layer, layer_name, checkpoint)
         _open_blocks(cast(ModelWithMemory, whole), parts, name, checkpoint, places, entries)
         _check_tokenizer(whole, parts.ngram_hash)
     except BaseException:
@@ -231,55 +219,30 @@ def load_engram(
     return model
 
 
-def _find(where: str, hub: Mapping[str, Any]) -> tuple[EngramConfig, ModelFacts, Checkpoint]:
+def _find(where: str, hub: Mapping[str, Any]) -> tuple[MemoryFiles, Checkpoint]:
     """
     Raises:
         FileNotFoundError, ValueError: there is no memory, or its config is damaged.
     """
-    path = find_file(where, "config.json", {key: value for key, value in hub.items() if value is not None})
-    checkpoint = None if path is None else find_checkpoint(where, hub)
-    if path is None or checkpoint is None:
-        raise FileNotFoundError(f"{where} is no folder or repository with a memory, as save_engram writes it.")
-    content = read_json(path)
-    if content.get("model_type") != MODEL_TYPE or "backbone" in content:
+    files = read_memory_config(where, **hub)
+    if files is not None and not files.description.is_alone:
         raise ValueError(
-            f"{where} holds a whole model ({shorten(content.get('model_type'))}), not a memory alone. Load it with "
-            "AutoModelForCausalLM.from_pretrained."
+            f"{where} holds a whole model, not a memory alone. Load it with AutoModelForCausalLM.from_pretrained."
         )
-    try:
-        facts = ModelFacts(**content["engram"]["model"])
-        config = EngramConfig.from_dict(content["engram"]["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"config.json of {where} does not describe a memory ({shorten(error, 300)}). Copy or download it again."
-        ) from error
-    return config, facts, checkpoint
+    checkpoint = None if files is None else find_checkpoint(where, hub)
+    if files is None or checkpoint is None:
+        raise FileNotFoundError(f"{where} is no folder or repository with a memory, as save_engram writes it.")
+    return files, checkpoint
 
 
-def _load_tensors(
-    module: nn.Module, module_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]
-) -> None:
-    """Read the tensors of a module beside its blocks.
-
-    Raises:
-        ValueError: one is missing or of another shape.
-    """
-    state = {key: tensor for key, tensor in module.state_dict().items() if not is_of_table(f"{module_name}.{key}")}
-    names = {key: f"{module_name}.{key}" for key in state}
-    if missing := [full_name for full_name in names.values() if full_name not in places]:
-        refuse_missing([f".engram. {each}" for each in missing], checkpoint.where)
-    wrong = [
-        f"{names[key]} of .engram. is {places[names[key]].shape}, needs {tuple(tensor.shape)}"
-        for key, tensor in state.items()
-        if places[names[key]].shape != tuple(tensor.shape)
-    ]
-    if wrong:
-        refuse_shapes(wrong, checkpoint.where)
-    files = {path: TableFile(path) for path in {checkpoint.file_of[each] for each in names.values()}}
-    for key, tensor in state.items():
-        found = files[checkpoint.file_of[names[key]]].tensor(names[key])
+def _load_tensors(module: nn.Module, module_name: str, checkpoint: Checkpoint) -> None:
+    """Read the tensors of a module beside its blocks, in the type that they were saved in."""
+    for key, tensor in module.state_dict().items():
+        name = f"{module_name}.{key}"
+        if is_of_table(name):
+            continue
+        found = TableFile(checkpoint.file_of[name]).tensor(name)
         if tensor.is_floating_point():
-            # The type that it was saved in.
             module.get_parameter(key).data = found.to(tensor.device, copy=True)
         else:
             tensor.copy_(found)

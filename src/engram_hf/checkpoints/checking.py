@@ -6,9 +6,12 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..adapters.memory_files import MemoryFiles, check_tensors, read_memory_config
 from ..modeling.checkpoint_loading import (
     GENERATION_CONFIG,
     OLD_TOKEN_MAP,
@@ -31,7 +34,7 @@ from ..modeling.modeling_engram_moe import (
     EngramMoEForTokenClassification,
     EngramMoEModel,
 )
-from ..modeling.table import tables_without_blocks
+from ..modeling.table import EngramTable, tables_without_blocks
 from ..modeling.table_blocks import block_name, is_of_table
 
 
@@ -49,31 +52,46 @@ class Part:
     places: Mapping[str, TensorPlace]
 
 
-def check_loadable(parts: list[Part], config: EngramMoEConfig, has_contents: bool = True) -> None:
+def read_config(where: str | Path, **hub: Any) -> Any:
+    """The config of a checkpoint: an `EngramMoEConfig`, or the `MemoryFiles` of a memory with another model or alone.
+
+    Args:
+        where: folder or repository.
+        hub: arguments of `from_pretrained` that find a repository.
+
+    Raises:
+        FileNotFoundError, ValueError: as `EngramMoEConfig.from_pretrained`.
+    """
+    found = read_memory_config(where, **hub)
+    return EngramMoEConfig.from_pretrained(where, **hub) if found is None else found
+
+
+def backbone_config(config: Any) -> Any:
+    """The fields of the model itself, of a config as `read_config` gives it."""
+    return config.backbone if isinstance(config, MemoryFiles) else config
+
+
+def check_loadable(parts: list[Part], config: Any, has_contents: bool = True) -> dict[str, EngramTable]:
     """Refuse what loading these files with this config would refuse.
 
     Args:
         parts: the model, and its tables where they lie elsewhere; or tables alone.
-        config: of the model.
+        config: as `read_config` gives it.
         has_contents: whether the files are on this machine, so that token map and row ids can be read.
+
+    Returns:
+        the tables by their names, without blocks.
 
     Raises:
         ValueError: says what does not fit, and names the file, field or tensor.
     """
     model, tables = parts[0], parts[-1]
-    kinds = [CLASSES[name] for name in config.architectures or [] if isinstance(name, str) and name in CLASSES]
-    kind = next(iter(kinds), EngramMoEModel)
-    if has_contents and kind.can_generate():
-        check_generation_config(next(iter(model.checkpoint.file_of.values())).parent / GENERATION_CONFIG)
     where = tables.checkpoint.where
-    backbone = {name: place for name, place in model.places.items() if not is_of_table(name)}
-    if backbone:
-        check_sizes(config, backbone, model.checkpoint.where, EngramMoEModel.base_model_prefix)
-    with torch.device("meta"), tables_without_blocks():
-        built = kind(copy.deepcopy(config))
-    if backbone:
-        check_model(built, backbone, model.checkpoint.where, kind is not EngramMoEModel)
-    named = built.named_tables()
+    if isinstance(config, MemoryFiles):
+        check_tensors(config.description.modules(), model.places, model.checkpoint.where)
+        named = config.tables()
+    else:
+        named = _check_engram_moe(model, config, has_contents)
     fingerprint = tables.checkpoint.metadata.get("engram_fingerprint")
     if fingerprint is not None and config.engram_fingerprint is not None:
         check_fingerprint(config.engram_fingerprint, fingerprint, f"the tables of {where}")
@@ -84,14 +102,39 @@ def check_loadable(parts: list[Part], config: EngramMoEConfig, has_contents: boo
     if has_contents:
         for name in named:
             open_changes(name, tables.checkpoint, tables.places)
-        if backbone and config.engram_layer_ids:
-            _check_hash(model.checkpoint, config)
+        for name, ngram_hash in _hashes(config, model).items():
+            _check_hash(model.checkpoint, name, ngram_hash)
+    return named
 
 
-def _check_hash(checkpoint: Checkpoint, config: EngramMoEConfig) -> None:
-    """Token map and constants of the hash are those of the config's fingerprint."""
-    ngram_hash = NgramHash(copy.deepcopy(config))
-    name = next((n for n in checkpoint.file_of if n.endswith(OLD_TOKEN_MAP)), None)
-    if name is not None and ngram_hash.token_map is not None:
-        ngram_hash.token_map.copy_(TableFile(checkpoint.file_of[name]).tensor(name))
+def _check_engram_moe(model: Part, config: EngramMoEConfig, has_contents: bool) -> dict[str, EngramTable]:
+    """Everything beside the tables, and the tables that the config declares."""
+    kinds = [CLASSES[name] for name in config.architectures or [] if isinstance(name, str) and name in CLASSES]
+    kind = next(iter(kinds), EngramMoEModel)
+    if has_contents and kind.can_generate():
+        check_generation_config(next(iter(model.checkpoint.file_of.values())).parent / GENERATION_CONFIG)
+    backbone = {name: place for name, place in model.places.items() if not is_of_table(name)}
+    if backbone:
+        check_sizes(config, backbone, model.checkpoint.where, EngramMoEModel.base_model_prefix)
+    with torch.device("meta"), tables_without_blocks():
+        built = kind(copy.deepcopy(config))
+    if backbone:
+        check_model(built, backbone, model.checkpoint.where, kind is not EngramMoEModel)
+    return built.named_tables()
+
+
+def _hashes(config: Any, model: Part) -> dict[str, NgramHash]:
+    """Hashes that a checkpoint has, by the names that their token maps begin with."""
+    if isinstance(config, MemoryFiles):
+        return config.hashes()
+    if not config.engram_layer_ids or all(is_of_table(name) for name in model.places):
+        return {}
+    return {"": NgramHash(copy.deepcopy(config))}
+
+
+def _check_hash(checkpoint: Checkpoint, name: str, ngram_hash: NgramHash) -> None:
+    """Token map and constants of a hash are those of the config's fingerprint."""
+    maps = [each for each in checkpoint.file_of if each.startswith(name) and each.endswith(OLD_TOKEN_MAP)]
+    if maps and ngram_hash.token_map is not None:
+        ngram_hash.token_map.copy_(TableFile(checkpoint.file_of[maps[0]]).tensor(maps[0]))
     ngram_hash.confirm(checkpoint.where)

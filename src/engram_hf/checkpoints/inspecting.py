@@ -1,5 +1,6 @@
 """What a checkpoint holds, by the headers of its files. Of a repository nothing else is downloaded."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, read_headers
+from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, name_inside, read_headers
 from ..modeling.configuration_checks import check_source
-from ..modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
+from ..modeling.configuration_engram_moe import PRESETS
 from ..modeling.disk_safetensors import TensorPlace, read_places
 from ..modeling.modeling_engram_moe import EngramMoEModel
+from ..modeling.table import EngramTable
 from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
-from .checking import Part, check_loadable
+from .checking import Part, check_loadable, read_config
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def inspect_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such folder, repository or revision, or it has no config or safetensors files.
-        ValueError: a file is damaged, or does not fit the config; or the config is not that of an EngramMoE.
+        ValueError: a file is damaged, or does not fit the config; or the config is that of a model without tables.
         OSError: the Hub cannot be reached, and the files are not in its cache; or access is denied.
 
     Example:
@@ -92,15 +94,15 @@ def inspect_checkpoint(
     """
     where = str(path_or_repo)
     hub = _at_one_commit(where, revision, token)
-    config = EngramMoEConfig.from_pretrained(where, **hub)
+    config = read_config(where, **hub)
     parts = [_open(where, hub)]
     revision_of_tables = None
     if tables_from is None and not parts[0].checkpoint.blocks():
         tables_from, revision_of_tables = config.engram_tables_repo, config.engram_tables_revision
     if tables_from is not None:
         parts.append(_open(str(tables_from), _at_one_commit(str(tables_from), revision_of_tables, token)))
-    check_loadable(parts, config, has_contents=all(part.checkpoint.is_here for part in parts))
-    tables = _tables(parts[-1], config)
+    named = check_loadable(parts, config, has_contents=all(part.checkpoint.is_here for part in parts))
+    tables = _tables(parts[-1], config, named)
     in_tables = sum(table.nbytes for table in tables)
     beside = [name for name in parts[0].places if not is_of_table(name)]
     if config.architectures and not beside:
@@ -182,7 +184,7 @@ def _open(where: str, hub: dict[str, Any]) -> Part:
     return Part(Checkpoint(where, file_of, frozenset(file_of), is_here=False), places)
 
 
-def _tables(part: Part, config: EngramMoEConfig) -> tuple[FoundTable, ...]:
+def _tables(part: Part, config: Any, named: Mapping[str, EngramTable]) -> tuple[FoundTable, ...]:
     found: dict[str, list[FoundBlock]] = {}
     changed = {}
     for (table, _), name in sorted(part.checkpoint.blocks().items()):
@@ -198,7 +200,7 @@ def _tables(part: Part, config: EngramMoEConfig) -> tuple[FoundTable, ...]:
         FoundTable(
             name=name.removeprefix(prefix),
             rows=sum(block.rows for block in blocks),
-            head_dim=config.engram_head_dim,
+            head_dim=named[name_inside(name, named)].head_dim,
             dtype=config.engram_table_dtype or part.places[blocks[0].name].type_name,
             nbytes=sum(block.nbytes for block in blocks),
             blocks=tuple(blocks),

@@ -53,7 +53,7 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         digest = bytes(digests[number].tolist())
         return _with_rows(file, name, row_ids[start:end] - int(bounds[0]), rows[start:end], digest)
 
-    rewrite_blocks(checkpoint, config, source, target, merged, {})
+    rewrite_blocks(checkpoint, config, source, target, merged)
     return target
 
 

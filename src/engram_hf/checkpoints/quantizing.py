@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from ..adapters.memory_files import MemoryFiles
 from ..modeling.disk_files import TableFile
-from ..modeling.disk_safetensors import TensorContent
+from ..modeling.disk_safetensors import TensorContent, read_json
 from ..modeling.table_blocks import parse_changed_name
 from ..modeling.table_formats import QUANTIZED_FORMATS, quantize_rows, row_bytes
 from .rewriting import open_folder, rewrite_blocks
@@ -53,9 +55,16 @@ def quantize_tables(source: str | Path, target: str | Path, row_format: str = "f
             source,
             target,
             lambda file, name: _quantized(file, name, row_format, progress.update),
-            {"engram_table_dtype": row_format},
+            with_table_dtype(config, source, row_format),
         )
     return target
+
+
+def with_table_dtype(config: Any, source: Path, row_format: str) -> dict[str, Any]:
+    """The content of a config.json for the same model with quantized tables."""
+    if isinstance(config, MemoryFiles):
+        return config.with_table_dtype(row_format)
+    return {**read_json(source / "config.json"), "engram_table_dtype": row_format}
 
 
 def _quantized(file: TableFile, name: str, row_format: str, on_rows: Callable[[int], object]) -> TensorContent:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..hub.uploading import TRAINING_FILES
 from ..modeling.checkpoint_loading import (
@@ -15,7 +16,6 @@ from ..modeling.checkpoint_loading import (
     unseen_fields,
 )
 from ..modeling.checkpoint_saving import WrittenTables, link_file, publish, publishing, staging
-from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import (
     TensorContent,
@@ -26,10 +26,10 @@ from ..modeling.disk_safetensors import (
     write_pieces,
 )
 from ..modeling.table_blocks import parse_block_name, parse_changed_name
-from .checking import Part, check_loadable
+from .checking import Part, backbone_config, check_loadable, read_config
 
 
-def open_folder(source: Path, target: Path) -> tuple[Part, EngramMoEConfig]:
+def open_folder(source: Path, target: Path) -> tuple[Part, Any]:
     """The checkpoint in a folder that is to be rewritten into another one, and its config.
 
     Raises:
@@ -53,11 +53,11 @@ def open_folder(source: Path, target: Path) -> tuple[Part, EngramMoEConfig]:
             f"{target} holds weights already ({there[0]}{', ...' if len(there) > 1 else ''}), which would be replaced. "
             "Name a folder that is new or empty, or remove that one first."
         )
-    config = EngramMoEConfig.from_pretrained(source)
+    config = read_config(source)
     part = Part(checkpoint, read_headers(checkpoint))
     check_loadable([part], config)
     # What is written promises it anew.
-    check_saved_config(config, checkpoint)
+    check_saved_config(backbone_config(config), checkpoint)
     for path in sorted(set(checkpoint.file_of.values())):
         refuse_outside(source, path)
         if path.parent != source:
@@ -70,11 +70,11 @@ def open_folder(source: Path, target: Path) -> tuple[Part, EngramMoEConfig]:
 
 def rewrite_blocks(
     checkpoint: Checkpoint,
-    config: EngramMoEConfig,
+    config: Any,
     source: Path,
     target: Path,
     content_of: Callable[[TableFile, str], TensorContent | None],
-    config_changes: dict,
+    config_content: dict | None = None,
 ) -> None:
     """Write a checkpoint with other blocks. Whatever else the folder holds is copied or linked.
 
@@ -83,7 +83,7 @@ def rewrite_blocks(
         source: folder that they are in.
         target: folder to write.
         content_of: for a block of a file, what takes its place; None keeps it.
-        config_changes: fields of config.json and their new values.
+        config_content: of config.json, where it is another one.
 
     Raises:
         ValueError: a file holds tables and other tensors; a file that is read is not what the index promises; or a
@@ -117,10 +117,10 @@ def rewrite_blocks(
             copy = stage / path.name if path.parent == source else target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-        content = {**read_json(source / "config.json"), **config_changes}
+        content = read_json(source / "config.json") if config_content is None else config_content
         _write_json(stage / "config.json", dict(sorted(content.items())))
         _write_json(stage / INDEX_FILE, {"metadata": {}, "weight_map": backbone})
-        facts = {"engram_fingerprint": config.engram_fingerprint, "config": unseen_fields(config)}
+        facts = {"engram_fingerprint": config.engram_fingerprint, "config": unseen_fields(backbone_config(config))}
         publish(stage, target, WrittenTables(table_map, digests), facts)
 
 

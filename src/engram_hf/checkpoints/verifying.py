@@ -3,21 +3,23 @@
 Every byte is read: a forward does not notice a flipped one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..modeling.checkpoint_loading import Checkpoint, check_saved_config, find_checkpoint, read_headers
-from ..modeling.configuration_engram_moe import EngramMoEConfig
+from ..modeling.checkpoint_loading import Checkpoint, check_saved_config, find_checkpoint, name_inside, read_headers
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import file_digest
 from ..modeling.ids_hashing import check_fingerprint, digest, map_tokens
+from ..modeling.table import EngramTable
 from ..modeling.table_blocks import ROWS, parse_block_name, parse_changed_name
 from ..modeling.table_formats import QUANTIZED_FORMATS, dequantize_rows
-from .checking import Part, check_loadable
+from .checking import Part, backbone_config, check_loadable, read_config
 
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -72,16 +74,17 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             "this machine; nothing can be verified."
         )
     folder = next(iter(checkpoint.file_of.values())).parent
-    config = EngramMoEConfig.from_pretrained(folder) if (folder / "config.json").exists() else None
+    config = read_config(folder) if (folder / "config.json").exists() else None
     if config is None and len(checkpoint.blocks()) < len(checkpoint.file_of):
         raise FileNotFoundError(f"{path_or_repo} has weights and no config.json. Copy or download it again.")
     parts = [Part(checkpoint, read_headers(checkpoint))]
     if config is not None and (tables_from is not None or config.engram_layer_ids and not checkpoint.blocks()):
         tables = _find_tables(path_or_repo, config, tables_from)
         parts.append(Part(tables, read_headers(tables)))
+    named: Mapping[str, EngramTable] = {}
     if config is not None:
-        check_loadable(parts, config)
-        check_saved_config(config, checkpoint)
+        named = check_loadable(parts, config)
+        check_saved_config(backbone_config(config), checkpoint)
         if any((folder / name).exists() for name in TOKENIZER_FILES):
             check_tokenizer(folder, read_tokenizer(folder))
     files = [file for part in parts for file in _verify_files(part.checkpoint)]
@@ -95,7 +98,7 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
         )
     for part in parts:
         _verify_total(part)
-        _verify_rows(part, config)
+        _verify_rows(part, config, named)
     if unknown:
         raise ValueError(
             f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and "
@@ -121,7 +124,7 @@ def _find(path_or_repo: str, revision: str | None = None) -> Checkpoint | None:
         ) from error
 
 
-def _find_tables(where: str | Path, config: EngramMoEConfig, tables_from: str | Path | None) -> Checkpoint:
+def _find_tables(where: str | Path, config: Any, tables_from: str | Path | None) -> Checkpoint:
     """The tables of a model that has them elsewhere.
 
     Raises:
@@ -148,7 +151,7 @@ def check_tokenizer(folder: str | Path, tokenizer) -> None:
     Raises:
         ValueError: it is another one.
     """
-    config = EngramMoEConfig.from_pretrained(folder)
+    config = read_config(folder)
     if config.engram_fingerprint is None or config.engram_fingerprint["map"] == "none":
         return
     token_map, identity = map_tokens(tokenizer, config)
@@ -196,12 +199,12 @@ def _verify_total(part: Part) -> None:
         )
 
 
-def _verify_rows(part: Part, config: EngramMoEConfig | None) -> None:
+def _verify_rows(part: Part, config: Any, tables: Mapping[str, EngramTable]) -> None:
     """All rows are finite numbers, those of blocks and the changed ones, and so are the scales of quantized rows."""
     is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
     files: dict[Path, TableFile] = {}
     for name, path in part.checkpoint.file_of.items():
-        _, kind = parse_changed_name(name) or ("", "")
+        table, kind = parse_changed_name(name) or parse_block_name(name) or ("", "")
         if parse_block_name(name) is None and kind != ROWS:
             continue
         file = files.setdefault(path, TableFile(path))
@@ -209,10 +212,11 @@ def _verify_rows(part: Part, config: EngramMoEConfig | None) -> None:
         if not is_quantized and not rows.is_floating_point():
             # Tables alone, without the config that says what their bytes mean.
             continue
+        head_dim = tables[name_inside(table, tables)].head_dim if is_quantized else 0
         count = max(1, PART_BYTES // (rows.shape[1] * rows.dtype.itemsize))
         for number, part_of_rows in enumerate(rows.split(count)):
             numbers = (
-                dequantize_rows(part_of_rows, str(config.engram_table_dtype), config.engram_head_dim)
+                dequantize_rows(part_of_rows, str(config.engram_table_dtype), head_dim)
                 if config is not None and is_quantized
                 else part_of_rows
             )

@@ -13,7 +13,7 @@ from ..modeling.configuration_engram_moe import AUTO_MAP
 from ..modeling.disk_safetensors import write_pieces
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
 from ..modeling.table_formats import QUANTIZED_FORMATS
-from .card_facts import BEGIN, END, SECTION, CardFacts, as_list, decode_card, facts_in, record_of
+from .card_facts import BEGIN, END, MEMORY, SECTION, WITH_MEMORY, CardFacts, as_list, decode_card, facts_in, record_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -22,9 +22,11 @@ PIPELINES = {
     "EngramMoEForSequenceClassification": "text-classification",
     "EngramMoEForTokenClassification": "token-classification",
     "EngramMoEModel": "feature-extraction",
+    WITH_MEMORY: "text-generation",
 }
 # The first that a model has: AutoModelForDecision is a second name of the causal one.
 AUTO_CLASS = {model.split(".")[1]: auto for auto, model in reversed(AUTO_MAP.items())}
+AUTO_CLASS[WITH_MEMORY] = AUTO_CLASS[MEMORY] = "AutoModelForCausalLM"
 # What YAML and huggingface_hub raise for damaged metadata.
 UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # How the form begins that `push_to_hub` of transformers writes where there is no card. Nobody has filled it in.
@@ -68,6 +70,8 @@ def make_metadata(facts: CardFacts) -> ModelCardData:
     # Without weights there is nothing that a pipeline, or a button of the Hub, could load.
     pipeline = PIPELINES.get(facts.architecture) if facts.has_weights else None
     tags = list(EngramMoEForCausalLM.model_tags) if facts.tables else ["engram_moe"]
+    if facts.architecture in (WITH_MEMORY, MEMORY):
+        tags = [tag.replace("engram_moe", "engram_memory") for tag in tags]
     data = facts.data or {}
     results = [
         EvalResult(
@@ -174,6 +178,8 @@ def _render_section(facts: CardFacts, metadata: CardData) -> str:
         config=facts.config,
         auto_class=AUTO_CLASS.get(facts.architecture),
         trust=", trust_remote_code=True" if facts.has_code else "",
+        is_memory=facts.architecture in (WITH_MEMORY, MEMORY),
+        is_alone=facts.architecture == MEMORY,
         is_quantized=any(table["dtype"] in QUANTIZED_FORMATS for table in facts.tables),
         license=", ".join(item for item in as_list(metadata.get("license")) if isinstance(item, str)),
         base_model=", ".join(item for item in as_list(metadata.get("base_model")) if isinstance(item, str)),

@@ -17,6 +17,8 @@ import torch
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..adapters.memory_files import MemoryFiles
+from ..checkpoints.checking import backbone_config, read_config
 from ..checkpoints.inspecting import inspect_checkpoint
 from ..insight.plotting import read_state
 from ..modeling.checkpoint_loading import find_checkpoint, read_digests
@@ -27,6 +29,8 @@ from ..planning import count_parameters, estimate_memory
 
 logger = logging.get_logger(__name__)
 CAUSAL_LM = "EngramMoEForCausalLM"
+# Somebody else's model with a memory, and such a memory alone.
+WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
 PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
 # Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
 BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
@@ -80,7 +84,8 @@ class CardFacts:
 
     @property
     def has_experts(self) -> bool:
-        return self.config["first_k_dense_replace"] < self.config["num_hidden_layers"]
+        dense = self.config["first_k_dense_replace"]
+        return dense is not None and dense < self.config["num_hidden_layers"]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -122,7 +127,8 @@ def gather_facts(
         evaluation: results, each a dict with "metric", "value", "dataset", the "command" that gives the value and, if
             known, "dataset_id" (on the Hub), "split" and "unit".
         license: as the Hub writes it ("apache-2.0").
-        base_model: repositories of the models that this one was made from.
+        base_model: repositories of the models that this one was made from; for an added memory by default the one that
+            it was added to.
         repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
         name: title; by default the name of the repository, preset or folder.
         picture: of the training curves; a file in `source`, named from there.
@@ -150,6 +156,13 @@ def gather_facts(
         "evaluation": [_result(result) for result in as_list(evaluation)],
         "limits": as_list(limits),
     }
+    found = (
+        _facts_of_config(source)
+        if isinstance(source, EngramMoEConfig)
+        else _facts_of_checkpoint(Path(source), tables_from)
+    )
+    given["base_model"] = given["base_model"] or found.pop("base_model", [])
+    found.pop("base_model", None)
     datasets = given["data"]["datasets"] if given["data"] else []
     for repository in filter(None, [repo_id, tables_repo, *given["base_model"], *datasets]):
         validate_repo_id(repository)
@@ -157,11 +170,6 @@ def gather_facts(
         path = None if folder is None else (folder / picture).resolve()
         if folder is None or path is None or not path.is_file() or not path.is_relative_to(folder.resolve()):
             raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
-    found = (
-        _facts_of_config(source)
-        if isinstance(source, EngramMoEConfig)
-        else _facts_of_checkpoint(Path(source), tables_from)
-    )
     facts = CardFacts(**found, **given)
     known = None if folder is None else read_facts(folder)
     if known is not None:
@@ -285,16 +293,19 @@ def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
 
 def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[str, Any]:
     inspection, digests = inspect_checkpoint(folder, tables_from=tables_from), read_digests(folder)
-    config, checkpoint = (
-        EngramMoEConfig.from_pretrained(folder),
-        find_checkpoint(str(folder), {"local_files_only": True}),
-    )
+    config, checkpoint = read_config(folder), find_checkpoint(str(folder), {"local_files_only": True})
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
-    architecture = (config.architectures or [CAUSAL_LM])[0]
+    if isinstance(config, MemoryFiles):
+        architecture = MEMORY if config.description.is_alone else WITH_MEMORY
+        own = _facts_of_memory(config, folder)
+    else:
+        architecture = (config.architectures or [CAUSAL_LM])[0]
+        own = _facts_of_both(config, architecture)
     here = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
     return {
-        **_facts_of_both(config, architecture),
+        **own,
+        "architecture": architecture,
         "name": folder.resolve().name,
         "preset": None,
         # Not of file names, so that saving the same weights again changes nothing.
@@ -302,7 +313,7 @@ def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[s
         "has_weights": True,
         "has_code": getattr(config, "auto_map", None) is not None,
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
-        "dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "dtype": str(getattr(backbone_config(config), "dtype", None) or "float32").removeprefix("torch."),
         "tables": _tables(inspection.tables, architecture),
         "backbone_nbytes": inspection.backbone_nbytes,
         "disk_nbytes": here + (0 if checkpoint.blocks() else inspection.tables_nbytes),
@@ -318,8 +329,24 @@ def _facts_of_both(config: EngramMoEConfig, architecture: str) -> dict[str, Any]
     }
 
 
+def _facts_of_memory(config: MemoryFiles, folder: Path) -> dict[str, Any]:
+    facts = config.description.facts
+    counted = None if config.description.is_alone else count_parameters(folder)
+    fields = {n: getattr(config, n, getattr(config.backbone, n, None)) for n in CONFIG_FIELDS if n != "hc_mult"}
+    return {
+        "config": {**fields, "hc_mult": facts.streams, "backbone": ", ".join(config.architectures or [])},
+        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
+        "base_model": [facts.base_model] if is_repository(facts.base_model) else [],
+    }
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is that of a repository of the Hub, and of no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
-    prefix = "" if architecture == "EngramMoEModel" else "model."
+    prefix = "" if architecture in ("EngramMoEModel", MEMORY, WITH_MEMORY) else "model."
     found = [{name: getattr(table, name) for name in TABLE_FIELDS} for table in tables]
     return [{**table, "name": prefix + table["name"].removeprefix("model.")} for table in found]
 

@@ -15,10 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ..adapters.memory_files import MODEL_TYPE
 from ..checkpoints.verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 from ..insight.plotting import plot_training
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
 from ..modeling.disk_safetensors import read_header, read_index, read_json
+from ..training.callbacks.reporting import memory_of
 from .card import updated_card
 from .card_facts import facts_in, gather_facts, keep_known
 from .uploading import (
@@ -96,7 +98,8 @@ def push_engram(
     If a process group is initialised, call this on every rank. Rank 0 pushes; the others return an empty `Push`.
 
     Args:
-        model: a model, or a folder, whose files are sent as they are. A model is saved to a temporary folder first. If
+        model: a model, or a folder, whose files are sent as they are: that of a model, or of a memory that was saved
+            alone with `save_engram`. A model is saved to a temporary folder first. If
             its tables are large, save it to a disk with room and give that folder.
         repo_id: repository; it is created if it does not exist. Only our section of its README is changed.
         tables_repo: repository for the tables, if they should not lie beside the backbone.
@@ -185,8 +188,8 @@ def _save(model, tokenizer, max_shard_size: str | int, scratch: Path) -> tuple[P
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
         except (OSError, ValueError):
             logger.debug(f"No tokenizer lies in {model.name_or_path!r}.")
-    needs_map = model.config.engram_layer_ids and model.config.engram_compressed_vocab_size is not None
-    if tokenizer is not None and needs_map:
+    ngram_hash, _ = memory_of(model)
+    if tokenizer is not None and ngram_hash is not None and ngram_hash.token_map is not None:
         model.bind_tokenizer(tokenizer)
     model.save_pretrained(scratch / "model", max_shard_size=max_shard_size)
     return scratch / "model", tokenizer
@@ -211,6 +214,10 @@ def _check_tables(folder: Path, config: dict, tables_repo: str | None) -> None:
     Raises:
         ValueError: the folder holds no tables, and names no repository that does.
     """
+    if config.get("model_type") == MODEL_TYPE:
+        if tables_repo is not None:
+            raise ValueError(f"An added memory keeps its tables beside it. Leave tables_repo={tables_repo!r} out.")
+        return
     if not config.get("engram_layer_ids"):
         if tables_repo is not None:
             raise ValueError(f"{folder} is a model without memory layers: it has no tables for {tables_repo}.")

@@ -462,6 +462,32 @@ class ModelWithTables:
         for layer in layers:
             layer.table.bring_pages(row_ids[layer.layer_idx])
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
+        rows of all other n-grams stay where they are.
+
+        Raises:
+            ValueError: the memory's pad would be cut off, or the token map has more different ids.
+        """
+        hashes = self._hashes()
+        for config in [each.config for each in hashes]:
+            if new_num_tokens is not None and config.engram_pad_token_id >= new_num_tokens:
+                raise ValueError(
+                    f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's pad is "
+                    f"{config.engram_pad_token_id}."
+                )
+            compressed = config.engram_compressed_vocab_size
+            if new_num_tokens is not None and isinstance(compressed, int) and new_num_tokens < compressed:
+                raise ValueError(
+                    f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's token map has {compressed} "
+                    "different ones."
+                )
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for ngram_hash in hashes:
+            ngram_hash.config.vocab_size = embeddings.weight.shape[0]
+            ngram_hash.resize(embeddings.weight.shape[0])
+        return embeddings
+
     def save_pretrained(
         self,
         save_directory,
@@ -536,14 +562,14 @@ class ModelWithTables:
             if with_code:
                 save_code(stage)
             super().save_pretrained(stage, True, backbone, False, **shared)
-            self._describe_memory(stage)
             if not with_code:
                 remove_code(stage)
+            self._describe_memory(stage)
             written = write_tables(stage, {} if apart else blocks, tables, prefix, max_shard_size, is_checkpoint)
             by_base = written.by_base
             saved |= publish(stage, folder, written, self._saved_facts(), variant)
             if not with_code:
-                remove_code(folder)
+                self._remove_code(folder)
         if run is not None and is_checkpoint:
             run.last_checkpoint = (folder.resolve(), run.steps)
         if state_dict is None:
@@ -567,6 +593,10 @@ class ModelWithTables:
     def _saved_facts(self) -> dict[str, Any]:
         """What the index of a save has beside names and digests of files."""
         return {"engram_fingerprint": self._memory_config().engram_fingerprint, "config": unseen_fields(self.config)}
+
+    def _remove_code(self, folder: Path) -> None:
+        """Take what an earlier save has left of code out of a folder."""
+        remove_code(folder)
 
     def _describe_memory(self, folder: Path) -> None:
         """Write what a config.json must say of the memory beside the fields of the config."""

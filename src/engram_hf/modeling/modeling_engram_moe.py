@@ -228,27 +228,8 @@ class EngramMoEPreTrainedModel(ModelWithTables, PreTrainedModel):
             init.constant_(module.token_map, NO_MEMORY)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
-        rows of all other n-grams stay where they are.
-
-        Raises:
-            ValueError: the memory's pad would be cut off.
-        """
-        if new_num_tokens is not None and self.config.engram_pad_token_id >= new_num_tokens:
-            raise ValueError(
-                f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's pad is "
-                f"{self.config.engram_pad_token_id}."
-            )
-        compressed = self.config.engram_compressed_vocab_size
-        if new_num_tokens is not None and isinstance(compressed, int) and new_num_tokens < compressed:
-            raise ValueError(
-                f"The vocabulary cannot shrink to {new_num_tokens} ids: the memory's token map has {compressed} "
-                "different ones."
-            )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.base_model.vocab_size = embeddings.num_embeddings
-        if self.base_model.ngram_hash is not None:
-            self.base_model.ngram_hash.resize(embeddings.num_embeddings)
         return embeddings
 
 

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 from engram_hf.adapters.added_memory import add_engram
+from engram_hf.adapters.memory_class import decoder_of
 from engram_hf.adapters.memory_config import EngramConfig
 from engram_hf.adapters.memory_hooks import memory_layers_of
 
@@ -143,6 +144,5 @@ def with_memory(model: PreTrainedModel, seed: int = 1, **overrides) -> PreTraine
 
 
 def memory_layers(model: PreTrainedModel) -> list:
-    from engram_hf.adapters.memory_class import decoder_of
-
+    """The layers of the active memory."""
     return memory_layers_of(decoder_of(model))
