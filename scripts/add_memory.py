@@ -26,7 +26,7 @@ from helpers.added_recipe import (
     SEQ_LENGTH,
     STEPS,
     HeldOut,
-    best_dtype,
+    fastest_dtype,
     interval,
     load_base,
     load_tokenizer,
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the frozen model; the memory has float32 (default: bfloat16 on an accelerator, float32 on a CPU)",
+        help="of the frozen model; the memory has float32 (default: what this machine computes fastest)",
     )
     parser.add_argument("--prompt", default=PROMPT, help=f"what the model continues (default: {PROMPT!r})")
     parser.add_argument("--results", type=Path, help="folder for the figures as JSON (default: they are printed only)")
@@ -104,7 +104,6 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("steps", "batch_size", "held_out_rows"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    arguments.dtype = DTYPES[arguments.dtype] if arguments.dtype else best_dtype()
     if arguments.seq_length < 2:
         parser.error("--seq-length must be at least 2, because the loss is that of the next token")
     return arguments
@@ -148,18 +147,18 @@ def continuation(model, tokenizer, prompt: str) -> str:
     return tokenizer.decode(generated[0], skip_special_tokens=True)
 
 
-def save_and_verify(model, source, arguments: argparse.Namespace, ids: torch.Tensor) -> None:
+def save_and_verify(model, source, output: Path, ids: torch.Tensor, dtype: torch.dtype) -> None:
     """Save the memory alone, load it into a fresh model, and take it out again.
 
     Raises:
         SystemExit: logits or weights are not what they were.
     """
-    save_engram(model, arguments.output)
-    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
-    print(f"saved the memory alone in {arguments.output}, {size / 1e6:.0f} MB")
-    fresh = load_base(source, arguments.dtype)
+    save_engram(model, output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"saved the memory alone in {output}, {size / 1e6:.0f} MB")
+    fresh = load_base(source, dtype)
     base_logits, logits = logits_of(fresh, ids), logits_of(model, ids)
-    load_engram(fresh, arguments.output, device_map={"...table": "disk"})
+    load_engram(fresh, output, device_map={"...table": "disk"})
     check("loaded into a fresh model, tables on disk: same logits", torch.equal(logits_of(fresh, ids), logits))
     with disable_engram(model):
         check("memory disabled: the logits of the base", torch.equal(logits_of(model, ids), base_logits))
@@ -208,9 +207,10 @@ def run(arguments: argparse.Namespace) -> None:
     set_seed(arguments.seed)
 
     with stage("Model", seconds_of_stage):
+        dtype = DTYPES[arguments.dtype] if arguments.dtype else fastest_dtype()
         source = fetch_smollm() if arguments.model is None else arguments.model
-        tokenizer, base = load_tokenizer(source), load_base(source, arguments.dtype)
-        print(f"{type(base).__name__} from {source}, {base.num_parameters():,} parameters in {arguments.dtype}")
+        tokenizer, base = load_tokenizer(source), load_base(source, dtype)
+        print(f"{type(base).__name__} from {source}, {base.num_parameters():,} parameters, {base.dtype}")
 
     with stage("Text", seconds_of_stage):
         try:
@@ -232,7 +232,7 @@ def run(arguments: argparse.Namespace) -> None:
     with stage("A memory is added", seconds_of_stage):
         model = freeze_backbone(add_engram(base, make_config(arguments, base), tokenizer))
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        in_tables = sum(table.num_rows * table.head_dim for table in model.engram_tables())
+        in_tables = sum(table.rows * table.head_dim for table in model.engram_tables())
         print(f"{trainable:,} parameters that learn, {in_tables:,} of them in tables")
         check("untrained memory: the logits of the base", torch.equal(logits_of(model, held_out.ids[:2]), base_logits))
 
@@ -268,7 +268,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"before: {before!r}\nafter:  {continuation(model, tokenizer, arguments.prompt)!r}")
 
     with stage("Saved, loaded and removed", seconds_of_stage):
-        save_and_verify(model, source, arguments, held_out.ids[:2])
+        save_and_verify(model, source, arguments.output, held_out.ids[:2], dtype)
 
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
     print(f"{sum(seconds_of_stage.values()):.0f} seconds in all")

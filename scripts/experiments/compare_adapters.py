@@ -45,7 +45,7 @@ from helpers.added_recipe import (
     SEQ_LENGTH,
     STEPS,
     HeldOut,
-    best_dtype,
+    fastest_dtype,
     held_out_text,
     load_base,
     load_tokenizer,
@@ -178,7 +178,7 @@ def run_once(arguments: argparse.Namespace) -> dict[str, float]:
     train, held_out = prepare_text(tokenizer, None, held_out_rows=arguments.held_out_rows)
     others = {"own chats": HeldOut(*torch.load(arguments.chats)), "code": held_out_code(tokenizer, arguments)}
     set_seed(arguments.seed)
-    model = load_base(source, best_dtype()).requires_grad_(False)
+    model = load_base(source, getattr(torch, arguments.dtype)).requires_grad_(False)
     found: dict[str, float] = {}
     if arguments.way == BASE:
         found["parameters of attention"] = parameters_of_attention(model)
@@ -212,10 +212,10 @@ def held_out_code(tokenizer, arguments: argparse.Namespace) -> HeldOut:
 
 
 @torch.no_grad()
-def write_chats(path: Path) -> None:
+def write_chats(path: Path, dtype: torch.dtype) -> None:
     """Let the base answer chat prompts, and keep prompt and answer as rows of text."""
     source = fetch_smollm()
-    tokenizer, model = load_tokenizer(source), load_base(source, best_dtype())
+    tokenizer, model = load_tokenizer(source), load_base(source, dtype)
     tokenizer.padding_side = "left"
     set_seed(0)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -248,6 +248,7 @@ def start(way: str, seed: int, rate: float, rank: int, arguments: argparse.Names
         "held-out-rows": arguments.held_out_rows,
         "other-rows": arguments.other_rows,
         "threads": arguments.threads,
+        "dtype": arguments.dtype,
         "chats": chats,
     }
     command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in given.items())]
@@ -261,7 +262,7 @@ def start(way: str, seed: int, rate: float, rank: int, arguments: argparse.Names
 
 
 def compare(arguments: argparse.Namespace, chats: Path) -> list[Table]:
-    write_chats(chats)
+    write_chats(chats, getattr(torch, arguments.dtype))
     base = start(BASE, arguments.seeds[0], 0.0, 0, arguments, chats)
     runs: dict[str, list[dict[str, float]]] = {}
     chosen: dict[str, float] = {}
@@ -333,6 +334,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of each run (default: as torch chooses)"
     )
+    parser.add_argument("--dtype", help="of the frozen model (default: what this machine computes fastest)")
     add_results_argument(parser)
     # Of one run.
     for name in ("--way", "--chats"):
@@ -347,9 +349,10 @@ def main() -> None:
     if arguments.way is not None:
         print(json.dumps(run_once(arguments)))
         return
+    arguments.dtype = arguments.dtype or str(fastest_dtype()).removeprefix("torch.")
     tokens = arguments.steps * ROWS_PER_STEP * SEQ_LENGTH
     fewer = f" This run has {arguments.steps} steps in place of {STEPS}." if arguments.steps < STEPS else ""
-    text = f"{about(__doc__)}\n\n{tokens:,} tokens a run, {len(arguments.seeds)} seeds.{fewer}"
+    text = f"{about(__doc__)}\n\n{tokens:,} tokens a run, {len(arguments.seeds)} seeds, the base in {arguments.dtype}.{fewer}"
     results = Results("A memory beside LoRA and biases", text)
     folder = Path("output/compare-adapters")
     folder.mkdir(parents=True, exist_ok=True)
