@@ -12,6 +12,7 @@ memory alone, loads it into a fresh model with its tables on disk, and checks th
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from helpers.results import Results, Table, about
 from helpers.smollm import fetch_smollm
 from helpers.text import DATASET_HELP
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from engram_hf import (
     EngramConfig,
@@ -186,10 +188,10 @@ def print_gates(gates: list[dict[int, torch.Tensor]], ids: torch.Tensor, tokeniz
             print(f"{gate:12.3f}  {tokenizer.decode(ngram)!r}")
 
 
-def table_of(losses: dict[str, torch.Tensor], held_out: HeldOut, base: str) -> Table:
+def table_of(losses: dict[str, torch.Tensor], held_out: HeldOut, note: str) -> Table:
     rows = []
     for name, of_rows in losses.items():
-        mean, low, high = interval(of_rows - losses[base], held_out.documents)
+        mean, low, high = interval(of_rows - losses["base"], held_out.documents)
         rows.append([name, float(of_rows.mean()), mean, low, high])
     columns = {
         "model": "",
@@ -198,12 +200,12 @@ def table_of(losses: dict[str, torch.Tensor], held_out: HeldOut, base: str) -> T
         "95% interval, from": "+.4f",
         "to": "+.4f",
     }
-    return Table(columns, rows)
+    return Table(columns, rows, note=note)
 
 
 def run(arguments: argparse.Namespace) -> None:
     seconds_of_stage: dict[str, float] = {}
-    results = Results("A memory added to SmolLM2-135M-Instruct", about(__doc__))
+    results = Results(f"A memory added to {arguments.model or 'SmolLM2-135M-Instruct'}", about(__doc__))
     set_seed(arguments.seed)
 
     with stage("Model", seconds_of_stage):
@@ -218,10 +220,11 @@ def run(arguments: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             raise SystemExit(f"--dataset: {error}") from error
         trained_tokens = arguments.steps * arguments.batch_size * arguments.seq_length
-        print(
+        sizes = (
             f"{trained_tokens:,} tokens to train on, of {len(train) * arguments.seq_length:,}; "
             f"{held_out.predicted_tokens:,} held out, of {len(set(held_out.documents))} other documents"
         )
+        print(sizes)
 
     with stage("The base, before there is a memory", seconds_of_stage):
         losses = {"base": losses_of_rows(base, held_out, "base")}
@@ -264,7 +267,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"lost by reading other ids    {shown(*lost)}")
         print_gates(gates, held_out.ids, tokenizer, model.get_decoder().engram["default"].token_map)
 
-    with stage(f"How the model goes on after {arguments.prompt!r}", seconds_of_stage):
+    with stage("How the model goes on", seconds_of_stage):
         print(f"before: {before!r}\nafter:  {continuation(model, tokenizer, arguments.prompt)!r}")
 
     with stage("Saved, loaded and removed", seconds_of_stage):
@@ -273,13 +276,17 @@ def run(arguments: argparse.Namespace) -> None:
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
     print(f"{sum(seconds_of_stage.values()):.0f} seconds in all")
     if arguments.results is not None:
-        results.tables = [table_of(losses, held_out, "base")]
+        note = f"Nats per token. {sizes}. Lost by reading other ids: {shown(*lost)}. Seed {arguments.seed}."
+        results.tables = [table_of(losses, held_out, note)]
         results.write(arguments.results)
 
 
 def main() -> None:
     arguments = parse_arguments()
     threads = choose_threads()
+    if not sys.stderr.isatty():
+        # A bar in a log file is noise.
+        disable_progress_bar()
     try:
         refuse_folder(arguments)
         if arguments.model is not None:

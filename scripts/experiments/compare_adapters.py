@@ -270,7 +270,7 @@ def compare(arguments: argparse.Namespace, chats: Path) -> list[Table]:
     rank = 1
     for way in (MEMORY, LORA, SMALL_LORA, BIAS, BOTH):
         of_rates = {}
-        for rate in RATES[way]:
+        for rate in RATES[way][1:2] if arguments.untuned else RATES[way]:
             of_rates[rate] = start(way, arguments.seeds[0], rate, rank, arguments, chats)
             tried.append([way, rate, of_rates[rate]["held-out"]])
         chosen[way] = min(of_rates, key=lambda rate: of_rates[rate]["held-out"])
@@ -280,7 +280,8 @@ def compare(arguments: argparse.Namespace, chats: Path) -> list[Table]:
     for seed in arguments.seeds[1:]:
         for way in runs:
             runs[way].append(start(way, seed, chosen[way], rank, arguments, chats))
-    return [table_of(base, runs, chosen, rank), Table({"way": "", "rate": "g", "held-out loss": ".4f"}, tried, "Rates")]
+    rates = Table({"way": "", "rate": "g", "held-out loss": ".4f"}, tried, "Learning rates on the first seed")
+    return [table_of(base, runs, chosen, rank), rates]
 
 
 def table_of(base: dict, runs: dict[str, list[dict]], chosen: dict[str, float], rank: int) -> Table:
@@ -288,7 +289,7 @@ def table_of(base: dict, runs: dict[str, list[dict]], chosen: dict[str, float], 
         "way": "",
         "rate": "g",
         "parameters that learn": ",",
-        "touched in a step": ",",
+        "numbers in the rows that a step touches": ",",
         "held-out loss, mean": ".4f",
         "lowest to highest": "",
         "to the base": "+.4f",
@@ -297,7 +298,7 @@ def table_of(base: dict, runs: dict[str, list[dict]], chosen: dict[str, float], 
         "ms/step": ",.0f",
         "peak MiB": ",.0f",
     }
-    rows = [[BASE, None, 0, 0, base["held-out"], "", 0.0, 0.0, 0.0, None, None]]
+    rows = [[BASE, None, 0, None, base["held-out"], "", 0.0, 0.0, 0.0, None, None]]
     for way, found in runs.items():
         mean = {name: statistics.mean(each[name] for each in found) for name in found[0]}
         losses = [each["held-out"] for each in found]
@@ -308,7 +309,7 @@ def table_of(base: dict, runs: dict[str, list[dict]], chosen: dict[str, float], 
                 name,
                 chosen[way],
                 dense,
-                round(mean["touched"]) if mean["touched"] else dense,
+                round(mean["touched"]) or None,
                 mean["held-out"],
                 f"{min(losses):.4f} to {max(losses):.4f}",
                 *(mean[text] - base[text] for text in ("held-out", "own chats", "code")),
@@ -316,10 +317,7 @@ def table_of(base: dict, runs: dict[str, list[dict]], chosen: dict[str, float], 
                 mean["peak"],
             ]
         )
-    note = (
-        f"The base has {base['own chats']:.3f} on its own chats and {base['code']:.3f} on code. What a memory touches "
-        "are distinct rows times their width, without its projections."
-    )
+    note = f"The base has {base['own chats']:.3f} on its own chats and {base['code']:.3f} on code."
     return Table(columns, rows, note=note)
 
 
@@ -334,6 +332,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of each run (default: as torch chooses)"
     )
+    parser.add_argument("--untuned", action="store_true", help="take the middle one of the learning rates of each way")
     parser.add_argument("--dtype", help="of the frozen model (default: what this machine computes fastest)")
     add_results_argument(parser)
     # Of one run.
@@ -352,8 +351,9 @@ def main() -> None:
     arguments.dtype = arguments.dtype or str(fastest_dtype()).removeprefix("torch.")
     tokens = arguments.steps * ROWS_PER_STEP * SEQ_LENGTH
     fewer = f" This run has {arguments.steps} steps in place of {STEPS}." if arguments.steps < STEPS else ""
-    text = f"{about(__doc__)}\n\n{tokens:,} tokens a run, {len(arguments.seeds)} seeds, the base in {arguments.dtype}.{fewer}"
-    results = Results("A memory beside LoRA and biases", text)
+    fewer += " Learning rates were not tried: each way has the middle one of its list." if arguments.untuned else ""
+    size = f"{tokens:,} tokens a run, {len(arguments.seeds)} seeds, the base in {arguments.dtype}.{fewer}"
+    results = Results("A memory beside LoRA and biases", f"{about(__doc__)}\n\n{size}")
     folder = Path("output/compare-adapters")
     folder.mkdir(parents=True, exist_ok=True)
     results.tables = compare(arguments, folder / "chats.pt")
