@@ -5,6 +5,7 @@
 It takes a minute. Every number is a count of ways of running a model; see tests/adapters/test_parity.py.
 """
 
+import argparse
 import datetime
 import logging
 import re
@@ -56,6 +57,8 @@ def table() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     text = GUIDE.read_text(encoding="utf-8")

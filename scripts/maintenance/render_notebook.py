@@ -5,6 +5,7 @@
 Commands of a shell become cells that begin with `!`. The table of architectures is left out.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -39,5 +40,11 @@ def notebook() -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     NOTEBOOK.write_text(notebook(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -331,7 +331,8 @@ def _add_lacking(estimate: MemoryEstimate, limits: Mapping) -> None:
 
 def _nbytes(name: str, tensor: torch.Tensor, model: PreTrainedModel) -> int:
     """Bytes of a tensor as `from_pretrained` loads it: some stay in single precision, whatever the `dtype`."""
-    is_single = tensor.is_floating_point() and any(part in name for part in model._keep_in_fp32_modules_strict or ())
+    single = model._keep_in_fp32_modules_strict or ()
+    is_single = tensor.is_floating_point() and any(part.removeprefix(".*") in name for part in single)
     return max(tensor.nbytes, tensor.numel() * 4) if is_single else tensor.nbytes
 
 

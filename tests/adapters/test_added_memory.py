@@ -9,7 +9,16 @@ import torch
 from architectures import draw, memory_layers, tiny_backbone, tiny_memory, with_memory
 from naive import naive_memory, naive_row_ids
 from test_public_names import smoothed
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.cache_utils import DynamicCache
 
 from engram_hf import (
@@ -312,7 +321,7 @@ def test_what_cannot_be_exact_is_refused():
     for name in ("a.b", "keys", ""):
         with pytest.raises(ValueError, match="A memory's name is letters"):
             add_engram(model, tiny_memory(), name=name)
-    with pytest.raises(ValueError, match=r"keeps its state in a transformers Cache, and cache.* is a list"):
+    with pytest.raises(ValueError, match=r"keeps its state in a transformers Cache, and \w+ is a list"):
         model.model(some_ids(), **{CACHE_NAME: [1]})
     with pytest.raises(ValueError, match="added to a model of transformers"):
         add_engram(torch.nn.Linear(2, 2), tiny_memory())
@@ -397,3 +406,45 @@ def test_defaults_of_a_model_have_as_many_parameters_as_asked(parameters):
     assert parameters * 0.95 <= total <= parameters
     with pytest.raises(ValueError, match="is too small for 32 hash heads"):
         EngramConfig.for_model(model, table_parameters=100)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: MiniMaxForCausalLM(small_config(MiniMaxConfig)), "cache is not a transformers Cache"),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            "it has an encoder",
+        ),
+    ],
+)
+def test_architectures_whose_state_has_no_place_are_refused(model, why):
+    with pytest.raises(ValueError, match=f"would decode wrongly, because .*{why}"):
+        add_engram(model(), tiny_memory(layer_ids=[0]))
+
+
+def small_config(config_class):
+    return config_class(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8
+    )
+
+
+def test_continuous_batching_is_refused_and_back_without_the_memory():
+    model = tiny_backbone("llama")
+    assert hasattr(model, "init_continuous_batching")
+    with_memory(model)
+    assert not hasattr(model, "init_continuous_batching")
+    with pytest.raises(NotImplementedError, match="Continuous batching is not supported"):
+        model.generate_batch([[5, 6]])
+    remove_engram(model)
+    assert hasattr(model, "init_continuous_batching")
+
+
+def test_each_residual_stream_has_a_gate():
+    model, ids = with_memory(tiny_backbone("deepseek_v4")), some_ids()
+    with record_gates(model) as gates:
+        model(ids)
+    assert [gates[0][layer].shape for layer in (0, 2)] == [(2, 9, 2)] * 2
+    assert not torch.equal(gates[0][0][..., 0], gates[0][0][..., 1])

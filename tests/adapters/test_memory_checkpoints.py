@@ -146,6 +146,11 @@ def test_a_plan_is_what_loading_takes(tmp_path, model_type):
         nbytes = sum(t.nbytes for n, t in rest.items() if ".table." not in n)
         assert estimate.backbone == {"cpu": nbytes}
         assert estimate.step["cpu"] > 0
+    estimate = estimate_memory(tmp_path, "cpu", "bfloat16")
+    loaded = load(tmp_path, dtype=torch.bfloat16)
+    rest = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    in_memory = sum(t.nbytes for n, t in rest.items() if ".table." not in n and t.is_floating_point())
+    assert estimate.backbone["cpu"] == pytest.approx(in_memory, abs=64)
 
 
 def test_both_forms_are_pushed_with_a_card_and_loaded_from_the_hub(tmp_path, hub, tokenizer):

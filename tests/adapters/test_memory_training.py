@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import transformers
 from architectures import draw, memory_layers, tiny_backbone, tiny_memory, with_memory
 from datasets import Dataset
 from dense_rows import DenseReference
+from packaging.version import Version
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import AutoModelForCausalLM, CompileConfig, Trainer, TrainingArguments
@@ -34,6 +36,8 @@ from engram_hf.modeling.modeling_engram_moe import CACHE_NAME
 # So many rows that a few steps touch less than half of a block.
 ROWS = {"vocab_size": 2003, "block_elements": 20_000}
 EAGER = {"attn_implementation": "eager"}
+# Releases that checkpoint layers together with their hooks.
+IS_OLD = Version(transformers.__version__) < Version("5.24")
 TIERS = {"resident": None, "host": {"": "cpu", "...table": "host"}, "disk": {"": "cpu", "...table": "disk"}}
 
 
@@ -158,6 +162,11 @@ def test_gradient_checkpointing_changes_no_gradient(model_type, is_frozen, use_r
             freeze_backbone(model)
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        if checkpoints and model_type == "falcon" and IS_OLD:
+            # The memory's hook would run again in a backward, outside of the model.
+            with pytest.raises(RuntimeError, match="was called outside of its model"):
+                model(some_ids(), labels=some_ids()).loss.backward()
+            return
         model(some_ids(), labels=some_ids()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

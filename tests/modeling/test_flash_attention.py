@@ -53,7 +53,9 @@ def calls(monkeypatch) -> list[str]:
 def models(request):
     """The same model with SDPA, which other tests prove, and with flash attention; or a Llama with an added memory."""
     if request.param == "llama":
-        sdpa, flash = (with_memory(tiny_backbone("llama", attn_implementation="sdpa")) for _ in range(2))
+        sdpa, flash = (
+            with_memory(tiny_backbone("llama", attn_implementation="sdpa", num_key_value_heads=4)) for _ in range(2)
+        )
     else:
         sdpa, flash = (tiny_model(shaped_config(request.param)) for _ in range(2))
     flash.config._attn_implementation = "flash_attention_2"

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from architectures import draw, tiny_backbone, tiny_memory
 from extra import needs
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engram_hf import add_engram
 
 
 needs("fastapi", "uvicorn", "openai")
@@ -133,3 +136,21 @@ def test_continuous_batching_is_left_for_one_request_after_another(checkpoint, r
             assert list(threads.map(lambda question: ask(client, checkpoint, question), QUESTIONS)) == reference[0]
         assert not read_by_rows(pid)
     assert "does not support continuous batching. Falling back to sequential generation" in log.read_text()
+
+
+def test_a_model_with_an_added_memory_answers_as_generate_does(checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    backbone = tiny_backbone(
+        "llama", vocab_size=len(tokenizer), attn_implementation="sdpa", max_position_embeddings=512
+    )
+    model = add_engram(backbone, tiny_memory(compressed_vocab_size="auto"), tokenizer)
+    folder = tmp_path / "added"
+    draw(model, 1, "default").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": "user", "content": QUESTIONS[1]}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    generated = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    expected = tokenizer.decode(generated, skip_special_tokens=True)
+    with serving(folder, tmp_path / "log", TRANSFORMERS, "--device", "cpu+disk") as (client, pid):
+        assert ask(client, folder, QUESTIONS[1]) == expected
+        assert read_by_rows(pid) == {path.name for path in folder.glob("tables-*")}

@@ -197,7 +197,6 @@ def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
         module = model.get_decoder()
         lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
         found = [(n, m) for n, m in lists if len(m) == count and not re.search(r"\.\d+\.", f".{n}.")]
-        found = found[:1] if len({n.count(".") for n, _ in found}) == 1 and len(found) == 1 else found
     if len(found) != 1 or not isinstance(found[0][1], nn.ModuleList):
         looked_at = ", ".join(f"{n} ({len(m)})" for n, m in module.named_modules() if isinstance(m, nn.ModuleList))
         raise ValueError(

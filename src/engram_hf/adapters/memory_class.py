@@ -30,6 +30,7 @@ from ..modeling.disk_safetensors import read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.memory_model import Memory, ModelWithTables
+from ..modeling.modeling_engram_moe import WithoutContinuousBatching
 from .memory_config import MemoryOfModel
 from .memory_files import MODEL_TYPE, Description, check_tensors
 from .memory_hooks import (
@@ -133,7 +134,7 @@ def loading(description: Description) -> Iterator[None]:
         _DESCRIPTION.reset(token)
 
 
-class ModelWithMemory(ModelWithTables):
+class ModelWithMemory(WithoutContinuousBatching, ModelWithTables):
     """Part of a model that a memory was added to: what any model with tables can do."""
 
     # The modeling code of this package runs an EngramMoE. A model with an added memory needs the package.
@@ -158,13 +159,12 @@ class ModelWithMemory(ModelWithTables):
             view = MemoryOfModel(memory_config, facts)
             made = {i: build_layer(view, layers[i], i) for i in memory_config.layer_ids}
             attach(whole, decoder, AddedMemory(facts, module), each, NgramHash(view), made)
-            # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type.
-            parts = {f"engram.{each}.{part}" for part, _ in next(iter(made.values())).named_children()}
-            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *parts - {f"engram.{each}.table"}}
-            self._keep_in_fp32_modules_strict = {
-                *(self._keep_in_fp32_modules_strict or ()),
-                *self._keep_in_fp32_modules,
-            }
+            # Whatever the type of the backbone, and however it is quantized, a memory keeps its own type. Quantizers
+            # match these from the beginning of a name.
+            parts = [part for part, _ in next(iter(made.values())).named_children() if part != "table"]
+            own = {f".*engram.{each}.{part}" for part in parts}
+            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *own}
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *own}
         cast(AddedMemory, module.engram).active = description.active
 
     def engram_memory(self) -> Memory:
@@ -188,7 +188,7 @@ class ModelWithMemory(ModelWithTables):
         for view in self._views():
             view.engram_table_dtype = table_dtype or view.engram_table_dtype
 
-    def description(self) -> "Description":
+    def engram_description(self) -> "Description":
         """What a config.json says of the memories."""
         memory = cast(AddedMemory, decoder_of(cast(nn.Module, self)).engram)
         configs = {name: memory.config(name) for name in memory}
@@ -205,7 +205,7 @@ class ModelWithMemory(ModelWithTables):
             # Not in the backbone's part: transformers looks for parts with the type that it is told to load.
             "backbone_model_type": backbone.pop("model_type"),
             "backbone": backbone,
-            "engram": self.description().to_dict(),
+            "engram": self.engram_description().to_dict(),
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
         (folder / CODE_FILE).write_text(CODE)
@@ -298,6 +298,8 @@ class EngramMemoryConfig(PreTrainedConfig):
         found, unused = CONFIG_MAPPING[str(kind)].from_dict(backbone, return_unused_kwargs=True, **kwargs)
         Description.from_dict(content.get("engram"), str(where))
         config = cls(backbone=found, engram=content["engram"], architectures=content.get("architectures"))
+        if "auto_map" in content:
+            config.auto_map = content["auto_map"]
         return (config, unused) if wants_unused else config
 
     def get_text_config(self, *args, **kwargs):
@@ -317,6 +319,10 @@ class EngramMemoryModel:
     config_class = EngramMemoryConfig
     _auto_class = None
     _stock_classes = MODEL_MAPPING
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Called by Auto classes that `trust_remote_code` brings here. A save writes the whole `auto_map` anyway."""
 
     @classmethod
     def class_of(cls, config: EngramMemoryConfig) -> type[PreTrainedModel]:

@@ -31,6 +31,7 @@ from ..modeling.memory_layer import (
     keep_ids,
     memory_cache_layer,
 )
+from ..modeling.modeling_engram_moe import refuse_other_engines
 from .memory_config import EngramConfig, MemoryOfModel, ModelFacts
 
 
@@ -176,6 +177,7 @@ def end_step(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
 
 def _read_tokens(decoder: nn.Module, memory: AddedMemory, kwargs: dict, token_ids: torch.Tensor | None) -> Step:
     """The step of a forward with these arguments. Documents of a packed row are kept apart as in EngramMoE."""
+    refuse_other_engines(decoder.config)
     name = cast(str, memory.active)
     input_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     cache = find_cache(kwargs)
@@ -254,31 +256,29 @@ def _mask_of_tokens(
     mask: Any, seq: int, cache: Cache | None, past_seen: Any, view: MemoryOfModel
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """As `tokens_under_mask`, of any mask that `generate` or a caller may give."""
-    past = 0 if past_seen is None else past_seen
+    masks = mask if isinstance(mask, dict) else {"sliding_attention": mask}
     if not isinstance(mask, dict):
-        furthest = max(view.engram_max_ngram_size - 1, view.engram_conv_reach)
         is_wide = mask is not None and mask.ndim == 4
-        is_sliding = is_wide and cache is not None and bool(cache.layers) and all(_slides(cache))
-        if not is_sliding:
-            return tokens_under_mask(mask, seq, past, furthest)
-        masks = {"sliding_attention": mask}
-    else:
-        masks = mask
-    # Masks that `generate` has prepared, by layer type. They hide padding, and what is outside of a window or a chunk.
-    # None hides nothing.
-    if any(isinstance(each, torch.Tensor) and each.ndim == 2 for each in masks.values()):
-        return next(each for each in masks.values() if isinstance(each, torch.Tensor) and each.ndim == 2)[
-            :, -seq:
-        ], None
+        if not (is_wide and cache is not None and cache.layers and all(_slides(cache))):
+            furthest = max(view.engram_max_ngram_size - 1, view.engram_conv_reach)
+            return tokens_under_mask(mask, seq, past_seen, furthest)
+    # Masks that `generate` has prepared, by layer type, or the one mask of a model whose layers all keep a window. They
+    # hide padding, and what is outside of a window or a chunk. None hides nothing.
+    of_padding = [each for each in masks.values() if isinstance(each, torch.Tensor) and each.ndim == 2]
+    if of_padding:
+        return tokens_under_mask(of_padding[0], seq, past_seen, 0)
     if "full_attention" in masks or any(each is None for each in masks.values()):
-        kind, offset = "full_attention", 0
+        chosen, offset = masks.get("full_attention"), 0
     else:
-        kind = next(iter(masks))
-        number = next((i for i, slides in enumerate(_slides(cache)) if slides), 0) if cache is not None else 0
-        offset = 0 if cache is None else cache.get_mask_sizes(seq, number)[1]
-    if masks.get(kind) is None:
-        return None, None
-    return tokens_under_mask(masks[kind], seq, past - offset, 0)[0], None
+        chosen, offset = next(iter(masks.values())), 0
+        if cache is not None:
+            sliding = next((number for number, slides in enumerate(_slides(cache)) if slides), 0)
+            offset = cache.get_mask_sizes(seq, sliding)[1]
+    return (
+        (None, None)
+        if chosen is None
+        else (tokens_under_mask(chosen, seq, (0 if past_seen is None else past_seen) - offset, 0)[0], None)
+    )
 
 
 def _slides(cache: Cache) -> list[bool]:
@@ -310,7 +310,7 @@ def read_memory(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
     if step is None:
         raise RuntimeError(
             f"{type(layer).__name__} was called outside of its model, so its memory does not know the tokens. Call the "
-            "model, and checkpoint activations with model.gradient_checkpointing_enable()."
+            "model itself. To checkpoint its activations, use transformers 5.24 and its own gradient checkpointing."
         )
     memories = layer._modules.get("engram")
     if step.memory_name is None or memories is None or step.memory_name not in cast(nn.ModuleDict, memories):

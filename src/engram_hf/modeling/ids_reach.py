@@ -143,13 +143,13 @@ def _restarts_beside_padding(position_ids: torch.Tensor, attention_mask: torch.T
 
 
 def tokens_under_mask(
-    mask: torch.Tensor | BlockMask | None, seq: int, past_seen: int | torch.Tensor, furthest: int
+    mask: torch.Tensor | BlockMask | None, seq: int, past_seen: int | torch.Tensor | None, furthest: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What a mask of any kind says of the tokens of a forward.
 
     Args:
         mask: (batch, at least seen), 0 for padding; or as in `reach_under_mask`; None hides nothing.
-        seq, past_seen, furthest: as in `reach_under_mask`.
+        seq, past_seen, furthest: as in `reach_under_mask`; None for a cache that does not count its tokens.
 
     Returns:
         (batch, seq), 0 for padding, and (batch, seq) how many tokens directly before it each sees; None for all.
@@ -160,12 +160,14 @@ def tokens_under_mask(
     if mask is None:
         return None, None
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        if not isinstance(past_seen, torch.Tensor):
-            return mask[:, -seq:], None
         # Beside a static cache a mask may be as wide as the cache.
-        columns = torch.arange(seq, device=mask.device) + past_seen.to(mask.device)
-        return mask.gather(1, columns.expand(len(mask), -1)), None
-    return reach_under_mask(mask, seq, past_seen, furthest)
+        if isinstance(past_seen, torch.Tensor):
+            columns = torch.arange(seq, device=mask.device) + past_seen.to(mask.device)
+            return mask.gather(1, columns.expand(len(mask), -1)), None
+        if past_seen is not None and mask.shape[1] > past_seen + seq:
+            return mask[:, past_seen : past_seen + seq], None
+        return mask[:, -seq:], None
+    return reach_under_mask(mask, seq, 0 if past_seen is None else past_seen, furthest)
 
 
 def reach_under_mask(

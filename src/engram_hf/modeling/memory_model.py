@@ -561,7 +561,13 @@ class ModelWithTables:
                 remove_marker(folder)
             if with_code:
                 save_code(stage)
-            super().save_pretrained(stage, True, backbone, False, **shared)
+            ignored = self._keys_to_ignore_on_save
+            # Of a quantized model transformers takes all tensors, whatever it is given.
+            self._keys_to_ignore_on_save = {*(ignored or ()), *names}
+            try:
+                super().save_pretrained(stage, True, backbone, False, **shared)
+            finally:
+                self._keys_to_ignore_on_save = ignored
             if not with_code:
                 remove_code(stage)
             self._describe_memory(stage)

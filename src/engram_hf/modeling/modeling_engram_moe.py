@@ -404,9 +404,8 @@ def refuse_other_engines(config) -> None:
 
 
 NOT_PAGED = (
-    "Continuous batching is not supported. The pages of transformers hold keys and values of one shape. DeepSeek's "
-    "attention keeps compressed keys, which do not fit, and a memory keeps the last ids, which have no pages. Call "
-    "generate with a batch of prompts padded on the left: it gives what each gives alone."
+    "Continuous batching is not supported. The pages of transformers hold keys and values, and a memory keeps the last "
+    "ids, which have no pages. Call generate with a batch of prompts padded on the left: each is answered as alone."
 )
 
 
