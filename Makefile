@@ -17,7 +17,7 @@ FAST := tests/test_import_order.py tests/test_public_names.py tests/test_plannin
 	tests/modeling/test_table.py tests/modeling/test_outputs.py tests/checkpoints/test_inspecting.py \
 	tests/training/test_row_rules.py tests/training/test_balancing.py
 
-.PHONY: help install demo style check test-fast test test-all test-tools bench gpu gpu-wheels
+.PHONY: help install demo demo-any style check test-fast test test-all test-tools bench gpu gpu-wheels
 
 help: ## print the verbs
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 
 demo: install ## train a small model in about two minutes and show what its memory does
 	$(BIN)/python scripts/train_tiny.py
+
+demo-any: install ## add a memory to a pretrained model of 135 million parameters: under eight minutes
+	$(BIN)/python scripts/add_memory.py --overwrite
 
 style: install ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -13,12 +13,10 @@ import os
 import platform
 import shlex
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset
-from helpers.console import choose_threads
+from helpers.console import choose_threads, stage
 from helpers.folders import refuse_used
 from helpers.memory_probes import probe, silence_memory, strongest_ngrams
 from helpers.text import DATASET_HELP
@@ -41,14 +39,6 @@ COMMAND = "python scripts/train_tiny.py"
 PROMPT = "def __init__(self"
 # Enough for two digits of the loss; every pass over them takes about two seconds.
 HELD_OUT_ROWS = 128
-
-
-@contextmanager
-def stage(name: str, seconds_of_stage: dict[str, float]):
-    print(f"\n== {name}", flush=True)
-    start = time.perf_counter()
-    yield
-    seconds_of_stage[name] = time.perf_counter() - start
 
 
 def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]) -> None:

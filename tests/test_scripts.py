@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engram_hf import verify_tables
 
@@ -72,6 +72,22 @@ def text(tmp_path) -> Path:
     path = tmp_path / "notes.txt"
     path.write_text("".join(f"{number} is a number. " for number in range(1000)))
     return path
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer) -> Path:
+    """A folder with a stock model without a memory, and its tokenizer."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -225,6 +241,60 @@ def test_the_demo_replaces_its_own_earlier_model(run, tmp_path, capsys):
     drawn = [name for name in states[0] if "embed_tokens" in name or ".table." in name]
     assert len(drawn) > 1 and not any(torch.equal(states[0][name], states[1][name]) for name in drawn)
     assert verify_tables(tmp_path / "tiny")
+
+
+def test_a_memory_is_added_learns_and_survives_a_save_while_the_base_stays(run, base, text, tmp_path, capsys):
+    before = contents(base)
+    arguments = ["--model", base, "--dataset", text, "--output", tmp_path / "memory", "--results", tmp_path]
+    sizes = ["--rows", 500, "--head-dim", 8, "--seq-length", 16, "--steps", 40, "--learning-rate", 2e-2]
+    run("add_memory.py", *arguments, *sizes)
+    told = capsys.readouterr().out
+    assert len(re.findall("^ok  ", told, re.MULTILINE)) == 5 and "opens widest after" in told
+    (table,) = json.loads((tmp_path / "add_memory.json").read_text())["tables"]
+    losses = {row[0]: row[1:] for row in table["rows"]}
+    assert losses["memory disabled"][1:] == [0.0, 0.0, 0.0]
+    for name in ("with the memory", "reading other ids"):
+        loss, difference, low, high = losses[name]
+        assert low <= difference <= high and abs(losses["base"][0] + difference - loss) < 1e-4
+    assert losses["with the memory"][3] < -0.1 and losses["with the memory"][0] < losses["reading other ids"][0]
+    assert contents(base) == before
+    with pytest.raises(SystemExit, match="memory holds a memory or a model; name another folder, or add --overwrite"):
+        run("add_memory.py", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--model", "nope"], "^nope is no folder, and no repository .*"),
+        (["--layers", "7"], "layer_ids"),
+        (["--dataset", "nope.txt"], "--dataset: .*no file or folder"),
+    ],
+)
+def test_adding_a_memory_that_cannot_be_says_why(run, base, text, tmp_path, monkeypatch, changes, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=told):
+        run("add_memory.py", "--model", base, "--dataset", text, "--output", "memory", *changes)
+    assert not (tmp_path / "memory").exists()
+
+
+def test_copied_paragraphs_are_not_held_out(script):
+    module = script("helpers.text")
+    line = "a line that is long enough to be found again"
+    train = [("one", f"{line}\nand more\n\nshort")]
+    held_out = [("two", f"new\n\n  {line}\nbut different\n\nshort\n\nshort, new"), ("three", "short")]
+    assert module.drop_copied(held_out, train) == [("two", "new\n\nshort, new")]
+
+
+def test_an_interval_draws_whole_documents(script):
+    recipe = script("helpers.added_recipe")
+    generator = torch.Generator().manual_seed(0)
+    of_documents = torch.randn(50, generator=generator)
+    differences, names = of_documents.repeat_interleave(20), [f"{i}" for i in range(50) for _ in range(20)]
+    mean, low, high = recipe.interval(differences, names)
+    # As wide as that of 50 numbers, and not of 1,000.
+    half = 1.96 * float(of_documents.std()) / 50**0.5
+    assert abs(mean - float(of_documents.mean())) < 1e-6
+    assert 0.85 * half < mean - low < 1.15 * half and 0.85 * half < high - mean < 1.15 * half
 
 
 def test_threads_leave_busy_cores_to_other_programs(script, monkeypatch):

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -30,6 +31,15 @@ def choose_threads() -> int:
         busy = math.floor(os.getloadavg()[0] + 0.5) if hasattr(os, "getloadavg") else 0
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - busy)))
     return torch.get_num_threads()
+
+
+@contextmanager
+def stage(name: str, seconds_of_stage: dict[str, float]):
+    """A part of a script: its name as a heading, and afterwards how long it took."""
+    print(f"\n== {name}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds_of_stage[name] = time.perf_counter() - start
 
 
 class OneLineCallback(TrainerCallback):

@@ -4,11 +4,13 @@ The text differs between releases of Python, so compare losses only of runs on t
 held out, never parts of a document that is trained on.
 """
 
+import ast
 import sysconfig
 from itertools import chain, islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import torch
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -25,6 +27,8 @@ MAX_CHARACTERS = 20_000_000
 # enough documents are left to hold one out.
 DOCUMENT_CHARACTERS = 8_000
 HELD_OUT_EVERY = 16
+# A line of this length or more that stands in two texts was copied.
+COPIED_LINE_CHARACTERS = 30
 # A chat as plain text, so that chat tools can be tried. The small models here have learnt no chat.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}"
@@ -38,13 +42,32 @@ DATASET_HELP = (
 
 def gather_documents() -> list[Document]:
     """Sources of the standard library, sorted by name, and the topics of Python's `help()`."""
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
-    names = [name for name in files if not SKIPPED_FOLDERS & set(name.parts)]
-    documents = [(name.as_posix(), (library / name).read_text("utf-8", "replace")) for name in names]
+    documents = _library_sources()
     # Topics quote each other, so they are one document: none is held out while another is trained on.
     documents.append(("pydoc topics", "\n\n".join(topics[name] for name in sorted(topics))))
     return documents
+
+
+def gather_docstrings() -> list[Document]:
+    """Docstrings of the standard library, those of a file as one document, sorted by name."""
+    documents = []
+    for name, source in _library_sources():
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            # Some files are templates.
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        documents.append((name, "\n\n".join(docstring for docstring in found if docstring)))
+    return [(name, text) for name, text in documents if text.strip()]
+
+
+def _library_sources() -> list[Document]:
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
+    names = [name for name in files if not SKIPPED_FOLDERS & set(name.parts)]
+    return [(name.as_posix(), (library / name).read_text("utf-8", "replace")) for name in names]
 
 
 # Suffix of a local file with rows to the builder of `datasets` that reads it.
@@ -100,19 +123,30 @@ def _rows_of(dataset, name: str) -> list[Document]:
     return documents
 
 
-def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and every sixteenth document, which is held out.
+def split_documents(documents: list[Document], every: int = HELD_OUT_EVERY) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and every sixteenth document (or as `every` says), which is held out.
 
     Raises:
         ValueError: there are too few documents to hold one out.
     """
-    held_out = documents[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
+    held_out = documents[every // 2 :: every]
     if not held_out:
-        raise ValueError(
-            f"{len(documents)} documents are too few to hold one out; give more than {HELD_OUT_EVERY // 2}."
-        )
-    train = [document for i, document in enumerate(documents) if i % HELD_OUT_EVERY != HELD_OUT_EVERY // 2]
+        raise ValueError(f"{len(documents)} documents are too few to hold one out; give more than {every // 2}.")
+    train = [document for i, document in enumerate(documents) if i % every != every // 2]
     return train, held_out
+
+
+def drop_copied(held_out: list[Document], train: list[Document]) -> list[Document]:
+    """Held-out documents without the paragraphs that stand in the text to train on, as a whole or in a long line."""
+    copied = {line.strip() for _, text in train for line in text.splitlines()}
+    copied = {line for line in copied if len(line) >= COPIED_LINE_CHARACTERS}
+    whole = {paragraph.strip() for _, text in train for paragraph in text.split("\n\n")}
+
+    def is_new(paragraph: str) -> bool:
+        return paragraph.strip() not in whole and not any(line.strip() in copied for line in paragraph.splitlines())
+
+    kept = [(name, "\n\n".join(filter(is_new, text.split("\n\n")))) for name, text in held_out]
+    return [(name, text) for name, text in kept if text.strip()]
 
 
 def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -144,3 +178,25 @@ def packed_dataset(tokenizer, documents: list[Document], seq_length: int) -> Dat
     if not rows:
         raise ValueError(f"{len(documents)} documents do not fill one row of {seq_length} ids. Give more text.")
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def rows_of_documents(
+    tokenizer, documents: list[Document], seq_length: int, most_rows: int
+) -> tuple[torch.Tensor, list[str]]:
+    """Ids (rows, seq_length) of which each row is of one document, and the names of the documents.
+
+    The rest of a document is dropped. Where there are too many rows, those that are left are spread over all documents.
+
+    Raises:
+        ValueError: no document fills a row.
+    """
+    rows, names = [], []
+    for name, text in documents:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        own = [ids[start : start + seq_length] for start in range(0, len(ids) - seq_length + 1, seq_length)]
+        rows += own
+        names += [name] * len(own)
+    if not rows:
+        raise ValueError(f"None of {len(documents)} held-out documents fills {seq_length} ids. Give longer documents.")
+    spread = [i * len(rows) // most_rows for i in range(most_rows)] if len(rows) > most_rows else range(len(rows))
+    return torch.tensor([rows[i] for i in spread]), [names[i] for i in spread]
