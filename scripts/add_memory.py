@@ -1,6 +1,6 @@
 """Add a memory to a pretrained model, train it with the model frozen, and show what it has learned.
 
-    python scripts/add_memory.py                        SmolLM2-135M-Instruct, about 6 minutes on 2 cores
+    python scripts/add_memory.py                        SmolLM2-135M-Instruct, about 7 minutes of CPU time
     python scripts/add_memory.py --model Qwen/Qwen3-0.6B --output output/qwen-memory
     python scripts/add_memory.py --model FOLDER --dataset notes.txt --layers 2 12 --steps 400
 
@@ -40,7 +40,7 @@ from helpers.added_recipe import (
 from helpers.console import choose_threads, stage
 from helpers.folders import find_model
 from helpers.memory_probes import strongest_ngrams
-from helpers.results import Results, Table, about
+from helpers.results import Results, Table
 from helpers.smollm import fetch_smollm
 from helpers.text import DATASET_HELP
 from transformers import set_seed
@@ -60,6 +60,11 @@ from engram_hf import (
 )
 
 
+ABOUT = (
+    "The model is frozen, and a memory in two of its layers learns. Losses are those of documents that nothing was "
+    "trained on, and intervals draw whole documents. Reading other ids is a control: ids are permuted before they are "
+    "hashed, so that each n-gram reads the rows of another one."
+)
 PROMPT = "Return True if the"
 NEW_TOKENS = 40
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -205,7 +210,7 @@ def table_of(losses: dict[str, torch.Tensor], held_out: HeldOut, note: str) -> T
 
 def run(arguments: argparse.Namespace) -> None:
     seconds_of_stage: dict[str, float] = {}
-    results = Results(f"A memory added to {arguments.model or 'SmolLM2-135M-Instruct'}", about(__doc__))
+    results = Results(f"A memory added to {arguments.model or 'SmolLM2-135M-Instruct'}", ABOUT)
     set_seed(arguments.seed)
 
     with stage("Model", seconds_of_stage):

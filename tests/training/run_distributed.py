@@ -121,7 +121,7 @@ def write(out: Path, args: TrainingArguments, model, losses: list[float], histor
     result = {
         "statistics": statistics,
         "is_sharded": is_sharded,
-        "run_ids": {table.changes.run.run_id for table in model.model.tables()},
+        "run_ids": {table.changes.run.run_id for table in model.named_tables().values()},
         "losses": losses,
         "tables": tables,
         "rest": rest,
