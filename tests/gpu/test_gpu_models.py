@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from engram_hf.modeling.table import EngramTable
+from engram_hf.training.row_exchange import gather_padded
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,12 @@ def test_ddp_takes_a_model_with_frozen_tables_off_the_device(folders, process_gr
     ids = tiny_ids(1, 7).to(process_group)
     wrapped(input_ids=ids, labels=ids).loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_row_ids_in_host_memory_are_gathered_by_any_backend(process_group):
+    row_ids = torch.tensor([5, 2, 9])
+    assert [part.tolist() for part in gather_padded(row_ids)] == [[5, 2, 9]]
+    assert [part.tolist() for part in gather_padded(row_ids[:0])] == [[]]
 
 
 def test_ddp_gets_blocks_back_that_return_to_the_device(folders):

@@ -1,6 +1,7 @@
 """Training rows on a GPU: the weights of the same run on a CPU, on every tier."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -116,6 +117,26 @@ def test_a_loss_scale_reaches_rows_also_behind_a_busy_stream(folder, tmp_path, t
     expected = weights(plain)
     for name, weight in weights(scaled).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-8)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tier", ON_EVERY_TIER)
+def test_a_step_waits_for_the_gpu_a_few_times_a_table(folder, tmp_path, tier, record_property):
+    model = loaded(folder, "cuda", tier)
+    optimizer = made_optimizer(model, "adam", tmp_path)
+    for number in range(2):
+        step(model, optimizer, number)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(model, optimizer, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchroniz" in str(warning.message) for warning in caught)
+    record_property("waits", waits)
+    # The model itself waits too: its experts are computed one by one here.
+    assert waits < 100, waits
 
 
 @needs_gpu
