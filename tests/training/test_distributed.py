@@ -99,6 +99,7 @@ def test_two_processes_train_an_added_memory_like_one(tmp_path):
     assert one["losses"][-1] != one["losses"][0] and 0 < two[0]["largest"] < 100_000
 
 
+@pytest.mark.slow
 def test_an_added_memory_trains_under_fsdp_with_its_tables_left_out(tmp_path):
     options = {"rule": "adam", "fsdp": True, "added": True}
     one, two = (launch(tmp_path / str(processes), processes, **options) for processes in (1, 2))
