@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import slow
 from tiny import SHAPES, assert_same_logits, shaped_config, tiny_config, tiny_ids, tiny_model
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
@@ -15,6 +16,10 @@ CHUNKS = [(0, 1), (1, 6), (6, 7), (7, 9), (9, 18), (18, 19)]
 @pytest.fixture(params=SHAPES, ids=lambda shape: "streams{}-order{}-taps{}".format(*shape))
 def shape(request):
     return request.param
+
+
+# Compiling takes seconds.
+COMPILED = [SHAPES[1], SHAPES[3], *(slow(SHAPES[number]) for number in (0, 2, 4))]
 
 
 @pytest.fixture
@@ -211,6 +216,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_the_compiled_forward_gives_the_same_logits(model):
     # Each model of each test counts against one limit of recompilations.
@@ -220,6 +226,7 @@ def test_the_compiled_forward_gives_the_same_logits(model):
     assert_same_logits(compiled(ids, use_cache=False).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_decoding_with_a_static_cache_is_compiled_once(model):
     torch._dynamo.reset()
@@ -234,6 +241,7 @@ def test_decoding_with_a_static_cache_is_compiled_once(model):
         assert_same_logits(logits, expected[:, place : place + 1])
 
 
+@pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
@@ -244,7 +252,7 @@ def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backend):
     if backend == "inductor" and shape != SHAPES[0]:
         pytest.skip("half a minute a shape; the assertion is the same")

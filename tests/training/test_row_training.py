@@ -25,7 +25,7 @@ def rows_of_data(count=64, seq=9, seed=0):
 
 def made_arguments(folder, **changes) -> TrainingArguments:
     fields = {
-        "max_steps": 30,
+        "max_steps": 20,
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 2,
         "max_grad_norm": 0.0,
