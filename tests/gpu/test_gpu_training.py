@@ -9,7 +9,7 @@ from devices import DEVICES, SLEEP_CYCLES, device_map, needs_gpu
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from engram_hf import RowSGD, engram_optimizers
+from engram_hf import RowAdam, RowSGD, engram_optimizers
 from engram_hf.modeling.table import EngramTable
 from engram_hf.modeling.table_formats import row_format
 from engram_hf.training.row_updates import RowUpdates
@@ -153,3 +153,21 @@ def test_a_step_of_a_million_rows_takes_little_more_than_its_gradients():
     # The gradients have 2 GB. All rows at once would take ten times as much; a part of them has 0.3 GB.
     assert torch.cuda.max_memory_allocated() - before < 10 * 2**30
     assert torch.equal(table.blocks[0][:1_000_000].amax(), torch.tensor(-1.0, device="cuda"))
+
+
+@needs_gpu
+def test_the_state_of_a_million_rows_is_saved_and_loaded_in_pieces():
+    rows, width = 1_000_003, 256
+    with torch.device("cuda"):
+        tables = [EngramTable([rows], width, 2**31, row_format("float32")) for _ in range(2)]
+    for table in tables:
+        torch.nn.init.zeros_(table.blocks[0])
+    saved, loaded = (RowUpdates("table", table, RowAdam()) for table in tables)
+    tables[0](torch.arange(1_000_000, device="cuda").view(1, -1, 1)).sum().backward()
+    saved.step(lr=1.0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loaded.load_state_dict(loaded.checked(saved.state_dict()))
+    # The state has 2 GB on each side, and is on the CPU in between.
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+    assert all(torch.equal(loaded.stores[name], store) for name, store in saved.stores.items())
