@@ -187,6 +187,7 @@ def test_a_run_of_finetuning_shows_lines_learns_and_goes_on(run, model, text, tm
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
 
+@pytest.mark.slow
 def test_an_adapter_changes_the_loss_with_the_default_rate(run, model, text, tmp_path, capsys):
     run("finetune.py", model, "--dataset", text, "--output", tmp_path / "mine", "--steps", 30, "--lora", 4)
     told = capsys.readouterr().out
@@ -315,6 +316,7 @@ def test_threads_leave_busy_cores_to_other_programs(script, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_benchmark_writes_what_is_needed_to_run_it_again(run, script, tmp_path, capsys):
     arguments = ["--largest", "1e5", "--rounds", "2", "--folder", tmp_path, "--results", tmp_path]
     run("benchmarks/bench_lookup.py", *arguments)

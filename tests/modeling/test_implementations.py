@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from cases import slow
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -19,7 +20,7 @@ def operations(model) -> Counter:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", slow("flex_attention")])
 def test_attention_implementations_agree_and_run(attention):
     model = tiny_model()
     expected = model(tiny_ids(2, 9)).logits

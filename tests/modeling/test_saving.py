@@ -145,7 +145,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay", [0.003, slow(0.011), 0.025, slow(0.04), slow(0.09)])
+@pytest.mark.parametrize("delay", [slow(0.003), slow(0.011), 0.025, slow(0.04), slow(0.09)])
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, delay):
     old, new = tiny_model(seed=1), tiny_model(seed=2)
     old.save_pretrained(tmp_path, max_shard_size="8KB")

@@ -118,6 +118,7 @@ def test_gates_are_looked_at_on_a_sample_of_steps_only(tmp_path):
         EngramGateStatisticsCallback(every=0)
 
 
+@pytest.mark.slow
 def test_gates_of_a_compiled_model_are_seen(tmp_path):
     torch._dynamo.reset()
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -296,7 +297,7 @@ def wait_for_pages(wanted):
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_rows_are_read_before_the_step_that_needs_them(tmp_path, workers):
     tiny_model(tiny_config(engram_vocab_size=300_007)).save_pretrained(tmp_path / "model")
     data = [{"input_ids": row, "labels": row} for row in tiny_ids(32, 100)]
@@ -487,6 +488,7 @@ def test_damaged_statistics_are_counted_anew_and_it_is_said(tmp_path, caplog, na
     assert int(callback.layers[2].rows.counts.sum()) == 2 * 4 * 12 * 4
 
 
+@pytest.mark.slow
 def test_statistics_survive_a_resume(tmp_path):
     tiny_model(tiny_config(engram_vocab_size=2003)).save_pretrained(tmp_path / "model")
 

@@ -1,5 +1,6 @@
 """Checkpoints of tables in training: small, resumed bit for bit from any tier, and whole or not counted."""
 
+import itertools
 import json
 import os
 import shutil
@@ -84,8 +85,13 @@ def run(tmp_path_factory):
     return folder, model.state_dict()
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("start", ["base", "run/checkpoint-4", "another model"])
+STARTS = ["base", "run/checkpoint-4", "another model"]
+# Each start and each tier once; all nine are slow.
+QUICK = [("base", TIERS[0]), ("another model", TIERS[1]), ("run/checkpoint-4", TIERS[2])]
+RESUMED_FROM = [case if case in QUICK else slow(*case) for case in itertools.product(STARTS, TIERS)]
+
+
+@pytest.mark.parametrize("start, tier", RESUMED_FROM)
 def test_a_run_is_resumed_bit_for_bit_on_every_tier(run, tmp_path, tier, start):
     folder, expected = run
     if start == "another model":
@@ -110,6 +116,7 @@ def test_every_rule_is_resumed_bit_for_bit(tmp_path, rule, dtype):
     assert same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_a_muon_backbone_and_accumulation_are_resumed_bit_for_bit(tmp_path):
     tiny_model(config()).save_pretrained(tmp_path / "base")
 
@@ -374,6 +381,7 @@ def test_a_model_saved_into_a_checkpoint_leaves_what_is_not_its_own(run, tmp_pat
     assert last_complete_checkpoint(out) == str(out / "checkpoint-8")
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_another_run_is_refused(run, tmp_path):
     model = load(run[0] / "base")
     with pytest.raises(ValueError, match="RowAdam"):
@@ -449,6 +457,7 @@ def test_a_checkpoint_without_its_optimizer_does_not_count(run, tmp_path):
     assert last_complete_checkpoint(tmp_path / "model alone" / "run").endswith("checkpoint-8")
 
 
+@pytest.mark.slow
 def test_a_run_on_disk_stays_there_where_the_model_comes_from_its_checkpoint(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     # So few rows that blocks are written whole.

@@ -57,7 +57,8 @@ def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, 
     assert 0 < two[0]["largest"] < 100_000 < sum(block.numel() for block in one["tables"]) / 10
 
 
-@pytest.mark.parametrize("tier", [slow("cpu"), "disk"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
 def test_two_processes_train_tables_off_the_device(tmp_path, tier):
     resident = launch(tmp_path / "resident", 2, trainer={"per_device_train_batch_size": 2})
     other = launch(tmp_path / "other", 2, tier=tier, trainer={"per_device_train_batch_size": 2})
@@ -66,6 +67,7 @@ def test_two_processes_train_tables_off_the_device(tmp_path, tier):
         torch.testing.assert_close(other[1][name], resident[0][name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(tmp_path):
     trainer = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
     whole = launch(tmp_path / "run", 2, rule="adam", exact=False, trainer=trainer)
@@ -89,6 +91,7 @@ def test_tables_are_left_out_of_fsdp_and_train_the_same(tmp_path):
     assert 0 < two[0]["largest"] < 100_000
 
 
+@pytest.mark.slow
 def test_two_processes_train_an_added_memory_like_one(tmp_path):
     one = launch(tmp_path / "one", 1, rule="adam", added=True, trainer={"per_device_train_batch_size": 4})[0]
     two = launch(tmp_path / "two", 2, rule="adam", added=True, trainer={"per_device_train_batch_size": 2})

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import slow
 from run_exchange import Task, optimizer_of, train
 
 
@@ -15,7 +14,8 @@ SCRIPT = Path(__file__).parent / "run_exchange.py"
 SEARCHED = os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])
 
 
-@pytest.mark.parametrize("way", ["one", slow("none"), slow("turns"), slow("both")])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["one", "none", "turns", "both"])
 def test_a_process_whose_loss_touches_no_table_takes_part(tmp_path, way):
     ran = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), way],

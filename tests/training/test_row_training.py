@@ -88,7 +88,7 @@ def test_tables_move_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["adam", "rowwise_adam", "adagrad", "sgd"])
-@pytest.mark.parametrize("elements", [500, 10**9])
+@pytest.mark.parametrize("elements", [500, slow(10**9)])
 def test_a_run_equals_the_dense_rule(tmp_path, rule, elements):
     check_same(tmp_path, rule, tiny_config(engram_block_elements=elements))
 
@@ -149,6 +149,7 @@ def test_a_compiled_run_equals_the_dense_rule(tmp_path):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_early_stopping_stops_both_at_the_same_step(tmp_path):
     losses = check_same(
         tmp_path,
