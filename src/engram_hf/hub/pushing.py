@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from ..adapters.memory_files import MODEL_TYPE
 from ..checkpoints.verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
+from ..insight.memory_layers import memory_of
 from ..insight.plotting import plot_training
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
 from ..modeling.disk_safetensors import read_header, read_index, read_json
-from ..training.callbacks.reporting import memory_of
 from .card import updated_card
 from .card_facts import facts_in, gather_facts, keep_known
 from .uploading import (
