@@ -9,8 +9,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 DOTS_PER_INCH = 130
 
 
-def new_figure(title: str, rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, list[Any]]:
-    """A figure with this title and its axes, row by row.
+def empty_figure(title: str, inches: tuple[float, float]) -> Any:
+    """A figure with this title and no axes.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -21,6 +21,16 @@ def new_figure(title: str, rows: int, columns: int, inches: tuple[float, float])
         raise ImportError("Pictures need matplotlib: pip install 'engram-hf[bench]'.") from error
     figure = Figure(figsize=inches, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def new_figure(title: str, rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """A figure with this title and its axes, row by row.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = empty_figure(title, inches)
     axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axis in axes:
         style(axis)

@@ -121,8 +121,9 @@ def logit_lens(model: nn.Module, data: Iterable[Any], *, tokenizer: Any = None) 
     """
     rows = rows_for(model, data, tokenizer)
     tokens = sum(len(row.ids) for row in rows)
-    has_memory = bool(memory_of(model)[1])
-    contexts = {WITH: nullcontext, SILENCED: lambda: silenced(model)} if has_memory else {AS_IT_IS: nullcontext}
+    contexts: dict[str, Any] = {AS_IT_IS: nullcontext}
+    if memory_of(model)[1]:
+        contexts = {WITH: nullcontext, SILENCED: lambda: silenced(model)}
     curves = {}
     with evaluating(model), progress(len(contexts) * tokens, "logit lens", "token") as bar:
         for name, context in contexts.items():

@@ -61,7 +61,8 @@ class LayerSimilarity:
         """
         size = 1.8 + min(7.0, max(3.8, 0.42 * max(len(self.cka), len(self.cka[0]))))
         figure, (axis,) = new_figure("Which layers do the same", 1, 1, (size + 1.2, size))
-        shown = axis.imshow(torch.tensor(self.cka).T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        columns = [list(column) for column in zip(*self.cka)]
+        shown = axis.imshow(columns, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axis.grid(False)
         axis.plot(self.alignment, color="white", linewidth=3.5)
         axis.plot(self.alignment, color="black", linewidth=1.5, marker="o", markersize=3, label="alignment")
