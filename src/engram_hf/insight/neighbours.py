@@ -131,8 +131,8 @@ def nearest_ngrams(
 
     Example:
         >>> near = nearest_ngrams(model, "def __init__", data, tokenizer=tokenizer)
-        >>> near.order, len(near.heads)
-        (3, 8)
+        >>> near.order, len(near.nearest) > 0
+        (3, True)
     """
     layers = find_memory_layers(model, "nearest_ngrams")
     layer_id = next(iter(layers)) if layer is None else layer

@@ -184,7 +184,7 @@ def row_report(model: nn.Module, data: Iterable[Any], *, tokenizer: Any = None) 
 
     Example:
         >>> report = row_report(model, data)
-        >>> report.tables[0].lookups == report.tokens * 16
+        >>> report.tables[0].lookups == report.tokens * len(report.tables[0].heads)
         True
     """
     layers = find_memory_layers(model, "row_report")
