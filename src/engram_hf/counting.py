@@ -6,6 +6,8 @@ Callers hand over row ids and n-grams as a forward has made them. Nothing here k
 import torch
 
 
+# Where a run keeps its counts, beside each checkpoint.
+STATISTICS_FILE = "row_statistics.safetensors"
 # Distinct n-grams of each order that are remembered; more would take memory.
 REMEMBERED_NGRAMS = 2**16
 # Odd, so that no information is lost when a token id is multiplied by one of them.
