@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 
+# Where a run keeps its counts, beside each checkpoint.
+STATISTICS_FILE = "row_statistics.safetensors"
 # Distinct n-grams of each order that are remembered; more would take memory.
 REMEMBERED_NGRAMS = 2**16
 # Odd, so that no information is lost when a token id is multiplied by one of them.

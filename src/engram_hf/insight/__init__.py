@@ -1,20 +1,27 @@
-"""What one looks at: curves of a run, what a memory does to a text, and what its parts are worth."""
+"""What one looks at: what a memory does to a text, what its parts are worth, and curves of a run."""
 
-from .ablation import ablate
-from .lens import logit_lens
-from .neighbours import nearest_ngrams
-from .plotting import plot_training
-from .row_use import row_report
-from .similarity import layer_similarity
-from .text_rows import read_rows
+from importlib import import_module
+from typing import Any
 
 
-__all__ = [
-    "ablate",
-    "layer_similarity",
-    "logit_lens",
-    "nearest_ngrams",
-    "plot_training",
-    "read_rows",
-    "row_report",
-]
+# Name to the module that has it. Modules are imported when they are asked for, since some of them are seldom needed.
+_MODULE_OF = {
+    "ablate": "ablation",
+    "layer_similarity": "similarity",
+    "logit_lens": "lens",
+    "nearest_ngrams": "neighbours",
+    "plot_training": "plotting",
+    "read_rows": "text_rows",
+    "row_report": "row_use",
+    "show": "showing",
+    "silenced": "silencing",
+    "trace": "tracing",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"engram_hf.insight has no {name!r}; it has {', '.join(__all__)}.")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -48,9 +48,7 @@ def silenced(
         ...     logits = model(ids).logits  # (1, seq, vocabulary)
     """
     known = find_memory_layers(model, "silenced")
-    # Compiled forwards do not see hooks that come or go.
-    if any(module._compiled_call_impl is not None for module in model.modules()) or hasattr(model, "_orig_mod"):
-        raise ValueError("This model is compiled, and would not notice that its memory is silenced. Load it again.")
+    refuse_compiled(model)
     if sum(part is not None for part in (heads, orders, rows)) > 1:
         raise ValueError("Silence heads, orders or rows, one of them at a time; contexts may stand inside each other.")
     chosen = list(known if layers is None else layers)
@@ -72,6 +70,18 @@ def silenced(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the model is compiled. Compiled forwards do not see hooks that come or go.
+    """
+    if any(module._compiled_call_impl is not None for module in model.modules()) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "This model is compiled, so nothing can look into its forward or silence a part of it. Load it again, and "
+            "do not compile it."
+        )
 
 
 def heads_of(layer: Any, heads: Sequence[int] | None = None, orders: Sequence[int] | None = None) -> list[int]:
