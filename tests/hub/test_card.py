@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -213,16 +213,13 @@ def test_results_of_other_tools_stay(folder, names):
     facts = gather_facts(folder, evaluation=LOSS)
     for evaluation in (facts.evaluation, []):
         update_card(folder, replace(facts, evaluation=evaluation))
-        found = metadata_of((folder / "README.md").read_text())["model-index"]
-        assert found[0]["name"] == "a" and found[0]["results"][0] == result
-    assert found == index
+        assert metadata_of((folder / "README.md").read_text())["model-index"] == index
 
 
 DAMAGED = [
     (b"---\nlicense: [mit\n---\n# x\n", "cannot be read"),
     (b"---\njust words\n---\n# x\n", "should be a dict"),
     (b"---\n1: x\n---\n# x\n", "strings"),
-    (b"---\nmodel-index: [{name: x}]\n---\n# x\n", "model_index"),
     (f"# x\n{BEGIN}\n".encode(), "once each"),
     (f"# x\n{END}\n{BEGIN}\n".encode(), "once each"),
     (b"# caf\xe9\n", "UTF-8"),
@@ -279,13 +276,11 @@ WRONG = [
     ({"base_model": ["a", "b c"]}, "[Rr]epo id"),
     ({"data": {"description": "x", "datasets": ["my data"]}}, "[Rr]epo id"),
     ({"picture": "training.png"}, "Draw it there"),
-    ({"picture": "../outside.png"}, "Draw it there"),
     ({"training": "."}, "trainer_state.json"),
 ]
 
 
 def test_what_is_no_fact_is_refused(folder):
-    (folder.parent / "outside.png").write_bytes(b"")
     for wrong, message in WRONG:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             gather_facts(folder, **wrong)
@@ -345,7 +340,7 @@ def test_the_cards_of_the_repository_are_fresh_and_their_code_runs(capsys, monke
     for name, card in cards.items():
         assert (there / name).read_text() == card, f"{name} is stale: run render_cards.py"
     demo = read_facts(there / "engram-tiny.md")
-    assert demo.as_dict() == json.loads((there / "engram-tiny.json").read_text())
+    assert asdict(demo) == json.loads((there / "engram-tiny.json").read_text())
     assert (there / demo.picture).stat().st_size < 200_000 and demo.evaluation and demo.training and demo.data
     assert (there / "template.md").resolve() == (ROOT / "src/engram_hf/hub/card_template.md").resolve()
     for preset in ("engram-27b", "moe-27b"):

@@ -2,10 +2,17 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .drawing import COLORS, empty_figure, save_figure, style
+
+
+# What is told of a memory layer without its curve: the last value in the log.
+LAYER_FIGURE = re.compile(
+    r"engram/(gate_mean|memory_share|rows_touched|ngrams_per_row|ngrams_per_row_perfect_hash)/layer_(\d+)"
+)
 
 
 def read_state(log_dir: str | Path) -> dict[str, Any]:
@@ -193,3 +200,28 @@ def _panels(figures: dict[str, dict[int, float]]) -> tuple[list[Panel], list[Pan
         Panel("Length of the gradient", "before clipping", alone("grad_norm", "gradient"), (0, None)),
     ]
     return [panel for panel in top if panel.lines], [panel for panel in below if panel.lines][:MOST_PANELS]
+
+
+def read_figures(log_dir: str | Path) -> dict[str, Any]:
+    """Where a run ended: steps, epochs, last losses, largest learning rate, and by layer id what its memory did.
+
+    Raises:
+        FileNotFoundError: no `trainer_state.json` is there.
+    """
+    state = read_state(log_dir)
+    lines = [
+        {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
+        for line in state["log_history"]
+    ]
+    last = {key: value for line in lines for key, value in line.items()}
+    layers: dict[str, dict[str, float]] = {}
+    for key, value in last.items():
+        if (match := LAYER_FIGURE.fullmatch(key)) is not None:
+            layers.setdefault(match[2], {})[match[1]] = value
+    return {
+        "steps": state["global_step"],
+        "epochs": state.get("epoch"),
+        **{name: last.get(name) for name in ("loss", "eval_loss")},
+        "learning_rate": max((line.get("learning_rate", 0.0) for line in lines), default=0.0) or None,
+        "layers": dict(sorted(layers.items(), key=lambda item: int(item[0]))),
+    }
