@@ -9,7 +9,7 @@ from architectures import tiny_backbone, with_memory
 from tiny import tiny_config, tiny_ids, tiny_model
 
 from engram_hf import disable_engram
-from engram_hf.insight import ablate
+from engram_hf.insight import ablate, text_rows
 from engram_hf.insight.intervals import interval
 from engram_hf.insight.ngram_classes import CLASSES, class_of, classes_of
 from engram_hf.insight.text_rows import read_rows
@@ -83,11 +83,13 @@ def test_parts_are_worth_what_forwards_with_hooks_say(kind):
     memory, *parts = found.parts
     check(memory, model, [(layer, zero_memory) for layer in layers])
     of_layers, orders, heads = parts[:2], parts[2:4], parts[4:]
-    assert [part.part for part in of_layers + orders] == ["0", "2", "2-grams", "3-grams"] and len(heads) == 8
+    assert [part.part for part in of_layers + orders] == ["layer 0", "layer 2", "2-grams", "3-grams"] and len(
+        heads
+    ) == 8
     check(of_layers[1], model, [(layers[1], zero_memory)])
     check(orders[0], model, [(layer.table, zero_heads([0, 1])) for layer in layers])
     check(heads[6], model, [(layers[1].table, zero_heads([2]))])
-    assert heads[6].part == "2 of layer 2 (3-grams)" and heads[6].share == 1 / 8
+    assert heads[6].part == "head 2 of layer 2 (3-grams)" and heads[6].share == 1 / 8
     assert losses(model) == losses(any_model(kind))
 
 
@@ -150,12 +152,16 @@ def text_model(tokenizer):
     return model, [{"text": text, "document": text} for text in TEXTS]
 
 
-def test_classes_of_ngrams_share_out_all_tokens(tokenizer):
+@pytest.mark.parametrize("batch_tokens", [1, 1024])
+def test_classes_of_ngrams_share_out_all_tokens(tokenizer, monkeypatch, batch_tokens):
+    monkeypatch.setattr(text_rows, "BATCH_TOKENS", batch_tokens)
     model, data = text_model(tokenizer)
     found = ablate(model, data, "n-gram class", tokenizer=tokenizer)
     rows = list(read_rows(data, tokenizer))
     classes = torch.cat([classes_of(row, 3, tokenizer) for row in rows]).tolist()
-    assert [part.part for part in found.parts] == list(CLASSES) and sum(part.share for part in found.parts) == 1.0
+    assert [part.part for part in found.parts] == [f"n-grams: {name}" for name in CLASSES] and sum(
+        part.share for part in found.parts
+    ) == 1.0
     layers = model.engram_memory().layers
     for number, part in enumerate(found.parts):
         assert part.share == classes.count(number) / len(classes) > 0

@@ -9,7 +9,8 @@ from cases import slow
 from tiny import SHAPES, shaped_config, tiny_ids, tiny_model
 
 from engram_hf import disable_engram
-from engram_hf.insight import layer_similarity, logit_lens
+from engram_hf.insight import layer_similarity, logit_lens, similarity
+from engram_hf.insight import lens as lens_module
 from engram_hf.insight.hidden_layers import collapse_streams, hidden_states, read_out
 from engram_hf.insight.similarity import unbiased_cka
 
@@ -74,8 +75,10 @@ def naive_lens(model, head):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", SHAPES[:2])
-def test_the_lens_is_the_head_applied_to_every_state(shape):
+@pytest.mark.parametrize(("shape", "batch_tokens", "logits"), [(SHAPES[0], 1, 2**22), (SHAPES[1], 1024, 200)])
+def test_the_lens_is_the_head_applied_to_every_state(shape, batch_tokens, logits, monkeypatch):
+    monkeypatch.setattr(lens_module, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(lens_module, "LOGITS_AT_ONCE", logits)
     model = tiny_model(shaped_config(shape))
 
     def head(streams):
@@ -147,12 +150,17 @@ def test_a_model_resembles_itself_and_a_silenced_one_less(kind):
     assert not [name for name, module in model.named_modules() if module._forward_hooks and "engram" in name]
 
 
-def test_similarity_compares_the_tokens_of_two_models():
+@pytest.mark.parametrize(("batch_tokens", "most_tokens"), [(1024, 2048), (1, 2048), (10, 7)])
+def test_similarity_compares_the_tokens_of_two_models(monkeypatch, batch_tokens, most_tokens):
+    monkeypatch.setattr(similarity, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(similarity, "MOST_TOKENS", most_tokens)
     one, other = tiny_model(), with_memory(tiny_backbone("llama"))
     expected = []
     for model in (one, other):
         parts = [states_of(model, torch.tensor([ids]))[0] for ids in DATA]
         states = [torch.cat([part[i][0, 1:] for part in parts]) for i in range(4)]
+        if most_tokens < len(states[0]):
+            states = [state[[i * len(state) // most_tokens for i in range(most_tokens)]] for state in states]
         expected.append(
             [model.model.hc_head(state[None])[0].detach() if state.ndim == 3 else state for state in states]
         )

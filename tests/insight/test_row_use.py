@@ -8,7 +8,7 @@ import torch
 from architectures import tiny_backbone, with_memory
 from tiny import shaped_config, tiny_config, tiny_ids, tiny_model
 
-from engram_hf.insight import row_report
+from engram_hf.insight import row_report, row_use
 from engram_hf.insight.row_use import CountedNgram
 
 
@@ -34,8 +34,9 @@ def naive(model):
     return lookups, ngrams
 
 
-@pytest.mark.parametrize("kind", ["engram_moe", "four", "llama"])
-def test_a_report_counts_what_the_tokens_read(kind):
+@pytest.mark.parametrize(("kind", "tokens_at_once"), [("engram_moe", 2**15), ("four", 2**15), ("llama", 50)])
+def test_a_report_counts_what_the_tokens_read(kind, tokens_at_once, monkeypatch):
+    monkeypatch.setattr(row_use, "HASHED_TOKENS", tokens_at_once)
     model = {
         "engram_moe": tiny_model,
         "four": lambda: tiny_model(shaped_config((1, 4, 3))),

@@ -77,7 +77,7 @@ class Ablation:
         ]
         for part in self.parts:
             between = "" if part.low is None else f"{part.low:+.3f} to {part.high:+.3f}"
-            lines.append(f"| {_name(part)} | {part.share:.1%} | {part.loss:.3f} | {part.worth:+.3f} | {between} |")
+            lines.append(f"| {part.part} | {part.share:.1%} | {part.loss:.3f} | {part.worth:+.3f} | {between} |")
         return "\n".join([*lines, "", f"{self.tokens:,} tokens of {self.documents:,} documents."])
 
     _repr_markdown_ = __str__ = markdown
@@ -94,7 +94,7 @@ class Ablation:
             axis.barh(place, part.worth, color=COLORS[kinds.index(part.what) % len(COLORS)], height=0.7)
             if part.low is not None and part.high is not None:
                 axis.plot([part.low, part.high], [place, place], color="black", linewidth=1.4, marker="|")
-        axis.set_yticks(range(len(self.parts)), [_name(part) for part in self.parts])
+        axis.set_yticks(range(len(self.parts)), [part.part for part in self.parts])
         axis.margins(y=0.02)
         axis.invert_yaxis()
         axis.grid(False, axis="y")
@@ -102,10 +102,6 @@ class Ablation:
         axis.set_xlabel("higher loss without it, nats per token (line: 95% interval over documents)")
         axis.set_title(f"loss with everything {self.loss:.3f}, {self.tokens:,} tokens", fontsize=10)
         return save_figure(figure, picture)
-
-
-def _name(part: AblatedPart) -> str:
-    return part.part if part.what in (MEMORY, HOTTEST) else f"{part.what}: {part.part}"
 
 
 class Part(NamedTuple):
@@ -185,7 +181,7 @@ def _parts(
         yield Part(kind, "the whole memory", 1.0, lambda batch, first: silenced(model))
     elif kind == LAYER:
         for layer_id, own in heads.items():
-            yield Part(kind, str(layer_id), own / all_heads, _whole(model, layers=[layer_id]))
+            yield Part(kind, f"layer {layer_id}", own / all_heads, _whole(model, layers=[layer_id]))
     elif kind == ORDER:
         orders = range(2, next(iter(layers.values())).max_ngram_size + 1)
         for order in orders:
@@ -194,7 +190,7 @@ def _parts(
         for layer_id, own in heads.items():
             per_order = own // (layers[layer_id].max_ngram_size - 1)
             for head in range(own):
-                name = f"{head} of layer {layer_id} ({head // per_order + 2}-grams)"
+                name = f"head {head} of layer {layer_id} ({head // per_order + 2}-grams)"
                 yield Part(kind, name, 1 / all_heads, _whole(model, layers=[layer_id], heads=[head]))
     elif kind == HOTTEST:
         counts = _count_rows(model, layers, rows)
@@ -211,7 +207,7 @@ def _parts(
         every = torch.cat(classes)
         for number, name in enumerate(CLASSES):
             share = float((every == number).double().mean())
-            yield Part(kind, name, share, _at_class(model, classes, number))
+            yield Part(kind, f"n-grams: {name}", share, _at_class(model, classes, number))
 
 
 def _whole(model: nn.Module, **part: Any) -> Callable[[Batch, int], AbstractContextManager]:

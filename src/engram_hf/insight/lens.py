@@ -17,7 +17,7 @@ from .drawing import COLORS, new_figure, save_figure
 from .hidden_layers import hidden_states, read_out
 from .memory_layers import memory_of
 from .silencing import silenced
-from .text_rows import batches, evaluating, progress, rows_for, run
+from .text_rows import BATCH_TOKENS, batches, evaluating, progress, rows_for, run
 
 
 # Bounds the logits of a state that are compared at once, tokens x vocabulary.
@@ -138,7 +138,7 @@ def _curve(model: nn.Module, rows: list, bar: Any) -> LensCurve:
     settled, tokens = 0, 0
     config: Any = model.config
     at_once = max(1, LOGITS_AT_ONCE // config.get_text_config().vocab_size)
-    for batch in batches(rows):
+    for batch in batches(rows, BATCH_TOKENS):
         with hidden_states(model) as states:
             run(model, batch)
         is_token = batch.is_token.to(states[0].device)

@@ -17,7 +17,7 @@ from torch import nn
 from .drawing import new_figure, save_figure
 from .hidden_layers import collapse_streams, hidden_states
 from .silencing import silenced
-from .text_rows import TextRow, batches, evaluating, progress, rows_for, run
+from .text_rows import BATCH_TOKENS, TextRow, batches, evaluating, progress, rows_for, run
 
 
 # Of these the states of all layers are kept at once.
@@ -135,7 +135,7 @@ def _states(model: nn.Module, rows: list[TextRow], chosen: torch.Tensor, bar: An
     found: list[list[torch.Tensor]] = []
     done = 0
     with evaluating(model):
-        for batch in batches(rows):
+        for batch in batches(rows, BATCH_TOKENS):
             with hidden_states(model) as states:
                 run(model, batch)
             is_counted = batch.is_token.clone()

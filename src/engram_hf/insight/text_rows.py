@@ -141,7 +141,7 @@ def rows_for(model: nn.Module, data: Iterable[Any], tokenizer: Any = None) -> li
     return list(read_rows(data, tokenizer, min(ROW_TOKENS, positions)))
 
 
-def batches(rows: Iterable[TextRow], most_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
+def batches(rows: Iterable[TextRow], most_tokens: int) -> Iterator[Batch]:
     """Batches of consecutive rows, of at most so many tokens with their padding, but of at least one row."""
     waiting: list[TextRow] = []
     longest = 0
@@ -200,7 +200,7 @@ def losses_of_rows(
     """
     losses, tokens, done = [], [], 0
     with evaluating(model):
-        for batch in batches(rows):
+        for batch in batches(rows, BATCH_TOKENS):
             if around is None:
                 logits = run(model, batch)
             else:
