@@ -31,7 +31,7 @@ LEVELS = [
     ["planning", "counting"],
     ["insight.memory_layers", "distributed."],
     ["insight.silencing"],
-    ["insight.tracing"],
+    ["insight.tracing", "insight.pictures"],
     ["insight.showing"],
     ["insight."],
     ["checkpoints.checking"],

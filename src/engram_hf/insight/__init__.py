@@ -6,6 +6,7 @@ from typing import Any
 
 # Name to the module that has it. Modules are imported when they are asked for, since some of them are seldom needed.
 _MODULE_OF = {
+    "show": "showing",
     "silenced": "silencing",
     "trace": "tracing",
 }
