@@ -38,7 +38,7 @@ LEVELS = [
         "distributed.",
     ],
     ["insight.silencing", "insight.row_use", "insight.ngram_classes"],
-    ["insight.tracing"],
+    ["insight.tracing", "insight.pictures"],
     ["insight.showing"],
     ["insight."],
     ["checkpoints.checking"],
