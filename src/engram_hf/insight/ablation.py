@@ -78,7 +78,8 @@ class Ablation:
         for part in self.parts:
             between = "" if part.low is None else f"{part.low:+.3f} to {part.high:+.3f}"
             lines.append(f"| {part.part} | {part.share:.1%} | {part.loss:.3f} | {part.worth:+.3f} | {between} |")
-        return "\n".join([*lines, "", f"{self.tokens:,} tokens of {self.documents:,} documents."])
+        documents = f"{self.documents:,} document{'s' if self.documents > 1 else ''}"
+        return "\n".join([*lines, "", f"{self.tokens:,} tokens of {documents}."])
 
     _repr_markdown_ = __str__ = markdown
 
