@@ -177,6 +177,16 @@ def test_too_few_tokens_have_no_similarity():
         layer_similarity(tiny_backbone("llama"), None, DATA)
 
 
+def test_a_model_whose_layers_cannot_be_watched_is_refused():
+    compiled, headless = tiny_backbone("llama"), tiny_backbone("llama")
+    compiled.model.layers[0].compile()
+    with pytest.raises(ValueError, match="This model is compiled"):
+        logit_lens(compiled, DATA)
+    headless.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match="0 lists of 7 modules"):
+        layer_similarity(headless, headless, DATA)
+
+
 def test_pictures_of_depth_are_drawn(tmp_path):
     model = tiny_model()
     lens = logit_lens(model, DATA)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .silencing import refuse_compiled
+
 
 def unwrapped(model: nn.Module) -> Any:
     """The model itself, inside of PEFT's."""
@@ -52,7 +54,11 @@ def hidden_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     Returns:
         a list, which a forward fills anew: layers + 1 tensors (batch, seq, hidden), or (batch, seq, streams, hidden)
         where the model has residual streams.
+
+    Raises:
+        ValueError: the model is compiled, or its layers are not found.
     """
+    refuse_compiled(model)
     states: list[torch.Tensor] = []
     layers = decoder_layers(model)
 
