@@ -317,6 +317,29 @@ def test_a_benchmark_writes_what_is_needed_to_run_it_again(run, script, tmp_path
     assert content["command"] in page.replace("\n", " ") and content["commit"] in page and content["date"] in page
 
 
+# bench_tiers.py and bench_training.py need gigabytes, however small their tables are.
+SMALL = {
+    "bench_callbacks.py": ["--steps", "4"],
+    "bench_checkpoints.py": ["--rows-of-head", "2000"],
+    "bench_hash.py": [],
+    "bench_load.py": ["--rows-of-head", "2000"],
+    "bench_memory.py": ["--rounds", "1"],
+    "bench_reads.py": ["--gib", "1", "--rounds", "1"],
+    "bench_rows.py": ["--rows", "3000"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_runs_with_a_small_table(name, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "benchmarks" / name), *SMALL[name], "--results", str(tmp_path)]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    (written,) = tmp_path.glob("bench_*.json")
+    content = json.loads(written.read_text())
+    assert content["tables"] and all(table["rows"] for table in content["tables"])
+
+
 def test_every_file_that_the_makefile_names_exists():
     named = re.findall(r"(?:tests|scripts)/[\w/.]+\.py", (ROOT / "Makefile").read_text())
     benchmarks = re.findall(r"\$\(BENCH\)/(\w+\.py)", (ROOT / "Makefile").read_text())
