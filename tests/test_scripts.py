@@ -286,18 +286,6 @@ def test_copied_paragraphs_are_not_held_out(script):
     assert module.drop_copied(held_out, train) == [("two", "new\n\nshort, new")]
 
 
-def test_an_interval_draws_whole_documents(script):
-    recipe = script("helpers.added_recipe")
-    generator = torch.Generator().manual_seed(0)
-    of_documents = torch.randn(50, generator=generator)
-    differences, names = of_documents.repeat_interleave(20), [f"{i}" for i in range(50) for _ in range(20)]
-    mean, low, high = recipe.interval(differences, names)
-    # As wide as that of 50 numbers, and not of 1,000.
-    half = 1.96 * float(of_documents.std()) / 50**0.5
-    assert abs(mean - float(of_documents.mean())) < 1e-6
-    assert 0.85 * half < mean - low < 1.15 * half and 0.85 * half < high - mean < 1.15 * half
-
-
 def test_threads_leave_busy_cores_to_other_programs(script, monkeypatch):
     console = script("helpers.console")
     before = torch.get_num_threads()

@@ -28,6 +28,7 @@ from engram_hf import (
     update_card,
 )
 from engram_hf.hub.card_facts import BEGIN, END
+from engram_hf.insight import ablate
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -83,6 +84,24 @@ def test_facts_are_those_of_the_model(folder, tmp_path):
     # 8 numbers in 4 bits, and a scale of 2 bytes.
     assert [table["nbytes"] for table in smaller.tables] == [6 * table["rows"] for table in facts.tables]
     assert "take no gradient" in render_card(smaller) and "take no gradient" not in card
+
+
+def test_a_card_has_the_table_of_an_ablation_while_the_weights_stay(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    data = [{"input_ids": list(range(3, 40)), "document": "a"}, {"input_ids": list(range(90, 50, -1)), "document": "b"}]
+    table = ablate(model, data, ["memory", "head"])
+    assert "What the memory is worth" not in render_card(gather_facts(folder))
+    update_card(folder, gather_facts(folder, ablation=table))
+    kept = read_facts(folder)
+    assert kept.ablation == asdict(table) == gather_facts(folder).ablation
+    section = (folder / "README.md").read_text().split("## What the memory is worth")[1].split("\n## ")[0]
+    assert f"{table.tokens:,} tokens of 2 documents" in section and section.count("\n| ") == 1 + len(table.parts)
+    for part in table.parts:
+        numbers = f"{part.loss:.3f} | {part.worth:+.3f} | {part.low:+.3f} to {part.high:+.3f} |"
+        assert f"| {part.part} | {100 * part.share:.1f} % | {numbers}" in section
+    torch.nn.init.zeros_(model.engram_memory().layers[0].value_proj.weight)
+    model.save_pretrained(folder)
+    assert gather_facts(folder).ablation is None
 
 
 def test_facts_of_a_config_are_those_of_the_model_that_it_makes(tmp_path):

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..adapters.memory_files import MemoryFiles
 from ..checkpoints.checking import backbone_config, read_config
 from ..checkpoints.inspecting import inspect_checkpoint
+from ..insight.ablation import Ablation
 from ..insight.plotting import read_figures
 from ..modeling.checkpoint_loading import find_checkpoint, read_digests
 from ..modeling.configuration_engram_moe import EngramMoEConfig
@@ -42,7 +43,7 @@ CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads",
 CONFIG_FIELDS += ("engram_fingerprint", "max_position_embeddings")
 TABLE_FIELDS = ("rows", "head_dim", "dtype", "nbytes")
 # Fields that an author gives: those that stay true of other weights, and those that do not.
-ALWAYS, OF_WEIGHTS = ("license", "base_model"), ("data", "training", "picture", "evaluation", "limits")
+ALWAYS, OF_WEIGHTS = ("license", "base_model"), ("data", "training", "picture", "evaluation", "ablation", "limits")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class CardFacts:
     training: dict[str, Any] | None = None
     picture: str | None = None
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    ablation: dict[str, Any] | None = None
     limits: list[str] = field(default_factory=list)
 
     @property
@@ -92,6 +94,7 @@ def gather_facts(
     training: str | Path | None = None,
     data: str | Mapping | None = None,
     evaluation: Mapping | Iterable[Mapping] | None = None,
+    ablation: Ablation | None = None,
     license: str | None = None,
     base_model: str | Iterable[str] | None = None,
     repo_id: str | None = None,
@@ -112,6 +115,7 @@ def gather_facts(
             on the Hub), "languages" (as the Hub writes them) and "tokens" (of the text, each counted once).
         evaluation: results, each a dict with "metric", "value", "dataset", the "command" that gives the value and, if
             known, "dataset_id" (on the Hub), "split" and "unit".
+        ablation: what the parts of the memory are worth, from `engram_hf.insight.ablate`.
         license: as the Hub writes it ("apache-2.0").
         base_model: repositories that this model was made from; by default the one that a memory was added to.
         repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
@@ -147,6 +151,7 @@ def gather_facts(
         training=None if training is None else read_figures(training),
         picture=picture,
         evaluation=[_result(result) for result in as_list(evaluation)],
+        ablation=None if ablation is None else asdict(ablation),
         limits=as_list(limits),
     )
     for repository in filter(None, [repo_id, tables_repo, *facts.base_model, *(facts.data or {}).get("datasets", [])]):

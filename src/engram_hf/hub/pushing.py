@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from ..adapters.memory_files import MODEL_TYPE
 from ..checkpoints.verifying import TOKENIZER_FILES, check_tokenizer, read_tokenizer
+from ..insight.memory_layers import memory_of
 from ..insight.plotting import plot_training
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
 from ..modeling.disk_safetensors import read_header, read_index, read_json
-from ..training.callbacks.reporting import memory_of
 from .card import updated_card
 from .card_facts import facts_in, gather_facts, keep_known
 from .uploading import (
@@ -40,7 +40,7 @@ from .uploading import (
 logger = logging.get_logger(__name__)
 CURVES_FILE = "training.png"
 # What `card=` of a push may hold.
-CARD_FACTS = {"training", "data", "evaluation", "license", "base_model", "name", "picture", "limits"}
+CARD_FACTS = {"training", "data", "evaluation", "ablation", "license", "base_model", "name", "picture", "limits"}
 TABLES_CARD = """---
 library_name: transformers
 tags:
@@ -105,7 +105,7 @@ def push_engram(
         tables_repo: repository for the tables, if they should not lie beside the backbone.
         tokenizer: goes with the model; by default the one in the folder, or where the model was loaded from.
         card: facts that a checkpoint does not hold, as arguments of `gather_facts`: training, data, evaluation,
-            license, base_model, name, picture, limits. Without a picture, the curves of `training` are drawn.
+            ablation, license, base_model, name, picture, limits. Without a picture, the curves of `training` are drawn.
         token, private, revision, create_pr, commit_message, max_shard_size: as in `push_to_hub`.
         dry_run: send nothing. Print the result to see every file with its size.
 

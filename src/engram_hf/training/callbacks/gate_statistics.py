@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from .reporting import EngramCallback, find_memory_layers, is_distributed, is_made_again
+from ...insight.memory_layers import find_memory_layers
+from .reporting import EngramCallback, is_distributed, is_made_again
 
 
 BINS = 20

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ...insight.memory_layers import find_memory_layers, memory_of
 from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
 from ...modeling.ids_hashing import NgramHash
 from ...modeling.table import EngramTable
-from .reporting import EngramCallback, find_memory_layers, memory_of
+from .reporting import EngramCallback
 
 
 # Rows of a lookup whose pages are looked for in the page cache.

@@ -8,7 +8,6 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 
@@ -111,28 +110,6 @@ def report_to_trackers(trainer: "Trainer") -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EngramCallback):
             callback.reports_to_trackers = True
-
-
-def memory_of(model: nn.Module) -> tuple[Any, list[Any]]:
-    """The hash and the memory layers of a model, inside of PEFT's; None and no layers where it has none."""
-    whole: Any = model
-    whole = whole.get_base_model() if hasattr(model, "get_base_model") else model
-    return whole.engram_memory() if hasattr(whole, "engram_memory") else (None, [])
-
-
-def find_memory_layers(model: nn.Module, who: str) -> dict[int, Any]:
-    """Layer id to memory layer: a module with a table.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    found = {layer.layer_idx: layer for layer in memory_of(model)[1]}
-    if not found:
-        raise ValueError(
-            f"{who} found no memory layer in {type(model).__name__}. It needs a model with a memory: an EngramMoE "
-            "whose config lists engram_layer_ids, or a model after add_engram. Leave it out for other models."
-        )
-    return dict(sorted(found.items()))
 
 
 def is_distributed() -> bool:

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ...counting import RowCounts, SharedRows
+from ...counting import STATISTICS_FILE, RowCounts, SharedRows
+from ...insight.memory_layers import find_memory_layers
 from ...modeling.table import EngramTable
 from ..row_exchange import gather_padded
-from .reporting import EngramCallback, find_memory_layers, is_distributed, is_made_again
+from .reporting import EngramCallback, is_distributed, is_made_again
 
 
-STATISTICS_FILE = "row_statistics.safetensors"
 # Rows whose norms and moves are measured.
 SAMPLED_ROWS = 1024
 HOTTEST = 8
