@@ -39,6 +39,7 @@ from .configuration_checks import (
     check_sizes,
     check_source,
     explain,
+    refuse_v41,
     shorten,
     with_own_names,
 )
@@ -302,6 +303,7 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it has no config.json.
+            NotImplementedError: it is that of a DeepSeek-V4.1, for which there is no class.
             ValueError: it is that of another kind of model.
         """
         check_source(pretrained_model_name_or_path, PRESETS, kwargs.get("cache_dir"))
@@ -311,6 +313,7 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
                 f"{pretrained_model_name_or_path} has no config.json, which says what its weights are of. Copy it from "
                 "where they come from, or give it to the model's from_pretrained as config=."
             )
+        refuse_v41(content.get("model_type"), pretrained_model_name_or_path)
         if content.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"config.json of {pretrained_model_name_or_path} is that of another model: model_type is "
