@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1's tables without its model: rows equal a naive dequantization; damaged and foreign files are refused."""
+"""DeepSeek-V4.1's tables without its model: rows equal a naive dequantization, and damaged files are refused."""
 
 import json
 import shutil
