@@ -5,13 +5,15 @@ import math
 import torch
 
 
-def naive_row_ids(ids, positions, multipliers, primes, pad):
-    """One document row: `ids` and `positions` are lists, `primes` one list per order; a list of rows per token."""
+def naive_row_ids(ids, positions, multipliers, primes, pad, ends=None):
+    """One document row: `ids` and `positions` are lists, `primes` one list per order; a list of rows per token.
+
+    No n-gram looks past a token `ends` before its last one."""
     rows = []
     for t in range(len(ids)):
         taps, open_ = [ids[t] if ids[t] >= 0 else pad], ids[t] >= 0
         for k in range(1, len(multipliers)):
-            open_ = open_ and t - k >= 0 and positions[t] >= k and ids[t - k] >= 0
+            open_ = open_ and t - k >= 0 and positions[t] >= k and ids[t - k] >= 0 and ids[t - k] != ends
             taps.append(ids[t - k] if open_ else pad)
         mix = [taps[0] * multipliers[0]]
         for tap, multiplier in zip(taps[1:], multipliers[1:], strict=True):

@@ -144,9 +144,19 @@ def test_the_examples_of_the_guide_to_tables_run(scratch):
     assert torch.equal(names["on_disk"], names["in_memory"])
 
 
+def test_the_examples_of_the_guide_to_other_tables_run(scratch, capsys):
+    names = run_examples("docs/other_tables.md")
+    assert names["rows"][1].shape == (*names["input_ids"].shape, 2 * 64)
+    printed = capsys.readouterr().out
+    for line in ("[23703573157769, 20109073645365, 8052911324071]", "320001446 320001536"):
+        assert line in printed and f"# {line}" in read("docs/other_tables.md")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("guide", [name for name in GUIDES if name not in ("tables.md", "results.md")])
+@pytest.mark.parametrize(
+    "guide", [name for name in GUIDES if name not in ("tables.md", "other_tables.md", "results.md")]
+)
 def test_the_examples_of_the_other_guides_run(guide, scratch):
     run_examples(f"docs/{guide}")
 

@@ -24,6 +24,7 @@ from .adapters.lora import lora_config
 from .adapters.memory_class import EngramMemoryConfig, EngramMemoryForCausalLM, EngramMemoryModel
 from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
+from .adapters.open_tables import open_tables
 from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
@@ -98,6 +99,7 @@ __all__ = [
     "load_engram",
     "lora_config",
     "merge_changed_rows",
+    "open_tables",
     "plot_training",
     "push_engram",
     "quantize_tables",

@@ -140,7 +140,8 @@ def add_memory(
         )
     config, text = copy.deepcopy(config), text_config(whole)
     if config.pad_token_id is None:
-        config.pad_token_id = usual_pad(getattr(text, "pad_token_id", None), getattr(text, "eos_token_id", None))
+        pad, eos = (getattr(text, name, None) for name in ("pad_token_id", "eos_token_id"))
+        config.pad_token_id = usual_pad(pad, eos, config.hash)
     view = MemoryOfModel(config, memory.facts)
     view.check()
     ngram_hash = build_hash(view)

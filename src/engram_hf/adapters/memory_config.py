@@ -18,7 +18,7 @@ from torch import nn
 
 from ..modeling.configuration_checks import MAX_LAYERS, MAX_VOCAB_SIZE, SIZES, check_range, shorten
 from ..modeling.configuration_memory import MemoryFields
-from ..modeling.ids_hashing import find_primes
+from ..modeling.ids_hashing import find_primes, rows_behind_heads
 
 
 PREFIX = "engram_"
@@ -40,6 +40,8 @@ class EngramConfig:
         compressed_vocab_size: "auto" is written when a tokenizer is bound, an int must be met by that tokenizer, None
             hashes raw token ids and needs no tokenizer.
         pad_token_id: raw id that stands for everything before a document; by default the model's pad, then its eos.
+        hash: "engram" is the hash of DeepSeek's models. "splitmix" is that of `qwen4_exp`: it hashes raw token ids, and
+            n-grams begin anew after `pad_token_id`, by default the model's eos. Absent means "engram".
         seed: of the hash multipliers.
         table_dtype: type of the rows; None is torch's default type when the memory is added.
         block_elements: a table is stored in blocks of whole heads, of at most so many elements.
@@ -74,6 +76,7 @@ class EngramConfig:
     rms_norm_eps: float = 1e-6
     start: str = "silent"
     fingerprint: dict | None = None
+    hash: str = "engram"
 
     def __post_init__(self):
         for name in ("layer_ids", "vocab_size"):
@@ -145,13 +148,16 @@ class EngramConfig:
             # A token reads about half as many numbers as the model is wide.
             fields["head_dim"] = max(8, round(text.hidden_size / (2 * orders * heads) / 8) * 8)
         if "vocab_size" not in fields:
+            # A field that cannot be is named before anything is computed from it.
+            family = cls(**{**fields, "vocab_size": 2}).hash
             layer_ids, head_dim = fields["layer_ids"], fields["head_dim"]
             most = table_parameters // (len(layer_ids) * orders * heads * head_dim)
 
             def numbers(rows: int) -> int:
                 """In all tables with at least so many rows in a head."""
-                primes = find_primes(layer_ids, [rows] * orders, heads)
-                return head_dim * sum(sum(map(sum, primes_of_layer)) for primes_of_layer in primes.values())
+                primes = find_primes(layer_ids, [rows] * orders, heads).values()
+                of_heads = [[prime for order in orders_of_layer for prime in order] for orders_of_layer in primes]
+                return head_dim * sum(sum(each) + rows_behind_heads(family, each) for each in of_heads)
 
             fields["vocab_size"] = bisect_right(range(most + 1), table_parameters, lo=min(2, most), key=numbers) - 1
             if fields["vocab_size"] < 2:

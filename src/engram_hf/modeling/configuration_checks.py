@@ -142,6 +142,18 @@ def check_source(name: str | os.PathLike, presets: Iterable[str], cache_dir: str
         )
 
 
+def refuse_v41(model_type: Any, where: str | os.PathLike) -> None:
+    """
+    Raises:
+        NotImplementedError: the model is a DeepSeek-V4.1.
+    """
+    if isinstance(model_type, str) and model_type.startswith("deepseek_v41"):
+        raise NotImplementedError(
+            f"{os.fspath(where)} is a DeepSeek-V4.1, a model that transformers has no class for. Only its tables can "
+            "be read: engram_hf.open_tables(folder_or_repo)."
+        )
+
+
 def check_sizes(config) -> None:
     """See that no size of a config is so large that using it would take time or memory.
 

@@ -39,6 +39,7 @@ from .configuration_checks import (
     check_sizes,
     check_source,
     explain,
+    refuse_v41,
     shorten,
     with_own_names,
 )
@@ -191,6 +192,11 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
     engram_compressed_vocab_size (`int` or `str`, *optional*, defaults to `"auto"`):
         Number of ids after token compression: `"auto"` is written by `model.bind_tokenizer(tokenizer)`, an `int` must
         be met exactly by the tokenizer that is bound, `None` hashes raw token ids.
+    engram_hash (`str`, *optional*, defaults to `"engram"`):
+        Which published tables the hash is that of. `"engram"` is that of DeepSeek's demo and of DeepSeek-V4.1.
+        `"splitmix"` is that of `qwen4_exp`: it hashes raw token ids, so `engram_compressed_vocab_size` must be `None`;
+        n-grams begin anew after `engram_pad_token_id`, which defaults to the (first) `eos_token_id`; and a table has as
+        many rows as make a multiple of 128.
     engram_seed (`int`, *optional*, defaults to 0):
         Seed of the hash multipliers.
     engram_kernel_size (`int`, *optional*, defaults to 4):
@@ -259,6 +265,7 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
     engram_head_dim: int = 80
     engram_pad_token_id: int | None = None
     engram_compressed_vocab_size: int | str | None = "auto"
+    engram_hash: str = "engram"
     engram_seed: int = 0
     engram_kernel_size: int = 4
     engram_table_dtype: str | None = None
@@ -286,7 +293,7 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
                     f"{shorten(value)}. Leave it out."
                 )
         if self.engram_pad_token_id is None:
-            self.engram_pad_token_id = usual_pad(self.pad_token_id, self.eos_token_id)
+            self.engram_pad_token_id = usual_pad(self.pad_token_id, self.eos_token_id, self.engram_hash)
         # All layers are of one type; checkpoints before version 0.2 name memory layers "hybrid".
         self.layer_types = ["full_attention"] * self.num_hidden_layers
 
@@ -296,6 +303,7 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it has no config.json.
+            NotImplementedError: it is that of a DeepSeek-V4.1, for which there is no class.
             ValueError: it is that of another kind of model.
         """
         check_source(pretrained_model_name_or_path, PRESETS, kwargs.get("cache_dir"))
@@ -305,6 +313,7 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
                 f"{pretrained_model_name_or_path} has no config.json, which says what its weights are of. Copy it from "
                 "where they come from, or give it to the model's from_pretrained as config=."
             )
+        refuse_v41(content.get("model_type"), pretrained_model_name_or_path)
         if content.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"config.json of {pretrained_model_name_or_path} is that of another model: model_type is "

@@ -22,13 +22,26 @@ from typing import Any
 from .configuration_checks import MAX_HEADS, MAX_ROWS, MAX_VOCAB_SIZE, shorten
 
 
+HASHES = ("engram", "splitmix")
 TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8", "int4")
 
 
-def usual_pad(pad_token_id: int | None, eos_token_id: int | list[int] | None) -> int:
-    """The raw id that stands for everything before the start of a document, where a config does not name it."""
+def usual_pad(pad_token_id: int | None, eos_token_id: int | list[int] | None, hash_family: str = "engram") -> int:
+    """The raw id that stands for everything before the start of a document, where a config does not name it.
+
+    Raises:
+        ValueError: the hash needs a token that ends documents, and there is none.
+    """
     eos = eos_token_id[:1] if isinstance(eos_token_id, list) else [eos_token_id]
-    return next((i for i in [pad_token_id, *eos] if i is not None and i >= 0), 0)
+    if hash_family != "splitmix":
+        return next((i for i in [pad_token_id, *eos] if i is not None and i >= 0), 0)
+    found = next((i for i in eos if i is not None and i >= 0), None)
+    if found is None:
+        raise ValueError(
+            'The hash "splitmix" begins n-grams anew after the token that ends a document, and eos_token_id is '
+            f"{eos_token_id}. Set it, or name the token as engram_pad_token_id."
+        )
+    return found
 
 
 class MemoryFields:
@@ -43,6 +56,7 @@ class MemoryFields:
     engram_head_dim: Any
     engram_pad_token_id: Any
     engram_compressed_vocab_size: Any
+    engram_hash: Any
     engram_kernel_size: Any
     engram_table_dtype: Any
     engram_fingerprint: Any
@@ -78,6 +92,7 @@ class MemoryFields:
         """Part of `@strict` validation: what the memory's fields may be."""
         self._validate_memory_layers()
         self._validate_rows()
+        self._validate_hash()
         size = self.engram_compressed_vocab_size
         if isinstance(size, str) and size != "auto" or isinstance(size, int) and not 0 < size <= self.vocab_size:
             raise ValueError(
@@ -123,4 +138,20 @@ class MemoryFields:
             raise ValueError(
                 f"engram_table_dtype must be None or one of {', '.join(TABLE_DTYPES)}; got "
                 f"{shorten(self.engram_table_dtype)}."
+            )
+
+    def _validate_hash(self):
+        family = self.engram_hash
+        if isinstance(family, str) and "longcat" in family.lower():
+            raise ValueError(
+                f"engram_hash cannot be {shorten(family)}: LongCat adds up ids that are multiplied by powers of the "
+                'vocabulary size, which is another formula than that of "engram" and "splitmix". Its tables cannot be '
+                "read."
+            )
+        if family not in HASHES:
+            raise ValueError(f"engram_hash must be one of {', '.join(HASHES)}; got {shorten(family)}.")
+        if family == "splitmix" and self.engram_compressed_vocab_size is not None:
+            raise ValueError(
+                'engram_hash="splitmix" hashes raw token ids, so engram_compressed_vocab_size must be None, got '
+                f"{shorten(self.engram_compressed_vocab_size)}."
             )

@@ -1,18 +1,20 @@
 """Token ids to row ids: token compression, multipliers, primes, and the one module that hashes. Integers only.
 
 Published tables are addressed by these constants, so a change here makes them unreadable. This file knows nothing of
-tables or models. Source: arXiv 2601.07372, section 2.2, and DeepSeek's demo of it.
+tables or models. Source: arXiv 2601.07372, section 2.2, and DeepSeek's demo of it; for the family "splitmix" the module
+`qwen4_exp` of transformers.
 
 The hash of one n-gram that ends at position t, for one head:
 
     (x[t] * m[0]  XOR  x[t-1] * m[1]  XOR ... XOR  x[t-n+1] * m[n-1])  mod  prime of the head
 
-where x are compressed ids (the compressed pad before the start of a document) and m the multipliers of the layer.
+where x are compressed ids (the compressed pad before the start of a document) and m the multipliers of the layer. Two
+families of models share this formula; `FAMILIES` says where they differ.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +25,12 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
-from .ids_reach import NO_MEMORY, Seen, document_positions, reach_along, token_reach, unpack_history
+from .ids_reach import NO_MEMORY, Seen, document_positions, end_ngrams, reach_along, token_reach, unpack_history
 
 
 LAYER_SEED_STEP = 10007
+# Of SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+SPLITMIX_STEP, SPLITMIX_FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 REPLACEMENT_CHARACTER = "\ufffd"
 # Stands for "one space" while Strip runs; a private-use character that no vocabulary contains.
 SPACE_SENTINEL = "\ue000"
@@ -143,11 +147,80 @@ def stack_constants(
     return of_shifts[:, None, :, None], torch.tensor(primes, dtype=torch.int64, device="cpu")[:, None, None]
 
 
-def draw_multipliers(layer_id: int, max_ngram_size: int, compressed_vocab_size: int, seed: int) -> list[int]:
-    """The N odd multipliers of a layer, so small that no product of one and a compressed id overflows int64."""
-    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
-    generator = np.random.default_rng(seed + LAYER_SEED_STEP * layer_id)
-    return (generator.integers(0, half_bound, size=max_ngram_size, dtype=np.int64) * 2 + 1).tolist()
+def draw_by_pcg64(seed: int, bound: int, how_many: int) -> list[int]:
+    """Numbers in [0, bound) from numpy's default generator."""
+    return np.random.default_rng(seed).integers(0, bound, size=how_many, dtype=np.int64).tolist()
+
+
+def draw_by_splitmix64(seed: int, bound: int, how_many: int) -> list[int]:
+    """Numbers in [0, bound) from SplitMix64, from its second one on."""
+    found, wrap = [], 2**64 - 1
+    for place in range(2, how_many + 2):
+        number = (seed + SPLITMIX_STEP * place) & wrap
+        for shift, factor in zip((30, 27), SPLITMIX_FACTORS, strict=True):
+            number = (number ^ (number >> shift)) * factor & wrap
+        found.append((number ^ (number >> 31)) % bound)
+    return found
+
+
+class HashFamily(NamedTuple):
+    """Where two kinds of published tables differ.
+
+    draw: (seed, bound, how many) to random numbers in [0, bound), of which multipliers are made.
+    counts_memories: whether the seed of a layer counts memory layers; otherwise it is made of the layer's id.
+    ends_at_pad: whether n-grams begin anew after the pad, which is then the token that ends a document.
+    rows_multiple: the rows of a table are a multiple of this number; those behind the last head are never read.
+    """
+
+    draw: Callable[[int, int, int], list[int]]
+    counts_memories: bool
+    ends_at_pad: bool
+    rows_multiple: int
+
+
+FAMILIES = {
+    # DeepSeek's demo, and DeepSeek-V4.1.
+    "engram": HashFamily(draw_by_pcg64, counts_memories=False, ends_at_pad=False, rows_multiple=1),
+    # Qwen3.8-Flash-Next, which is `qwen4_exp` in transformers.
+    "splitmix": HashFamily(draw_by_splitmix64, counts_memories=True, ends_at_pad=True, rows_multiple=128),
+}
+
+
+def family_of(config) -> str:
+    """The name of the hash family of a config; one that does not say has "engram"."""
+    return getattr(config, "engram_hash", "engram")
+
+
+def draw_multipliers(config, id_space: int) -> dict[int, list[int]]:
+    """For each memory layer its N odd multipliers, so small that no product of one and an id overflows int64.
+
+    Args:
+        config: as for `NgramHash`.
+        id_space: how many different ids there are.
+    """
+    family, layer_ids = FAMILIES[family_of(config)], config.engram_layer_ids
+    half_bound = max(1, (np.iinfo(np.int64).max // id_space) // 2)
+    return {
+        layer_id: [
+            2 * number + 1
+            for number in family.draw(
+                config.engram_seed + LAYER_SEED_STEP * (place if family.counts_memories else layer_id),
+                half_bound,
+                config.engram_max_ngram_size,
+            )
+        ]
+        for place, layer_id in enumerate(layer_ids)
+    }
+
+
+def rows_behind_heads(family: str, rows_of_head: Sequence[int]) -> int:
+    """How many rows a table has behind those of its heads.
+
+    Example:
+        >>> rows_behind_heads("splitmix", [101, 103])
+        52
+    """
+    return -sum(rows_of_head) % FAMILIES[family].rows_multiple
 
 
 def find_primes(layer_ids: Sequence[int], vocab_sizes: Sequence[int], n_heads: int) -> dict[int, list[list[int]]]:
@@ -255,11 +328,9 @@ class NgramHash(nn.Module):
 
         They stay on the device on which the hash was.
         """
-        size, orders = self.config.engram_id_space, self.max_ngram_size
-        self._multipliers = {
-            i: [0] * orders if size is None else draw_multipliers(i, orders, size, self.config.engram_seed)
-            for i in self.layer_ids
-        }
+        size = self.config.engram_id_space
+        unknown = {layer_id: [0] * self.max_ngram_size for layer_id in self.layer_ids}
+        self._multipliers = unknown if size is None else draw_multipliers(self.config, size)
         constants = stack_constants(list(self._multipliers.values()), list(self._primes.values()))
         self._constants = tuple(constant.to(self.device) for constant in constants)
 
@@ -293,6 +364,11 @@ class NgramHash(nn.Module):
     def num_rows(self, layer_id: int) -> int:
         """Rows of all heads of a layer together."""
         return sum(sum(heads) for heads in self._primes[self._known(layer_id)])
+
+    def num_table_rows(self, layer_id: int) -> int:
+        """Rows of the layer's table: those of its heads, and those that its family puts behind them."""
+        rows_of_head = [rows for heads in self._primes[self._known(layer_id)] for rows in heads]
+        return sum(rows_of_head) + rows_behind_heads(family_of(self.config), rows_of_head)
 
     def forward(
         self,
@@ -351,7 +427,7 @@ class NgramHash(nn.Module):
         else:
             before = seen.before.to(ids.device)
             reach = reach_along(ids, seen.reach.to(ids.device), before, run_before)
-        ngrams = find_ngrams(read, reach, self.max_ngram_size, pad_id, before)
+        ngrams = self._find_ngrams(read, reach, pad_id, before)
         rows = hash_layers(ngrams, *(constant.to(ids.device) for constant in self._constants))
         return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows, strict=True)), before)
 
@@ -385,9 +461,20 @@ class NgramHash(nn.Module):
         if positions is None:
             positions = torch.arange(compressed_ids.shape[1], device=compressed_ids.device).unsqueeze(0)
         reach = token_reach(compressed_ids, positions)
-        ngrams = find_ngrams(compressed_ids, reach, self.max_ngram_size, self.pad_id)
+        ngrams = self._find_ngrams(compressed_ids, reach, self.pad_id)
         multipliers, primes = (constant[place : place + 1].to(ngrams.device) for constant in self._constants)
         return hash_layers(ngrams, multipliers, primes)[0]
+
+    def _find_ngrams(
+        self,
+        ids: torch.Tensor,
+        reach: torch.Tensor,
+        pad_id: int | torch.Tensor,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, N, seq), as `find_ngrams`, and as the family wants them."""
+        ngrams = find_ngrams(ids, reach, self.max_ngram_size, pad_id, before)
+        return end_ngrams(ngrams, pad_id) if FAMILIES[family_of(self.config)].ends_at_pad else ngrams
 
     # Binding: which tokenizer and which hash the tables belong to.
 
@@ -488,9 +575,7 @@ class NgramHash(nn.Module):
     ) -> dict[str, str]:
         config, multipliers = self.config, self._multipliers
         if size is not None:
-            multipliers = {
-                i: draw_multipliers(i, self.max_ngram_size, size, config.engram_seed) for i in self.layer_ids
-            }
+            multipliers = draw_multipliers(config, size)
         pad_id = config.engram_pad_token_id if token_map is None else int(token_map[config.engram_pad_token_id])
         return {
             "map": "none" if token_map is None else digest(token_map.cpu().to(torch.int64).numpy().tobytes()),
@@ -499,6 +584,8 @@ class NgramHash(nn.Module):
             "ids": str(config.engram_id_space if size is None else size),
             "orders": f"2-{self.max_ngram_size}",
             "pad": str(pad_id),
+            # Fingerprints without a name are older than the second family.
+            **({} if family_of(config) == "engram" else {"hash": family_of(config)}),
             **(identity or {}),
         }
 
@@ -537,7 +624,8 @@ class NgramHash(nn.Module):
         return layer_id
 
     def extra_repr(self) -> str:
-        return f"layers={self.layer_ids}, orders=2-{self.max_ngram_size}, ids={self.config.engram_id_space}"
+        ids, family = self.config.engram_id_space, family_of(self.config)
+        return f"{family}, layers={self.layer_ids}, orders=2-{self.max_ngram_size}, ids={ids}"
 
 
 def map_tokens(tokenizer, config) -> tuple[torch.Tensor, dict[str, str]]:

@@ -90,6 +90,23 @@ def reach_along(
     return is_real.long().cumprod(-1).sum(-1).masked_fill(ids < 0, NO_MEMORY)
 
 
+def end_ngrams(ngrams: torch.Tensor, end_id: int | torch.Tensor) -> torch.Tensor:
+    """N-grams that begin anew after every token that ends a document. That token itself still sees its own document.
+
+    The convolution looks past such a token all the same, as it does in the models of this kind.
+
+    Args:
+        ngrams: (batch, N, seq), the oldest id first, with `end_id` where a token may not look.
+        end_id: the token that ends a document.
+
+    Returns:
+        (batch, N, seq), with `end_id` for all that lies before such a token.
+    """
+    earlier = ngrams[:, :-1]
+    has_ended = (earlier == end_id).flip(1).cumsum(1).flip(1) > 0
+    return torch.cat([torch.where(has_ended, end_id, earlier), ngrams[:, -1:]], dim=1)
+
+
 def pack_history(ids: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """What a cache keeps of each token: its id, and how many real tokens in a row end with it.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
-from .ids_hashing import HashedTokens, NgramHash, find_primes
+from .ids_hashing import HashedTokens, NgramHash, family_of, find_primes, rows_behind_heads
 from .ids_reach import Seen, pack_history
 from .table import EngramTable, prefetch_rows
 from .table_formats import row_format
@@ -317,11 +317,13 @@ class EngramLayer(nn.Module):
         self.conv_reach = config.engram_conv_reach
 
         primes = find_primes(config.engram_layer_ids, config.engram_vocab_sizes, config.engram_n_heads)[layer_idx]
+        rows_of_head = [rows for order in primes for rows in order]
         self.table = EngramTable(
-            [rows for order in primes for rows in order],
+            rows_of_head,
             config.engram_head_dim,
             config.engram_block_elements,
             row_format(config.engram_table_dtype),
+            rows_behind_heads=rows_behind_heads(family_of(config), rows_of_head),
         )
         self.value_proj = nn.Linear(config.engram_width, self.hidden_size, bias=False)
         self.key_proj = nn.Linear(config.engram_width, self.streams * self.hidden_size, bias=False)

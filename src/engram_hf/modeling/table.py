@@ -67,6 +67,7 @@ class EngramTable(nn.Module):
         block_elements: int,
         stored_as: RowFormat | None = None,
         reader: PageReader | None = None,
+        rows_behind_heads: int = 0,
     ):
         """
         Args:
@@ -75,13 +76,16 @@ class EngramTable(nn.Module):
             block_elements: most elements of a block that holds more than one head.
             stored_as: format of the rows; None is torch's default type at this moment.
             reader: brings pages of blocks on disk; several tables may share one.
+            rows_behind_heads: rows that the last block has behind those of its heads; nobody reads them.
         """
         super().__init__()
         self.head_dim = head_dim
         self.stored_as = row_format(None) if stored_as is None else stored_as
         self.row_width = self.stored_as.row_elements(head_dim)
         self.blocks = RowBlocks(self.stored_as, head_dim)
-        self.block_records = make_blocks(self.blocks, rows_of_head, head_dim, block_elements, self.row_width)
+        self.block_records = make_blocks(
+            self.blocks, rows_of_head, head_dim, block_elements, self.row_width, rows_behind_heads
+        )
         if _BUILDS_BLOCKS.get():
             self.blocks.extend(
                 nn.Parameter(

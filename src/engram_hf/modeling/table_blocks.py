@@ -128,7 +128,7 @@ class Block:
 
     number: its place in the table.
     first_row, num_rows: the row ids in the table that it holds.
-    rows_of_head: rows of each of its heads.
+    rows_of_head: rows of each of its heads. The last block may hold more rows, which nobody reads.
     tier: where it lives.
     source: the tensor of a file that it comes from; None for a block that was drawn.
     base: what the next checkpoint of a training run may stand on; see table_changes.py.
@@ -320,12 +320,19 @@ class Base(NamedTuple):
 
 
 def make_blocks(
-    parameters: nn.ParameterList, rows_of_head: Sequence[int], head_dim: int, block_elements: int, row_width: int
+    parameters: nn.ParameterList,
+    rows_of_head: Sequence[int],
+    head_dim: int,
+    block_elements: int,
+    row_width: int,
+    rows_behind_heads: int = 0,
 ) -> list[Block]:
     """The records of a table's blocks, whether their parameters are there yet or not."""
     heads = split_into_blocks(rows_of_head, head_dim, block_elements)
     firsts = accumulate((sum(rows) for rows in heads[:-1]), initial=0)
-    return [Block(parameters, i, first, rows, row_width) for i, (first, rows) in enumerate(zip(firsts, heads))]
+    blocks = [Block(parameters, i, first, rows, row_width) for i, (first, rows) in enumerate(zip(firsts, heads))]
+    blocks[-1].num_rows += rows_behind_heads
+    return blocks
 
 
 def put_rows(target: torch.Tensor, row_ids: torch.Tensor, rows: torch.Tensor, is_mapped: bool) -> None:

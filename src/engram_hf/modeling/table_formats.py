@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 GROUP = 32
 E8M0_BIAS = 127
+NAN_BITS = 0x7FC00000
 SCALE_BYTES = 2
 
 
@@ -87,6 +88,21 @@ class Float8Rows(RowFormat):
         return numbers * scales.repeat_interleave(GROUP, -1)[..., :width]
 
 
+class ByteRows(RowFormat):
+    """Bytes as they are: a part of quantized rows that a file keeps in a tensor of its own. No config names it."""
+
+    name, storage = "bytes", torch.uint8
+
+    def row_elements(self, width: int) -> int:
+        return width
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("Bytes are a part of a row, and no format of it.")
+
+    def decode(self, stored: torch.Tensor, width: int) -> torch.Tensor:
+        return stored
+
+
 class Int8Rows(RowFormat):
     """One signed byte a channel, then one bfloat16 scale."""
 
@@ -123,12 +139,13 @@ class Int4Rows(RowFormat):
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """2**exponent in float32, exactly, for int32 in [-127, 128]; of 128, infinity.
+    """2**exponent in float32, exactly, for int32 in [-127, 128]; of 128, which stands for the byte 255, NaN.
 
     Made of its bits: `ldexp` computes a power, which a GPU need not round exactly.
     """
     # 2**-127 is below the normal numbers: half of the least of them.
     bits = torch.where(exponent == -E8M0_BIAS, 1 << 22, (exponent + E8M0_BIAS) << 23)
+    bits = torch.where(exponent > E8M0_BIAS, NAN_BITS, bits)
     return bits.int().view(torch.float32)
 
 
