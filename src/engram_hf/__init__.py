@@ -24,6 +24,7 @@ from .adapters.lora import lora_config
 from .adapters.memory_class import EngramMemoryConfig, EngramMemoryForCausalLM, EngramMemoryModel
 from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
+from .adapters.other_tables import engram_tables, load_with_tables, place_tables, prefetch
 from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
@@ -89,6 +90,7 @@ __all__ = [
     "count_parameters",
     "disable_engram",
     "engram_optimizers",
+    "engram_tables",
     "estimate_memory",
     "fetch_blocks",
     "freeze_backbone",
@@ -96,9 +98,12 @@ __all__ = [
     "inspect_checkpoint",
     "last_complete_checkpoint",
     "load_engram",
+    "load_with_tables",
     "lora_config",
     "merge_changed_rows",
+    "place_tables",
     "plot_training",
+    "prefetch",
     "push_engram",
     "quantize_tables",
     "read_facts",
