@@ -33,9 +33,11 @@ from transformers import (
     Qwen4ExpForConditionalGeneration,
     pipeline,
 )
+from typer.testing import CliRunner
 
-from engram_hf import engram_tables, load_with_tables, place_tables, prefetch
+from engram_hf import engram_tables, inspect_checkpoint, load_with_tables, place_tables, prefetch
 from engram_hf.adapters.served_embedding import TableOfParts
+from engram_hf_command import app
 
 
 EOS = 2
@@ -145,6 +147,7 @@ def test_a_model_that_somebody_else_loaded_can_be_placed(folders, case):
         place_tables(model, {CASES[case][1]: tier})
         assert {each for table in engram_tables(model) for each in table.tiers} == {tier}
         assert torch.equal(logits_of(model), expected)
+        assert not any(module.training for module in model.modules())
     changed = stock(folders, case)
     with torch.no_grad():
         changed.get_submodule(GEMMA_TABLE if case == "gemma3n" else QWEN_TABLE).weight[5] += 1
@@ -432,3 +435,14 @@ def test_damaged_and_packed_parts_are_refused_with_a_sentence(folders, tmp_path)
     for name, (change, sentence) in damages.items():
         with pytest.raises(ValueError, match=sentence):
             load_with_tables(rewritten(folders, tmp_path / name, "qwen", change))
+
+
+@pytest.mark.parametrize("case", ["qwen", "qwen-fp8", "qwen-composite", "gemma4-composite"])
+def test_inspecting_shows_tables_and_backbone(folders, case):
+    found, tensors = inspect_checkpoint(folders[case]), tensors_of(folders[case])
+    of_tables = {n: t for n, t in tensors.items() if "ngram_embedding.shard" in n or "tokens_per_layer.weight" in n}
+    assert {block.name for table in found.tables for block in table.blocks} == set(of_tables)
+    assert found.tables_nbytes == sum(t.nbytes for t in of_tables.values())
+    assert found.backbone_nbytes == sum(t.nbytes for n, t in tensors.items() if n not in of_tables)
+    ran = CliRunner().invoke(app, ["inspect", str(folders[case])])
+    assert ran.exit_code == 0 and "backbone" in ran.output, ran.output

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
-from transformers.models.auto.auto_factory import _get_model_class
 
 from ..modeling.checkpoint_loading import HUB_ARGUMENTS, Checkpoint, find_checkpoint, open_changes, read_headers
 from ..modeling.configuration_engram_moe import EngramMoEConfig
@@ -49,6 +48,7 @@ from .table_parts import (
     SCALED,
     TABLE_CHILD,
     TableParts,
+    class_and_config,
     embeddings_of,
     find_parts,
     known_tables,
@@ -106,7 +106,7 @@ def load_with_tables(
     if isinstance(config, EngramMoEConfig) or config.model_type == MODEL_TYPE:
         return AutoModelForCausalLM.from_pretrained(folder_or_repo, device_map=device_map, **from_pretrained_arguments)
     stock: Any
-    stock, config = _class_and_config(config, model_class)
+    stock, config = class_and_config(config, model_class)
     checkpoint = _checkpoint_of(where, arguments)
     if checkpoint.commit is not None:
         # The very files that were found, also where the branch moves on meanwhile.
@@ -206,21 +206,6 @@ def _refuse_unsupported(where: str, arguments: Mapping[str, Any]) -> None:
             f"{parallel[0]} cuts embeddings over devices, and a served table is one on every process. Leave it out, or "
             "load the model with from_pretrained."
         )
-
-
-def _class_and_config(config: Any, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], Any]:
-    """The class that AutoModelForCausalLM takes for a config, or the given one, and the config of this class."""
-    if model_class is None:
-        mapping: Any = AutoModelForCausalLM._model_mapping
-        if type(config) not in mapping:
-            raise ValueError(
-                f"AutoModelForCausalLM has no class for {type(config).__name__}; name one with model_class=."
-            )
-        model_class = cast(type[PreTrainedModel], _get_model_class(config, mapping))
-    wanted: Any = getattr(model_class, "stock_class", model_class)
-    if wanted.config_class is not None and not isinstance(config, wanted.config_class):
-        config = config.get_text_config()
-    return wanted, config
 
 
 def _checkpoint_of(where: str, arguments: Mapping[str, Any]) -> Checkpoint:

@@ -195,5 +195,5 @@ def serve(module: nn.Embedding, table: TableOfParts) -> None:
     dtype = module.weight.dtype
     del module._parameters["weight"]
     module.__class__ = served_class(cast(Any, type(module)))
-    module.add_module(TABLE_CHILD, table)
+    module.add_module(TABLE_CHILD, table.train(module.training))
     module.given_dtype = None if dtype == SCALED else dtype  # type: ignore[assignment]

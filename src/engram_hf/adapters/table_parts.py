@@ -6,12 +6,14 @@ another number of parts than its files have. Nothing of a table's contents is re
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.models.auto.auto_factory import _get_model_class
 
 from ..modeling.checkpoint_loading import Checkpoint
 from ..modeling.configuration_checks import shorten
@@ -25,6 +27,11 @@ NGRAM_TABLE = "ple.ple_embedding.ngram_embedding"
 TABLE_NAMES = (NGRAM_TABLE, "embed_tokens_per_layer")
 # The module of a table's rows inside its embedding; its blocks have these names in the checkpoints of a training run.
 TABLE_CHILD = "table"
+# Types of the configs of models with such tables.
+MODEL_TYPES = (
+    *("qwen4_exp", "qwen4_exp_text", "gemma3n", "gemma3n_text"),
+    *("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+)
 # In the index of a save: the parts of each table in the published layout.
 LAYOUT = "table_parts"
 SCALED = torch.float8_e4m3fn
@@ -56,6 +63,21 @@ class TableParts:
         return self.tensors if self.saved_as is None else self.saved_as
 
 
+def class_and_config(config: Any, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], Any]:
+    """The class that AutoModelForCausalLM takes for a config, or the given one, and the config of this class."""
+    if model_class is None:
+        mapping: Any = AutoModelForCausalLM._model_mapping
+        if type(config) not in mapping:
+            raise ValueError(
+                f"AutoModelForCausalLM has no class for {type(config).__name__}; name one with model_class=."
+            )
+        model_class = cast(type[PreTrainedModel], _get_model_class(config, mapping))
+    wanted: Any = getattr(model_class, "stock_class", model_class)
+    if wanted.config_class is not None and not isinstance(config, wanted.config_class):
+        config = config.get_text_config()
+    return wanted, config
+
+
 def embeddings_of(model: nn.Module) -> dict[str, nn.Embedding]:
     """The embeddings of a model by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -84,6 +106,23 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str], key_mapping: di
             renamed, _ = rename_source_key(name, [], [], prefix, state)
         found[name] = renamed
     return found
+
+
+def all_parts(config: Any, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> list[TableParts]:
+    """The tables of a checkpoint that are known by their names.
+
+    Args:
+        config: of the model.
+        checkpoint, places: where tensors are.
+
+    Raises:
+        ValueError: as `find_parts`.
+    """
+    stock, config = class_and_config(config, None)
+    with torch.device("meta"):
+        skeleton = cast(Any, stock)(config)
+    names, embeddings = names_in_model(skeleton, checkpoint.names), embeddings_of(skeleton)
+    return [find_parts(name, embeddings[name], names, checkpoint, places) for name in known_tables(embeddings)]
 
 
 def find_parts(
