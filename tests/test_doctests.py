@@ -1,8 +1,8 @@
 """The examples in docstrings run, and print what they say.
 
 They find what a reader has at hand: a model with its tokenizer in `output/tiny`, which is what `make demo` leaves, a
-checkpoint of a run, somebody else's model in `backbone` and a memory for it in `config`, a model with a table of its own
-in `gemma_folder`, and the names `model`, `tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
+checkpoint of a run, somebody else's model in `backbone` and a memory for it in `config`, a model with a table of its
+own in `gemma_folder`, and the names `model`, `tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
 network are marked `+SKIP`.
 """
 
