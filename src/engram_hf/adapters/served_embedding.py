@@ -4,7 +4,7 @@ The embedding becomes an instance of a subclass of its own class. The owner's `f
 the gather below it is this file's. Rows, tiers and files are those of every table of this package.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, cast
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..modeling.disk_files import MappedFile
+from ..modeling.disk_reading import pages_of_rows
 from ..modeling.table import EngramTable
-from ..modeling.table_blocks import Block
+from ..modeling.table_blocks import DISK, Block
 from ..modeling.table_formats import FloatRows
 from .table_parts import SCALED, TABLE_CHILD
 
@@ -100,9 +102,31 @@ class TableOfParts(EngramTable):
         self._check_row_ids(on_cpu)
         return list(self._split(on_cpu))
 
+    def _check_files(self) -> None:
+        if any(block.tier != DISK for block in self.block_records):
+            super()._check_files()
+            return
+        # Of many parts a lookup reads few: `_gather` looks whether these still lie under their files.
+        self.changes.settle()
+        for file in {block.source.file for block in self.block_records if block.source is not None}:
+            file.check_unchanged()
+
+    def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, MappedFile]]:
+        """All pages of a file at once: asking for those of each part costs more than reading rows that are here."""
+        asked: dict[MappedFile, list[np.ndarray]] = {}
+        for block, rows in zip(self.block_records, block_rows, strict=True):
+            if len(rows) and block.is_on_disk and block.source is not None:
+                block.require_memory()
+                pages = pages_of_rows(block.addresses(rows.numpy()), self.row_nbytes)
+                asked.setdefault(block.source.file, []).append(pages)
+        for file, parts in asked.items():
+            yield parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts)), file
+
     def _gather(self, block: Block, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         if not rows.numel():
-            return torch.empty((0, self.row_width), dtype=self.dtype, device=device)
+            return torch.empty((0, self.row_width), dtype=self.stored_as.storage, device=device)
+        if block.is_on_disk:
+            block.mapped_file()
         return super()._gather(block, rows, device)
 
     @torch.compiler.disable(
