@@ -1,8 +1,8 @@
 """The examples in docstrings run, and print what they say.
 
 They find what a reader has at hand: a model with its tokenizer in `output/tiny`, which is what `make demo` leaves, a
-checkpoint of a run, somebody else's model in `backbone` and a memory for it in `config`, and the names `model`,
-`tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
+checkpoint of a run, somebody else's model in `backbone` and a memory for it in `config`, a model with a table of its
+own in `gemma_folder`, and the names `model`, `tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
 network are marked `+SKIP`.
 """
 
@@ -12,7 +12,9 @@ import pkgutil
 import shutil
 
 import pytest
+import torch
 import transformers
+from foreign import gemma3n_text, publish
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -55,6 +57,7 @@ def saved(tmp_path_factory, tokenizer):
     model.bind_tokenizer(tokenizer)
     model.save_pretrained(folder / "output" / "tiny")
     tokenizer.save_pretrained(folder / "output" / "tiny")
+    publish(gemma3n_text(), folder / "output" / "gemma")
     return folder
 
 
@@ -69,9 +72,11 @@ def test_an_example_prints_what_it_says(name, saved, tokenizer, tmp_path, monkey
     given = {
         "model": model,
         "tokenizer": tokenizer,
+        "torch": torch,
         "data": data,
         "args": args,
         "folder": "output/tiny",
+        "gemma_folder": "output/gemma",
         "backbone": LlamaForCausalLM(LlamaConfig(**BACKBONE)),
         "config": EngramConfig(layer_ids=[1], vocab_size=1000, n_heads=4, head_dim=16),
         "trainer": Trainer(model, args, train_dataset=data),

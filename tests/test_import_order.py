@@ -26,8 +26,8 @@ LEVELS = [
     ["modeling.checkpoint_saving"],
     ["modeling.memory_model"],
     ["modeling.modeling_engram_moe"],
-    ["adapters.memory_config"],
-    ["adapters.memory_files"],
+    ["adapters.memory_config", "adapters.table_parts"],
+    ["adapters.memory_files", "adapters.served_embedding"],
     ["planning", "counting"],
     [
         "insight.memory_layers",

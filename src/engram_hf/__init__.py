@@ -25,6 +25,7 @@ from .adapters.memory_class import EngramMemoryConfig, EngramMemoryForCausalLM, 
 from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
 from .adapters.open_tables import open_tables
+from .adapters.other_tables import engram_tables, load_with_tables, place_tables, prefetch
 from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
@@ -90,6 +91,7 @@ __all__ = [
     "count_parameters",
     "disable_engram",
     "engram_optimizers",
+    "engram_tables",
     "estimate_memory",
     "fetch_blocks",
     "freeze_backbone",
@@ -97,10 +99,13 @@ __all__ = [
     "inspect_checkpoint",
     "last_complete_checkpoint",
     "load_engram",
+    "load_with_tables",
     "lora_config",
     "merge_changed_rows",
     "open_tables",
+    "place_tables",
     "plot_training",
+    "prefetch",
     "push_engram",
     "quantize_tables",
     "read_facts",

@@ -243,7 +243,7 @@ def read_config(content: Mapping[str, Any], where: str) -> tuple[EngramConfig, M
     if not any(name.startswith("engram_") for name in text) or str(kind).startswith("engram_"):
         raise NotImplementedError(
             f"{where} is no DeepSeek-V4.1: model_type is {shorten(kind)}. open_tables reads that model's tables. Load "
-            "other models with their tables."
+            "other models with load_with_tables."
         )
     pads = {name: text[name] for name in PAD_NAMES if name in text}
     if len({json.dumps(value) for value in pads.values()}) > 1:

@@ -15,14 +15,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from transformers import AutoConfig
 
-from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, name_inside, read_headers
+from ..adapters.table_parts import MODEL_TYPES, TABLE_CHILD, all_parts
+from ..modeling.checkpoint_loading import Checkpoint, find_checkpoint, find_file, name_inside, read_headers
 from ..modeling.configuration_checks import check_source
 from ..modeling.configuration_engram_moe import PRESETS
-from ..modeling.disk_safetensors import TensorPlace, read_places
+from ..modeling.disk_safetensors import TensorPlace, read_json, read_places
 from ..modeling.modeling_engram_moe import EngramMoEModel
 from ..modeling.table import EngramTable
-from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
+from ..modeling.table_blocks import ROW_IDS, changed_name, is_of_table, layer_of_table, parse_changed_name
 from .checking import Part, check_loadable, read_config
 
 
@@ -94,6 +96,8 @@ def inspect_checkpoint(
     """
     where = str(path_or_repo)
     hub = _at_one_commit(where, revision, token)
+    if (other := _inspect_other_tables(where, hub)) is not None:
+        return other
     config = read_config(where, **hub)
     parts = [_open(where, hub)]
     revision_of_tables = None
@@ -120,6 +124,27 @@ def inspect_checkpoint(
         vocab_size=config.vocab_size,
         compressed_vocab_size=config.engram_compressed_vocab_size,
     )
+
+
+def _inspect_other_tables(where: str, hub: dict[str, Any]) -> Inspection | None:
+    """What a checkpoint of somebody else's model with lookup tables holds; None for other models."""
+    path = find_file(where, "config.json", hub)
+    if path is None or read_json(path).get("model_type") not in MODEL_TYPES:
+        return None
+    config, part = AutoConfig.from_pretrained(where, **hub), _open(where, hub)
+    tables = []
+    for each in all_parts(config, part.checkpoint, part.places):
+        sizes = [(name, part.places[name], part.checkpoint.file_of[name].name) for name in each.tensors]
+        blocks = tuple(FoundBlock(name, place.shape[0], place.nbytes, file) for name, place, file in sizes)
+        nbytes, dtype = sum(block.nbytes for block in blocks), str(each.dtype).removeprefix("torch.")
+        changed = part.places.get(changed_name(f"{each.name}.{TABLE_CHILD}", ROW_IDS))
+        num_changed = 0 if changed is None else changed.shape[0]
+        tables.append(FoundTable(each.name, sum(each.rows), each.width, dtype, nbytes, blocks, num_changed))
+    in_tables = sum(table.nbytes for table in tables)
+    of_tables = {block.name for table in tables for block in table.blocks}
+    beside = [place.nbytes for name, place in part.places.items() if name not in of_tables and not is_of_table(name)]
+    vocab_size = config.get_text_config().vocab_size
+    return Inspection(where, tuple(tables), in_tables, sum(beside), None, vocab_size, None)
 
 
 def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +103,7 @@ def write_tables(
     prefix: str,
     max_shard_size: str | int,
     is_checkpoint: bool = False,
+    name_of: Callable[[str, int], str] = block_name,
 ) -> WrittenTables:
     """Write the blocks of tables into files of their own.
 
@@ -114,14 +115,16 @@ def write_tables(
         max_shard_size: as in `save_pretrained`; a file is larger only where a single block is.
         is_checkpoint: whether this is a checkpoint of the run that trains the tables: link the files that they came
             from, and write the rows that have changed.
+        name_of: names the tensor that is written for a block, by the name of its table and its number.
     """
     limit = min(convert_file_size_to_int(max_shard_size), LARGEST_FILE)
     written = WrittenTables()
     total = sum(block.nbytes for block in blocks.values())
+    numbers = numbers_of_files(tables)
     is_short = total < PROGRESS_BYTES
     with logging.tqdm(total=total, desc="Writing tables", unit="B", unit_scale=True, disable=is_short) as progress:
         for name, table in tables.items():
-            full_name, layer = f"{prefix}{name}", layer_of_table(name)
+            full_name, layer = f"{prefix}{name}", numbers[name]
             own = {block: blocks.get(block_name(full_name, block.number)) for block in table.block_records}
             given = {block: tensor for block, tensor in own.items() if tensor is not None}
             if not given:
@@ -135,7 +138,7 @@ def write_tables(
             left: list[Block] = []
             for number, group in enumerate(groups, 1):
                 filename = f"tables-layer-{layer:02d}-{number:05d}-of-{len(groups):05d}.safetensors"
-                names = {block: block_name(full_name, block.number) for block in group}
+                names = {block: name_of(full_name, block.number) for block in group}
                 source = _whole_file({names[block]: standing[block] for block in group})
                 if source is not None:
                     left += group if by_rows else []
@@ -154,6 +157,14 @@ def write_tables(
                 written.changed_rows[full_name] = rows[changed_name(full_name, ROW_IDS)].shape[0]
                 written.stamp = table.changes.run.stamp.hex()
     return written
+
+
+def numbers_of_files(tables: Iterable[str]) -> dict[str, int]:
+    """The number in the names of a table's files: its layer, or its place among the tables where layers are shared."""
+    layers = {name: layer_of_table(name) for name in tables}
+    if len(set(layers.values())) == len(layers):
+        return layers
+    return {name: number for number, name in enumerate(layers)}
 
 
 def _source_on_disk(block: Block, tensor: torch.Tensor) -> BlockSource | None:

@@ -5,7 +5,7 @@ transformers loads and saves the backbone, and never sees a block. Blocks are op
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -548,12 +548,13 @@ class ModelWithTables:
         run = next((table.changes.run for table in tables.values() if table.changes.run is not None), None)
         is_checkpoint = run is not None and state_dict is None and not apart and run.has_checkpoint(folder)
         with_code = with_code and self._has_code
+        name_of = self._block_names(is_checkpoint)
         self._note_saved(table_dtype, with_code)
         repository = self._open_repository_to_push(folder, token, kwargs) if push_to_hub else None
         saved, by_base = {}, {}
         if apart:
             with publishing(tables_to), staging(tables_to) as stage:
-                written = write_tables(stage, blocks, tables, prefix, max_shard_size)
+                written = write_tables(stage, blocks, tables, prefix, max_shard_size, name_of=name_of)
                 saved = publish(stage, Path(tables_to), written, self._saved_facts())
         with publishing(folder), staging(folder) as stage:
             if run is not None and is_checkpoint and run.begins_checkpoint(folder):
@@ -570,7 +571,8 @@ class ModelWithTables:
             if not with_code:
                 remove_code(stage)
             self._describe_memory(stage)
-            written = write_tables(stage, {} if apart else blocks, tables, prefix, max_shard_size, is_checkpoint)
+            given = {} if apart else blocks
+            written = write_tables(stage, given, tables, prefix, max_shard_size, is_checkpoint, name_of)
             by_base = written.by_base
             saved |= publish(stage, folder, written, self._saved_facts(), variant)
             if not with_code:
@@ -580,12 +582,16 @@ class ModelWithTables:
         if state_dict is None:
             for name, table in tables.items():
                 for block in table.block_records:
-                    full_name = block_name(f"{prefix}{name}", block.number)
-                    block.saved_in = (saved[full_name], full_name)
+                    saved_name = name_of(f"{prefix}{name}", block.number)
+                    block.saved_in = (saved[saved_name], saved_name)
                 table.follow_save(by_base.get(name, ()))
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)
         return None
+
+    def _block_names(self, is_checkpoint: bool) -> Callable[[str, int], str]:
+        """What names the tensor of a block in a save, by the name of its table and its number."""
+        return block_name
 
     def _note_saved(self, table_dtype: str | None, with_code: bool) -> None:
         """Write into the config what a save changes: the type of the tables, and where tables and code lie."""

@@ -416,7 +416,7 @@ class EngramTable(nn.Module):
         self._check_files()
         home = row_ids.to(self.home)
         self._check_row_ids(home)
-        groups = group((home + self.first_rows_of_heads.to(home.device)).flatten())
+        groups = group(self._row_ids_in_table(home).flatten())
         with nullcontext() if self._watch is None else self._watch(groups.distinct):
             started = self._prefetches.take(row_ids)
             for future in started or []:
@@ -425,6 +425,10 @@ class EngramTable(nn.Module):
         rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
         return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
+
+    def _row_ids_in_table(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Row ids of a lookup, as `forward` takes them, to row ids of the table, of the same shape."""
+        return row_ids + self.first_rows_of_heads.to(row_ids.device)
 
     def _are_trained(self, row_ids: torch.Tensor) -> torch.Tensor | None:
         """Which rows are of blocks that are not frozen; None for all."""

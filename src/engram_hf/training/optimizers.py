@@ -129,6 +129,9 @@ class EngramOptimizerFactory:
     ) -> "EngramOptimizer":
         refuse_unsupported(args, backbone)
         tables = find_tables(model)
+        frozen = [name for name, table in tables.items() if table.row_format is not None]
+        if frozen:
+            logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
         # A checkpoint of an adapted model holds the adapter alone.
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):

@@ -1,0 +1,223 @@
+"""An embedding of somebody else's model whose rows come from a table on a tier.
+
+The embedding becomes an instance of a subclass of its own class. The owner's `forward` still runs, with its scale; only
+the gather below it is this file's. Rows, tiers and files are those of every table of this package.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import accumulate
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..modeling.disk_files import MappedFile
+from ..modeling.disk_reading import pages_of_rows
+from ..modeling.table import EngramTable
+from ..modeling.table_blocks import DISK, Block
+from ..modeling.table_formats import FloatRows
+from .table_parts import SCALED, TABLE_CHILD
+
+
+class ScaledRows(FloatRows):
+    """FP8 rows whose scale belongs to the embedding. They are read as they are stored, and are not trained."""
+
+    is_trainable = False
+
+
+class TableOfParts(EngramTable):
+    """A table that lies in a checkpoint as parts, each a run of rows and a block here.
+
+    Row ids count through the whole table, so a lookup may ask any part for any number of rows.
+    """
+
+    def __init__(self, rows_of_part: Sequence[int], width: int, dtype: torch.dtype):
+        """
+        Args:
+            rows_of_part: rows of each part, in their order.
+            width: of a row.
+            dtype: of the rows as they are stored.
+        """
+        name = str(dtype).removeprefix("torch.")
+        stored_as = ScaledRows(name) if dtype == SCALED else FloatRows(name)
+        super().__init__(rows_of_part, width, block_elements=1, stored_as=stored_as)
+        self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
+
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look rows up.
+
+        Args:
+            row_ids: (...), integers in [0, rows of the table).
+
+        Returns:
+            (..., width) in the type of the table, on the device of `row_ids`.
+
+        Raises:
+            IndexError, ValueError: as `EngramTable.forward`.
+        """
+        flat = row_ids.reshape(-1).long()
+        if len(self.block_records) == 1 or (self.is_in_training and torch.is_grad_enabled()):
+            found = super().forward(flat).view(-1, self.head_dim)
+        else:
+            ascending, order = flat.sort()
+            back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            found = super().forward(ascending).view(-1, self.head_dim).index_select(0, back)
+        return found.view(*row_ids.shape, self.head_dim)
+
+    def bring_pages(self, row_ids: torch.Tensor) -> None:
+        """As `EngramTable.bring_pages`, for row ids of the table, in any order. Those that it does not have are passed
+        over, since nobody may ever look them up."""
+        if not self.is_resident:
+            flat = row_ids.detach().reshape(-1).cpu().long()
+            super().bring_pages(flat[(flat >= 0) & (flat < self.num_rows)].unique())
+
+    def _row_ids_in_table(self, row_ids: torch.Tensor) -> torch.Tensor:
+        return row_ids
+
+    def _check_row_ids(self, row_ids: torch.Tensor) -> None:
+        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or not row_ids.numel():
+            return
+        least, largest = (int(each) for each in row_ids.aminmax())
+        if least < 0 or largest >= self.num_rows:
+            raise IndexError(
+                f"Row id {least if least < 0 else largest} is out of range: the table has {self.num_rows} rows. Token "
+                "ids come from the tokenizer of this very model."
+            )
+
+    def _split(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For each block the rows that are asked of it, counted from its first; the row ids, (n,), ascend where there
+        is more than one block."""
+        if len(self.block_records) == 1:
+            return (row_ids,)
+        firsts = torch.from_numpy(self._first_rows).to(row_ids.device)
+        counts = torch.searchsorted(row_ids, firsts).diff(append=row_ids.new_tensor([len(row_ids)]))
+        parts = row_ids.split(counts.tolist())
+        return tuple(part - first for part, first in zip(parts, self._first_rows.tolist(), strict=True))
+
+    def _split_on_cpu(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
+        self._check_files()
+        on_cpu = row_ids.detach().cpu()
+        self._check_row_ids(on_cpu)
+        return list(self._split(on_cpu))
+
+    def _check_files(self) -> None:
+        if any(block.tier != DISK for block in self.block_records):
+            super()._check_files()
+            return
+        # Of many parts a lookup reads few: `_gather` looks whether these still lie under their files.
+        self.changes.settle()
+        for file in {block.source.file for block in self.block_records if block.source is not None}:
+            file.check_unchanged()
+
+    def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, MappedFile]]:
+        """All pages of a file at once: asking for those of each part costs more than reading rows that are here."""
+        asked: dict[MappedFile, list[np.ndarray]] = {}
+        for block, rows in zip(self.block_records, block_rows, strict=True):
+            if len(rows) and block.is_on_disk and block.source is not None:
+                block.require_memory()
+                pages = pages_of_rows(block.addresses(rows.numpy()), self.row_nbytes)
+                asked.setdefault(block.source.file, []).append(pages)
+        for file, parts in asked.items():
+            yield parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts)), file
+
+    def _gather(self, block: Block, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if not rows.numel():
+            return torch.empty((0, self.row_width), dtype=self.stored_as.storage, device=device)
+        if block.is_on_disk:
+            block.mapped_file()
+        return super()._gather(block, rows, device)
+
+    @torch.compiler.disable(
+        reason="Rows of a table off the device are read outside of the graph. Compile without fullgraph=True, or place "
+        'the table on the device: place_tables(model, {"...": "resident"}).'
+    )
+    def _read(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
+        return super()._read(row_ids)
+
+
+class ServedEmbedding(nn.Embedding):
+    """The part below the owner's class: `nn.Embedding` without a weight of its own.
+
+    table: the rows.
+    given_dtype: type in which rows are given; None for that of the table.
+    """
+
+    table: TableOfParts
+    given_dtype: torch.dtype | None
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Shape and type of the weight, without memory. The rows are in `table`."""
+        dtype = self.given_dtype or self.table.stored_as.storage
+        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=dtype, device="meta")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(...) ids to (..., width)."""
+        rows = self.table(input)
+        rows = rows if self.given_dtype is None else rows.to(self.given_dtype)
+        if self.padding_idx is None or not rows.requires_grad:
+            return rows
+        # As in every embedding, the row of the padding takes no gradient.
+        return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.given_dtype is not None:
+            self.given_dtype = fn(torch.empty(0, dtype=self.given_dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As in any module; the weight of the owner's class may stand for the blocks."""
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None:
+            if weight.shape != (self.num_embeddings, self.embedding_dim):
+                raise ValueError(
+                    f"{prefix}weight is {tuple(weight.shape)}, needs {(self.num_embeddings, self.embedding_dim)}."
+                )
+            rows = [block.num_rows for block in self.table.block_records]
+            for number, part in enumerate(weight.split(rows)):
+                state_dict[f"{prefix}{TABLE_CHILD}.blocks.{number}"] = part
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol):
+        # The class cannot be found by its name, which is that of the owner's class.
+        return _restore, (owner_of(type(self)),), self.__dict__
+
+
+def _restore(owner: Any) -> nn.Embedding:
+    """An embedding without its attributes, which copying and unpickling bring."""
+    made = served_class(owner)
+    return made.__new__(made)
+
+
+@cache
+def served_class(owner: Any) -> Any:
+    """The class of an embedding whose rows come from a table, made of its own class; one for each class."""
+    bases = (ServedEmbedding,) if owner is nn.Embedding else (owner, ServedEmbedding)
+    names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, "__doc__": owner.__doc__}
+    return type(owner.__name__, bases, {**names, "owner": owner})
+
+
+def owner_of(served: type[nn.Embedding]) -> type[nn.Embedding]:
+    """The class that an embedding had before."""
+    return served.owner  # type: ignore[attr-defined]
+
+
+def serve(module: nn.Embedding, table: TableOfParts) -> None:
+    """Have the rows of an embedding come from a table, from now on.
+
+    Raises:
+        ValueError: the embedding does more than to look rows up.
+    """
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise ValueError(
+            "An embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be served from a tier; only a "
+            "plain one can."
+        )
+    dtype = module.weight.dtype
+    del module._parameters["weight"]
+    module.__class__ = served_class(cast(Any, type(module)))
+    module.add_module(TABLE_CHILD, table.train(module.training))
+    module.given_dtype = None if dtype == SCALED else dtype  # type: ignore[assignment]

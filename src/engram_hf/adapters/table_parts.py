@@ -1,0 +1,202 @@
+"""Which tensors of somebody else's checkpoint are the parts of which lookup table.
+
+Names come from transformers' own conversion mapping, and sizes from the headers of the files. A config may promise
+another number of parts than its files have. Nothing of a table's contents is read here.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.models.auto.auto_factory import _get_model_class
+
+from ..modeling.checkpoint_loading import Checkpoint
+from ..modeling.configuration_checks import shorten
+from ..modeling.disk_safetensors import TensorPlace
+from ..modeling.table_blocks import parse_block_name
+
+
+# Ends of the names of modules that are lookup tables in the models of transformers: Qwen's n-grams, and the per-layer
+# embeddings of Gemma 3n and Gemma 4.
+NGRAM_TABLE = "ple.ple_embedding.ngram_embedding"
+TABLE_NAMES = (NGRAM_TABLE, "embed_tokens_per_layer")
+# The module of a table's rows inside its embedding; its blocks have these names in the checkpoints of a training run.
+TABLE_CHILD = "table"
+# Types of the configs of models with such tables.
+MODEL_TYPES = (
+    *("qwen4_exp", "qwen4_exp_text", "gemma3n", "gemma3n_text"),
+    *("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+)
+# In the index of a save: the parts of each table in the published layout.
+LAYOUT = "table_parts"
+SCALED = torch.float8_e4m3fn
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, SCALED)
+
+
+@dataclass(frozen=True)
+class TableParts:
+    """The tensors of one table, in the order of its rows.
+
+    name: of the embedding module.
+    tensors: their names in the checkpoint.
+    rows: of each of them.
+    width: of a row.
+    dtype: of all of them.
+    saved_as: their names in a save of the model, where they are the blocks of a training checkpoint of this package.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    rows: tuple[int, ...]
+    width: int
+    dtype: torch.dtype
+    saved_as: tuple[str, ...] | None = None
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """Names of the parts in the layout in which the model is published."""
+        return self.tensors if self.saved_as is None else self.saved_as
+
+
+def class_and_config(config: Any, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], Any]:
+    """The class that AutoModelForCausalLM takes for a config, or the given one, and the config of this class."""
+    if model_class is None:
+        mapping: Any = AutoModelForCausalLM._model_mapping
+        if type(config) not in mapping:
+            raise ValueError(
+                f"AutoModelForCausalLM has no class for {type(config).__name__}; name one with model_class=."
+            )
+        model_class = cast(type[PreTrainedModel], _get_model_class(config, mapping))
+    wanted: Any = getattr(model_class, "stock_class", model_class)
+    if wanted.config_class is not None and not isinstance(config, wanted.config_class):
+        config = config.get_text_config()
+    return wanted, config
+
+
+def embeddings_of(model: nn.Module) -> dict[str, nn.Embedding]:
+    """The embeddings of a model by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
+def known_tables(embeddings: Iterable[str]) -> list[str]:
+    """Those of the named embeddings that are lookup tables in every model that has them."""
+    return [name for name in embeddings if any(f".{name}".endswith(f".{end}") for end in TABLE_NAMES)]
+
+
+def names_in_model(model: PreTrainedModel, names: Iterable[str], key_mapping: dict | None = None) -> dict[str, str]:
+    """Tensor of a checkpoint to tensor of the model that it becomes, or becomes a part of, as transformers loads it.
+
+    Args:
+        model: with all of its weights, such as a model on meta.
+        names: of the tensors.
+        key_mapping: as for `from_pretrained`.
+    """
+    transforms = get_model_conversion_mapping(model, key_mapping, None)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    state, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    for name in sorted(names, key=dot_natural_key):
+        renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, _ = rename_source_key(name, [], [], prefix, state)
+        found[name] = renamed
+    return found
+
+
+def all_parts(config: Any, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> list[TableParts]:
+    """The tables of a checkpoint that are known by their names.
+
+    Args:
+        config: of the model.
+        checkpoint, places: where tensors are.
+
+    Raises:
+        ValueError: as `find_parts`.
+    """
+    stock, config = class_and_config(config, None)
+    with torch.device("meta"):
+        skeleton = cast(Any, stock)(config)
+    names, embeddings = names_in_model(skeleton, checkpoint.names), embeddings_of(skeleton)
+    return [find_parts(name, embeddings[name], names, checkpoint, places) for name in known_tables(embeddings)]
+
+
+def find_parts(
+    table: str,
+    module: nn.Embedding,
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    places: Mapping[str, TensorPlace],
+) -> TableParts:
+    """The parts of a table.
+
+    Args:
+        table: name of its embedding.
+        module: the embedding, for its sizes.
+        names: as `names_in_model` gives them.
+        checkpoint, places: where tensors are.
+
+    Raises:
+        ValueError: parts are missing, packed, of several types or of another size than the model's.
+    """
+    where, weight = checkpoint.where, f"{table}.weight"
+    of_run = {block.number: name for name in names if (block := _block_of(name, table)) is not None}
+    tensors = [of_run[number] for number in sorted(of_run)] or [n for n, target in names.items() if target == weight]
+    scales = {f"{weight}_scale"} if any(places[name].dtype == SCALED for name in tensors) else set()
+    strange = [name for name, target in names.items() if target.startswith(f"{table}.") and name not in tensors]
+    strange = [name for name in strange if names[name] not in scales and not _is_of_run(name, table)]
+    if strange:
+        raise ValueError(
+            f"{where} holds {table} in a packed format ({strange[0]}), whose rows cannot be read one by one. Load a "
+            "checkpoint with tables in bfloat16, float16, float32, or FP8 with one weight_scale."
+        )
+    if not tensors:
+        raise ValueError(
+            f"{where} holds no tensor of {weight}. Download it again, or load it with its own config.json."
+        )
+    shapes, dtypes = [places[name].shape for name in tensors], {places[name].dtype for name in tensors}
+    wanted = (module.num_embeddings, module.embedding_dim)
+    is_fit = all(len(shape) == 2 and shape[0] > 0 and shape[1] == wanted[1] for shape in shapes)
+    if not is_fit or sum(shape[0] for shape in shapes) != wanted[0]:
+        raise ValueError(
+            f"The {len(tensors)} parts of {table} in {where} have the shapes {', '.join(map(str, shapes[:4]))}"
+            f"{', ...' if len(shapes) > 4 else ''}, and must have {wanted[0]} rows of {wanted[1]} together. Load the "
+            "checkpoint with its own config.json."
+        )
+    dtype = dtypes.pop()
+    if dtypes or dtype not in DTYPES:
+        raise ValueError(
+            f"The parts of {table} in {where} are {places[tensors[0]].type_name}"
+            f"{' and other types' if dtypes else ''}; tables are served in bfloat16, float16, float32 or FP8 (E4M3)."
+        )
+    if dtype == SCALED and not of_run and f"{weight}_scale" not in names.values():
+        raise ValueError(
+            f"{table} in {where} is FP8 without a weight_scale, so its numbers mean nothing. Download it again."
+        )
+    saved_as = _layout_of_run(table, len(tensors), checkpoint) if of_run else None
+    return TableParts(table, tuple(tensors), tuple(shape[0] for shape in shapes), wanted[1], dtype, saved_as)
+
+
+def _layout_of_run(table: str, parts: int, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the index of a training checkpoint says of the layout that its model came in."""
+    layouts = checkpoint.metadata.get(LAYOUT)
+    names = layouts.get(table) if isinstance(layouts, dict) else None
+    if not isinstance(names, list) or len(names) != parts or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"The index of {checkpoint.where} must name the {parts} parts of {table} under {LAYOUT}, got "
+            f"{shorten(names)}. Copy the whole folder of the checkpoint again."
+        )
+    return tuple(names)
+
+
+def _block_of(name: str, table: str):
+    block = parse_block_name(name)
+    return block if block is not None and block.table == f"{table}.{TABLE_CHILD}" else None
+
+
+def _is_of_run(name: str, table: str) -> bool:
+    return name.startswith(f"{table}.{TABLE_CHILD}.")
