@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from architectures import tiny_backbone, with_memory
+from foreign import gemma3n_text, publish
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +19,7 @@ from engram_hf import (
     EngramRowStatisticsCallback,
     engram_optimizers,
     freeze_backbone,
+    load_with_tables,
 )
 
 
@@ -83,6 +85,13 @@ def main():
         # Somebody else's model with a memory, of which the memory alone learns.
         fields = {"vocab_size": 30_011, "table_dtype": "float64" if options["exact"] else None}
         model = freeze_backbone(with_memory(tiny_backbone("llama"), **fields))
+    elif options.get("served"):
+        # Somebody else's tables, in the layout in which they are published.
+        if args.process_index == 0:
+            publish(gemma3n_text(torch.float64, vocab_size_per_layer_input=30_011), out / "base")
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        model = load_with_tables(out / "base", {"": "cpu", "...embed_tokens_per_layer": "disk"})
     elif options["tier"] is None:
         model = tiny_model(config)
     else:
@@ -93,18 +102,20 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(out / "base", device_map=device_map)
     if options["exact"]:
         model = model.double()
-        if not options.get("added"):
+        if not (options.get("added") or options.get("served")):
             model.set_experts_implementation("eager")
     if options.get("fsdp"):
         with LargestMessage():
             losses = train_sharded(model, args, options["rule"])
         return write(out, args, model, losses)
+    callbacks = [EngramPrefetchCallback(), EngramGateStatisticsCallback(), EngramRowStatisticsCallback()]
     trainer = Trainer(
         model,
         args,
         train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 9)],
         optimizer_cls_and_kwargs=engram_optimizers(args, options["rule"], work_folder=out / "work"),
-        callbacks=[EngramPrefetchCallback(), EngramGateStatisticsCallback(), EngramRowStatisticsCallback()],
+        # They are for memory layers, and a table alone is none.
+        callbacks=[] if options.get("served") else callbacks,
     )
     with LargestMessage():
         trainer.train(resume_from_checkpoint=options.get("resume"))

@@ -92,9 +92,12 @@ def test_tables_are_left_out_of_fsdp_and_train_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_an_added_memory_like_one(tmp_path):
-    one = launch(tmp_path / "one", 1, rule="adam", added=True, trainer={"per_device_train_batch_size": 4})[0]
-    two = launch(tmp_path / "two", 2, rule="adam", added=True, trainer={"per_device_train_batch_size": 2})
+@pytest.mark.parametrize("kind", ["added", "served"])
+def test_two_processes_train_what_was_not_made_here_like_one(tmp_path, kind):
+    """A memory added to somebody else's model, and somebody else's table on disk."""
+    options = {"rule": "adam", kind: True}
+    one = launch(tmp_path / "one", 1, **options, trainer={"per_device_train_batch_size": 4})[0]
+    two = launch(tmp_path / "two", 2, **options, trainer={"per_device_train_batch_size": 2})
     for block, other in zip(two[0]["tables"], two[1]["tables"], strict=True):
         assert torch.equal(block, other)
     for name in ("losses", "tables", "rest"):
