@@ -33,6 +33,7 @@ LEVELS = [
     ["insight.silencing"],
     ["insight.tracing", "insight.pictures"],
     ["insight.showing"],
+    ["insight.explorer"],
     ["insight."],
     ["checkpoints.checking"],
     ["checkpoints.rewriting"],
