@@ -28,7 +28,6 @@ from helpers.added_recipe import (
     STEPS,
     HeldOut,
     fastest_dtype,
-    interval,
     load_base,
     load_tokenizer,
     losses_of_rows,
@@ -58,6 +57,7 @@ from engram_hf import (
     remove_engram,
     save_engram,
 )
+from engram_hf.insight.intervals import interval
 
 
 ABOUT = (

@@ -24,6 +24,7 @@ from helpers.tiny_recipe import (
     PRESETS,
     SEQ_LENGTH,
     STEPS,
+    held_out_documents,
     make_config,
     make_model,
     make_trainer,
@@ -33,6 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 # Importing engram_hf is also what makes the Auto classes know the model.
 from engram_hf import count_parameters, gather_facts, plot_training, read_facts, update_card
+from engram_hf.insight import ablate
+from engram_hf.insight.ablation import Ablation
 
 
 COMMAND = "python scripts/train_tiny.py"
@@ -41,8 +44,8 @@ PROMPT = "def __init__(self"
 HELD_OUT_ROWS = 128
 
 
-def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]) -> None:
-    """Write README.md of the folder: the text, the run, and the losses of held-out documents."""
+def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float], worth: Ablation) -> None:
+    """Write README.md of the folder: the text, the run, the losses of held-out documents, what the memory is worth."""
     is_default = arguments.dataset is None
     text = f"sources of the standard library of Python {platform.python_version()}, and the topics of its `help()`"
     command = f"{COMMAND} {shlex.join(sys.argv[1:])}".strip()
@@ -62,6 +65,7 @@ def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]
             }
             for name, value in losses.items()
         ],
+        ablation=worth,
         picture=plot_training(output).name if has_curves else None,
         # Only the user knows the license of the user's own text.
         license="apache-2.0" if is_default else None,
@@ -138,6 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     with stage("What the memory does", seconds_of_stage):
         after, gates = probe(model, held_out)
         silenced, _ = probe(silence_memory(model), held_out)
+        worth = ablate(model, held_out_documents(arguments.dataset), ["memory", "order"], tokenizer=tokenizer)
 
     with stage(f"How the model goes on after {PROMPT!r}", seconds_of_stage):
         set_seed(arguments.seed)
@@ -149,6 +154,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"held-out loss before training            {before:.3f}")
     print(f"held-out loss after training             {after:.3f}")
     print(f"the same with the memory silenced        {silenced:.3f}   (value projections set to zero)")
+    for part in worth.parts:
+        between = "" if part.low is None else f"   ({part.low:+.3f} to {part.high:+.3f} over documents)"
+        print(f"{'it rises without ' + part.part + ' by':<41}{part.worth:.3f}{between}")
     ids = held_out.with_format("torch")["input_ids"][:].to(model.device)
     for layer_id, layer_gates in zip(config.engram_layer_ids, gates):
         print(f"mean gate of layer {layer_id}                     {layer_gates.mean():.3f}   opens widest after:")
@@ -163,9 +171,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"(a perfect hash: {last[f'engram/ngrams_per_row_perfect_hash/layer_{layer_id}']:.2f}), "
             f"memory is {last[f'engram/memory_share/layer_{layer_id}']:.1%} of the residual stream there"
         )
-    write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced})
+    write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced}, worth)
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
-    print(f"saved in {output}, with a card, {sum(seconds_of_stage.values()):.0f} seconds in all")
+    print(f"saved in {output}, {sum(seconds_of_stage.values()):.0f} seconds in all")
+    print(f"curves, and what the memory is worth: {output / 'README.md'}")
 
 
 def main() -> None:

@@ -39,7 +39,6 @@ HELD_OUT_ROWS = 240
 # Documents to one that is held out: there is more text than a run trains on.
 HELD_OUT_EVERY = 4
 EVALUATION_ROWS = 8
-DRAWS = 4000
 
 
 @dataclass
@@ -140,18 +139,6 @@ def losses_of_rows(
 def other_ids(vocab_size: int, seed: int = 0) -> torch.Tensor:
     """A permutation of all ids, the same in every run."""
     return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
-
-
-def interval(differences: torch.Tensor, documents: list[str]) -> tuple[float, float, float]:
-    """The mean of (rows,) differences and its 95% interval, by a bootstrap that draws whole documents."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(documents))}
-    which = torch.tensor([numbers[name] for name in documents])
-    sums = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, which, differences.double())
-    rows = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, which, torch.ones_like(differences).double())
-    draws = torch.randint(len(numbers), (DRAWS, len(numbers)), generator=torch.Generator().manual_seed(0))
-    means = sums[draws].sum(1) / rows[draws].sum(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(differences.mean()), low, high
 
 
 def shown(mean: float, low: float, high: float) -> str:

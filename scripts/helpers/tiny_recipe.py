@@ -55,6 +55,8 @@ STEPS = {"tiny": 400, "small": 1500}
 SEQ_LENGTH = 128
 ROWS_PER_STEP = 16
 HELD_OUT_ROWS = 512
+# About 8,000 tokens: two seconds for each part of a memory that is silenced.
+MEASURED_DOCUMENTS, MEASURED_CHARACTERS = 48, 500
 LEARNING_RATE = 4e-3
 TABLE_LEARNING_RATE_FACTOR = 5
 WATCHING = (EngramPrefetchCallback, EngramGateStatisticsCallback, EngramRowStatisticsCallback)
@@ -70,6 +72,12 @@ def prepare_text(dataset: str | None, preset: str):
     tokenizer = train_tokenizer(train, PRESETS[preset]["vocab_size"])
     rows = packed_dataset(tokenizer, held_out, SEQ_LENGTH).shuffle(seed=0)
     return tokenizer, packed_dataset(tokenizer, train, SEQ_LENGTH), rows.select(range(min(len(rows), HELD_OUT_ROWS)))
+
+
+def held_out_documents(dataset: str | None) -> list[dict[str, str]]:
+    """The beginnings of the first documents that `prepare_text` holds out, for measurements over documents."""
+    _, held_out = split_documents(load_documents(dataset) if dataset else gather_documents())
+    return [{"document": name, "text": text[:MEASURED_CHARACTERS]} for name, text in held_out[:MEASURED_DOCUMENTS]]
 
 
 def make_config(preset: str, tokenizer, **overrides) -> EngramMoEConfig:

@@ -9,7 +9,7 @@ script writes.
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from PIL import Image
@@ -33,13 +33,13 @@ def take_demo(folder: Path) -> None:
         raise ValueError(f"{folder} has no card with curves; run `make demo` first, with matplotlib installed.")
     picture = f"{DEMO}.png"
     Image.open(folder / facts.picture).convert("RGB").quantize(48).save(FOLDER / picture, optimize=True)
-    content = replace(facts, name=DEMO, picture=picture).as_dict()
+    content = asdict(replace(facts, name=DEMO, picture=picture))
     (FOLDER / f"{DEMO}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def rendered_cards() -> dict[str, str]:
     """Name of each file to its content."""
-    demo = CardFacts.from_dict(json.loads((FOLDER / f"{DEMO}.json").read_text()))
+    demo = CardFacts(**json.loads((FOLDER / f"{DEMO}.json").read_text()))
     presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PAPER_PRESETS]
     return {f"{facts.name}.md": render_card(facts) for facts in (demo, *presets)}
 

@@ -151,7 +151,9 @@ def test_an_interrupted_command_prints_one_line():
             "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
             "HF_HUB_OFFLINE": "0",
         }
-        code = "from engram_hf_command import app; app()"
+        # Programs in the background of a shell begin with the signal ignored.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        code += "from engram_hf_command import app; app()"
         process = subprocess.Popen(
             [sys.executable, "-c", code, "inspect", "user/model"], env=environment, stderr=subprocess.PIPE, text=True
         )

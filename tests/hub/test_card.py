@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from engram_hf import (
     update_card,
 )
 from engram_hf.hub.card_facts import BEGIN, END
+from engram_hf.insight import ablate
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -83,6 +84,24 @@ def test_facts_are_those_of_the_model(folder, tmp_path):
     # 8 numbers in 4 bits, and a scale of 2 bytes.
     assert [table["nbytes"] for table in smaller.tables] == [6 * table["rows"] for table in facts.tables]
     assert "take no gradient" in render_card(smaller) and "take no gradient" not in card
+
+
+def test_a_card_has_the_table_of_an_ablation_while_the_weights_stay(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    data = [{"input_ids": list(range(3, 40)), "document": "a"}, {"input_ids": list(range(90, 50, -1)), "document": "b"}]
+    table = ablate(model, data, ["memory", "head"])
+    assert "What the memory is worth" not in render_card(gather_facts(folder))
+    update_card(folder, gather_facts(folder, ablation=table))
+    kept = read_facts(folder)
+    assert kept.ablation == asdict(table) == gather_facts(folder).ablation
+    section = (folder / "README.md").read_text().split("## What the memory is worth")[1].split("\n## ")[0]
+    assert f"{table.tokens:,} tokens of 2 documents" in section and section.count("\n| ") == 1 + len(table.parts)
+    for part in table.parts:
+        numbers = f"{part.loss:.3f} | {part.worth:+.3f} | {part.low:+.3f} to {part.high:+.3f} |"
+        assert f"| {part.part} | {100 * part.share:.1f} % | {numbers}" in section
+    torch.nn.init.zeros_(model.engram_memory().layers[0].value_proj.weight)
+    model.save_pretrained(folder)
+    assert gather_facts(folder).ablation is None
 
 
 def test_facts_of_a_config_are_those_of_the_model_that_it_makes(tmp_path):
@@ -213,16 +232,13 @@ def test_results_of_other_tools_stay(folder, names):
     facts = gather_facts(folder, evaluation=LOSS)
     for evaluation in (facts.evaluation, []):
         update_card(folder, replace(facts, evaluation=evaluation))
-        found = metadata_of((folder / "README.md").read_text())["model-index"]
-        assert found[0]["name"] == "a" and found[0]["results"][0] == result
-    assert found == index
+        assert metadata_of((folder / "README.md").read_text())["model-index"] == index
 
 
 DAMAGED = [
     (b"---\nlicense: [mit\n---\n# x\n", "cannot be read"),
     (b"---\njust words\n---\n# x\n", "should be a dict"),
     (b"---\n1: x\n---\n# x\n", "strings"),
-    (b"---\nmodel-index: [{name: x}]\n---\n# x\n", "model_index"),
     (f"# x\n{BEGIN}\n".encode(), "once each"),
     (f"# x\n{END}\n{BEGIN}\n".encode(), "once each"),
     (b"# caf\xe9\n", "UTF-8"),
@@ -279,13 +295,11 @@ WRONG = [
     ({"base_model": ["a", "b c"]}, "[Rr]epo id"),
     ({"data": {"description": "x", "datasets": ["my data"]}}, "[Rr]epo id"),
     ({"picture": "training.png"}, "Draw it there"),
-    ({"picture": "../outside.png"}, "Draw it there"),
     ({"training": "."}, "trainer_state.json"),
 ]
 
 
 def test_what_is_no_fact_is_refused(folder):
-    (folder.parent / "outside.png").write_bytes(b"")
     for wrong, message in WRONG:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             gather_facts(folder, **wrong)
@@ -345,7 +359,7 @@ def test_the_cards_of_the_repository_are_fresh_and_their_code_runs(capsys, monke
     for name, card in cards.items():
         assert (there / name).read_text() == card, f"{name} is stale: run render_cards.py"
     demo = read_facts(there / "engram-tiny.md")
-    assert demo.as_dict() == json.loads((there / "engram-tiny.json").read_text())
+    assert asdict(demo) == json.loads((there / "engram-tiny.json").read_text())
     assert (there / demo.picture).stat().st_size < 200_000 and demo.evaluation and demo.training and demo.data
     assert (there / "template.md").resolve() == (ROOT / "src/engram_hf/hub/card_template.md").resolve()
     for preset in ("engram-27b", "moe-27b"):

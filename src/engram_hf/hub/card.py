@@ -1,7 +1,6 @@
 """A model card with true facts only: a new one, or one section of a README whose other text stays as it is."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,19 @@ from ..modeling.configuration_engram_moe import AUTO_MAP
 from ..modeling.disk_safetensors import write_pieces
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
 from ..modeling.table_formats import QUANTIZED_FORMATS
-from .card_facts import BEGIN, END, MEMORY, WITH_MEMORY, CardFacts, as_list, facts_in, read_card, record_of
+from .card_facts import BEGIN, END, MEMORIES, MEMORY, CardFacts, as_list, facts_in, read_card, record_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PIPELINES = {
-    "EngramMoEForCausalLM": "text-generation",
-    "EngramMoEForSequenceClassification": "text-classification",
-    "EngramMoEForTokenClassification": "token-classification",
-    "EngramMoEModel": "feature-extraction",
-    WITH_MEMORY: "text-generation",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModel": "feature-extraction",
 }
 # The first that a model has: AutoModelForDecision is a second name of the causal one.
 AUTO_CLASS = {model.split(".")[1]: auto for auto, model in reversed(AUTO_MAP.items())}
-AUTO_CLASS[WITH_MEMORY] = AUTO_CLASS[MEMORY] = "AutoModelForCausalLM"
+AUTO_CLASS |= dict.fromkeys(MEMORIES, "AutoModelForCausalLM")
 # How the form begins that `push_to_hub` of transformers writes where there is no card. Nobody has filled it in.
 FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
 FORM += "automatically generated."
@@ -69,42 +67,33 @@ def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
         # huggingface_hub warns about a card without metadata.
         card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
-        # ModelCardData would put the results of several models under one name. They stay as they are.
-        if len(card.data.get("model-index", [])) < 2:
-            card.data = ModelCardData(**vars(card.data))
         parts = re.split(rf"^({BEGIN}|{END})[ \t]*$", card.text, flags=re.MULTILINE)
         if parts[1::2] not in ([], [BEGIN, END]):
             raise ValueError(f"the lines {BEGIN} and {END} must be there once each and in this order, or not at all")
     # Damaged metadata raise errors of many types.
     except Exception as error:
-        problem = " ".join(str(error).split())
         raise ValueError(
-            f"{where} cannot be read: {problem}. Repair its metadata (YAML between two lines of ---) or its text "
-            "(UTF-8); nothing was changed."
+            f"{where} cannot be read: {' '.join(str(error).split())}. Repair its metadata (YAML between two lines of "
+            "---) or its text (UTF-8); nothing was changed."
         ) from error
     before = facts_in(content, where)
-    if len(parts) == 1:
-        above, below = card.text.rstrip() + "\n\n", "\n"
-        # Nobody wrote an empty text, nor the form of transformers.
-        replaced = ["", ModelCard.from_template(ModelCardData(), model_description=FORM).text.strip()]
-    else:
-        above, below = parts[0], parts[-1]
-        # A title that is still ours follows the name.
-        replaced = [] if before is None else [f"# {_inline(before.name)}"]
-    if above.strip() in replaced:
+    above, below = (parts[0], parts[-1]) if len(parts) > 1 else (card.text.rstrip() + "\n\n", "\n")
+    # Nobody wrote an empty text, nor the form of transformers. A title that is still ours follows the name.
+    titles = [] if before is None else [f"# {_inline(before.name)}"]
+    if above.strip() in ["", ModelCard.from_template(ModelCardData(), model_description=FORM).text.strip(), *titles]:
         above = f"\n# {_inline(facts.name)}\n\n"
-    _merge(card.data, _metadata(facts), ModelCardData() if before is None else _metadata(before))
+    _merge(card.data, _metadata(facts), {} if before is None else _metadata(before))
     card.text = above + _render_section(facts, card.data) + below
     return str(card).encode("utf-8", "replace")
 
 
-def _metadata(facts: CardFacts) -> ModelCardData:
-    """Metadata as the Hub understands it. What is not known is None."""
+def _metadata(facts: CardFacts) -> dict[str, Any]:
+    """Metadata as the Hub understands it. What is not known is not there."""
     # Without weights there is nothing that a pipeline, or a button of the Hub, could load.
-    pipeline = PIPELINES.get(facts.architecture) if facts.has_weights else None
-    tags = list(EngramMoEForCausalLM.model_tags) if facts.tables else ["engram_moe"]
-    if facts.architecture in (WITH_MEMORY, MEMORY):
-        tags = [tag.replace("engram_moe", "engram_memory") for tag in tags]
+    pipeline = PIPELINES.get(AUTO_CLASS.get(facts.architecture, "")) if facts.has_weights else None
+    pipeline = None if facts.architecture == MEMORY else pipeline
+    kind = "engram_memory" if facts.architecture in MEMORIES else "engram_moe"
+    tags = [tag.replace("engram_moe", kind) for tag in EngramMoEForCausalLM.model_tags] if facts.tables else [kind]
     data = facts.data or {}
     results = [
         EvalResult(
@@ -124,34 +113,26 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers" if facts.has_weights else None,
         pipeline_tag=pipeline,
         license=facts.license,
-        language=data.get("languages"),
-        base_model=facts.base_model,
-        datasets=data.get("datasets"),
+        language=data.get("languages") or None,
+        base_model=facts.base_model or None,
+        datasets=data.get("datasets") or None,
         tags=[*tags, "mixture-of-experts"] if facts.has_experts else tags,
-        model_name=facts.name,
-        eval_results=results,
-    )
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+    ).to_dict()
 
 
-def _merge(own: CardData, ours: ModelCardData, written: ModelCardData) -> None:
+def _merge(own: CardData, ours: dict[str, Any], written: dict[str, Any]) -> None:
     """Write our values into the user's metadata where it has none, or where a value that we wrote still stands."""
-    for key, new in vars(ours).items():
-        mine, old = own.get(key), written.get(key)
-        if isinstance(mine, list):
-            new = new if isinstance(new, list) else []
-            kept = [item for item in mine if item in new or item not in as_list(old)]
-            there = [_without_value(item) for item in kept]
-            mine = kept + [item for item in new if _without_value(item) not in there]
+    for key in [*ours, *(key for key in written if key not in ours)]:
+        mine, new, old = own.get(key), ours.get(key), written.get(key)
+        # A list of results is one value: what another tool measured stays as it is.
+        if isinstance(mine, list) and key != "model-index":
+            new, old = new if isinstance(new, list) else [], as_list(old)
+            kept = [item for item in mine if item in new or item not in old]
+            own[key] = kept + [item for item in new if item not in mine] or None
         elif mine is None or mine == old:
-            mine = new
-        own[key] = mine or None
-    if "model-index" in own or not own["eval_results"]:
-        own["eval_results"] = own["model_name"] = None
-
-
-def _without_value(item: Any) -> Any:
-    """Two results are the same if they measure the same: the user's value wins."""
-    return replace(item, metric_value=None) if isinstance(item, EvalResult) else item
+            own[key] = new
 
 
 def _render_section(facts: CardFacts, metadata: CardData) -> str:
@@ -162,7 +143,7 @@ def _render_section(facts: CardFacts, metadata: CardData) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         auto_class=AUTO_CLASS.get(facts.architecture),
-        is_memory=facts.architecture in (WITH_MEMORY, MEMORY),
+        is_memory=facts.architecture in MEMORIES,
         is_alone=facts.architecture == MEMORY,
         is_quantized=any(table["dtype"] in QUANTIZED_FORMATS for table in facts.tables),
         license=", ".join(map(str, as_list(metadata.get("license")))),

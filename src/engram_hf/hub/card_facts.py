@@ -21,7 +21,8 @@ from transformers.utils import logging
 from ..adapters.memory_files import MemoryFiles
 from ..checkpoints.checking import backbone_config, read_config
 from ..checkpoints.inspecting import inspect_checkpoint
-from ..insight.plotting import read_state
+from ..insight.ablation import Ablation
+from ..insight.plotting import read_figures
 from ..modeling.checkpoint_loading import find_checkpoint, read_digests
 from ..modeling.configuration_engram_moe import EngramMoEConfig
 from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
@@ -31,7 +32,7 @@ from ..planning import count_parameters, estimate_memory
 logger = logging.get_logger(__name__)
 CAUSAL_LM = "EngramMoEForCausalLM"
 # Somebody else's model with a memory, and such a memory alone.
-WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
+MEMORIES = WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
 PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
 # Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
 BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
@@ -40,10 +41,9 @@ CONFIG_FIELDS: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_atten
 CONFIG_FIELDS += ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "first_k_dense_replace")
 CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads", "engram_compressed_vocab_size")
 CONFIG_FIELDS += ("engram_fingerprint", "max_position_embeddings")
-# What a card shows of a memory layer: the last value in the log.
-LAYER_FIGURE = re.compile(
-    r"engram/(gate_mean|memory_share|rows_touched|ngrams_per_row|ngrams_per_row_perfect_hash)/layer_(\d+)"
-)
+TABLE_FIELDS = ("rows", "head_dim", "dtype", "nbytes")
+# Fields that an author gives: those that stay true of other weights, and those that do not.
+ALWAYS, OF_WEIGHTS = ("license", "base_model"), ("data", "training", "picture", "evaluation", "ablation", "limits")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class CardFacts:
     training: dict[str, Any] | None = None
     picture: str | None = None
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    ablation: dict[str, Any] | None = None
     limits: list[str] = field(default_factory=list)
 
     @property
@@ -86,18 +87,6 @@ class CardFacts:
         dense = self.config["first_k_dense_replace"]
         return dense is not None and dense < self.config["num_hidden_layers"]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "CardFacts":
-        """The facts that `as_dict` gave. Raises ValueError if they are of another release."""
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise ValueError(f"These are not facts of a card, or they are of another release: {error}.") from error
-
 
 def gather_facts(
     source: str | Path | EngramMoEConfig,
@@ -105,6 +94,7 @@ def gather_facts(
     training: str | Path | None = None,
     data: str | Mapping | None = None,
     evaluation: Mapping | Iterable[Mapping] | None = None,
+    ablation: Ablation | None = None,
     license: str | None = None,
     base_model: str | Iterable[str] | None = None,
     repo_id: str | None = None,
@@ -125,9 +115,9 @@ def gather_facts(
             on the Hub), "languages" (as the Hub writes them) and "tokens" (of the text, each counted once).
         evaluation: results, each a dict with "metric", "value", "dataset", the "command" that gives the value and, if
             known, "dataset_id" (on the Hub), "split" and "unit".
+        ablation: what the parts of the memory are worth, from `engram_hf.insight.ablate`.
         license: as the Hub writes it ("apache-2.0").
-        base_model: repositories of the models that this one was made from; for an added memory by default the one that
-            it was added to.
+        base_model: repositories that this model was made from; by default the one that a memory was added to.
         repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
         name: title; by default the name of the repository, preset or folder.
         picture: of the training curves; a file in `source`, named from there.
@@ -143,11 +133,12 @@ def gather_facts(
         >>> facts.tables[0]["rows"]
         53826
     """
-    folder = None if isinstance(source, EngramMoEConfig) else Path(source)
     if isinstance(source, EngramMoEConfig):
-        found = _facts_of_config(source)
+        found, known = _facts_of_config(source), None
     else:
-        found = _facts_of_checkpoint(Path(source), tables_from)
+        found, known = _facts_of_checkpoint(Path(source), tables_from), read_facts(source)
+    if picture is not None and (isinstance(source, EngramMoEConfig) or not (Path(source) / picture).is_file()):
+        raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
     default_name, default_base = found.pop("name"), found.pop("base_model", [])
     facts = CardFacts(
         **found,
@@ -157,19 +148,15 @@ def gather_facts(
         license=license,
         base_model=as_list(base_model) or default_base,
         data=None if data is None else _data(data),
-        training=None if training is None else _training(training),
+        training=None if training is None else read_figures(training),
         picture=picture,
         evaluation=[_result(result) for result in as_list(evaluation)],
+        ablation=None if ablation is None else asdict(ablation),
         limits=as_list(limits),
     )
     for repository in filter(None, [repo_id, tables_repo, *facts.base_model, *(facts.data or {}).get("datasets", [])]):
         validate_repo_id(repository)
-    if picture is not None:
-        path = None if folder is None else (folder / picture).resolve()
-        if folder is None or path is None or not path.is_file() or not path.is_relative_to(folder.resolve()):
-            raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
-    if folder is not None and (known := read_facts(folder)) is not None:
-        facts = keep_known(facts, known)
+    facts = facts if known is None else keep_known(facts, known)
     return replace(facts, name=facts.name or default_name)
 
 
@@ -196,8 +183,9 @@ def facts_in(content: bytes, where: object) -> CardFacts | None:
     text = content.decode(errors="replace")
     record = RECORD.search(text)
     if record is not None and record[1] == _digest(record[2]):
-        with suppress(ValueError):
-            return CardFacts.from_dict(json.loads(record[2]))
+        # Another release has other fields.
+        with suppress(TypeError):
+            return CardFacts(**json.loads(record[2]))
     if BEGIN in text:
         logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
     return None
@@ -205,7 +193,7 @@ def facts_in(content: bytes, where: object) -> CardFacts | None:
 
 def record_of(facts: CardFacts) -> str:
     """The comment that `facts_in` reads. No text in it can end the comment."""
-    text = json.dumps(facts.as_dict(), sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
+    text = json.dumps(asdict(facts), sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- engram-hf: facts {_digest(text)} {text} -->"
 
 
@@ -214,24 +202,25 @@ def keep_known(facts: CardFacts, known: CardFacts) -> CardFacts:
 
     Licence and base models are always kept, everything else only if the weights are the same.
     """
-    always, of_weights = ["license", "base_model"], ["data", "training", "picture", "evaluation", "limits"]
-    kept = {
-        name: getattr(known, name)
-        for name in [*always, *of_weights, "name", "repo_id", "tables_repo"]
-        if getattr(known, name) and not getattr(facts, name)
-    }
+    names = [*ALWAYS, *OF_WEIGHTS, "name", "repo_id", "tables_repo"]
+    kept = {name: getattr(known, name) for name in names if getattr(known, name) and not getattr(facts, name)}
     if known.weights is None or known.weights != facts.weights:
-        if lost := [name for name in of_weights if name in kept]:
+        if lost := [name for name in OF_WEIGHTS if name in kept]:
             logger.warning(
                 f"The weights changed since this card was written. Removed: {', '.join(lost)}. Pass the values again "
                 "if they still apply."
             )
-        kept = {name: kept[name] for name in always if name in kept}
+        kept = {name: kept[name] for name in ALWAYS if name in kept}
     return replace(facts, **kept)
 
 
 def as_list(value) -> list:
     return [] if value is None else [value] if isinstance(value, str | Mapping) else list(value)
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is that of a repository of the Hub, and of no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _digest(text: str) -> str:
@@ -273,7 +262,7 @@ def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
         model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
     needed = estimate_memory(config, "cpu", dtype)
     return {
-        **_facts_of_both(config, CAUSAL_LM),
+        **_facts_of_fields(config, config, CAUSAL_LM),
         "name": preset or config.model_type,
         "preset": preset,
         "dtype": dtype,
@@ -289,15 +278,15 @@ def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[s
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
     if isinstance(config, MemoryFiles):
-        architecture = MEMORY if config.description.is_alone else WITH_MEMORY
-        own = _facts_of_memory(config, folder)
+        own = _facts_of_fields(config, folder, MEMORY if config.description.is_alone else WITH_MEMORY)
+        facts = config.description.facts
+        own["config"] |= {"hc_mult": facts.streams, "backbone": ", ".join(config.architectures or [])}
+        own["base_model"] = [facts.base_model] if is_repository(facts.base_model) else []
     else:
-        architecture = (config.architectures or [CAUSAL_LM])[0]
-        own = _facts_of_both(config, architecture)
+        own = _facts_of_fields(config, config, (config.architectures or [CAUSAL_LM])[0])
     here_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
     return {
         **own,
-        "architecture": architecture,
         "name": folder.resolve().name,
         # Not of file names, so that saving the same weights again changes nothing.
         "weights": _digest(json.dumps(sorted(digests.values()))) if digests else None,
@@ -305,61 +294,26 @@ def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[s
         "has_code": getattr(config, "auto_map", None) is not None,
         "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
         "dtype": str(getattr(backbone_config(config), "dtype", None) or "float32").removeprefix("torch."),
-        "tables": _tables(inspection.tables, architecture),
+        "tables": _tables(inspection.tables, own["architecture"]),
         "backbone_nbytes": inspection.backbone_nbytes,
         "disk_nbytes": here_nbytes + (0 if checkpoint.blocks() else inspection.tables_nbytes),
     }
 
 
-def _facts_of_both(config: EngramMoEConfig, architecture: str) -> dict[str, Any]:
-    counted = count_parameters(config) if architecture == CAUSAL_LM else None
+def _facts_of_fields(config: Any, source: Any, architecture: str) -> dict[str, Any]:
+    """What follows from a config. `source`: what `count_parameters` takes."""
+    counted = count_parameters(source) if architecture in (CAUSAL_LM, WITH_MEMORY) else None
+    backbone = backbone_config(config)
     return {
         "architecture": architecture,
-        "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
+        "config": {name: getattr(config, name, getattr(backbone, name, None)) for name in CONFIG_FIELDS},
         "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
     }
-
-
-def _facts_of_memory(config: MemoryFiles, folder: Path) -> dict[str, Any]:
-    facts = config.description.facts
-    counted = None if config.description.is_alone else count_parameters(folder)
-    fields = {n: getattr(config, n, getattr(config.backbone, n, None)) for n in CONFIG_FIELDS if n != "hc_mult"}
-    return {
-        "config": {**fields, "hc_mult": facts.streams, "backbone": ", ".join(config.architectures or [])},
-        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
-        "base_model": [facts.base_model] if is_repository(facts.base_model) else [],
-    }
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name is that of a repository of the Hub, and of no folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
-    prefix = "" if architecture in ("EngramMoEModel", MEMORY, WITH_MEMORY) else "model."
-    known = ("rows", "head_dim", "dtype", "nbytes")
+    prefix = "" if architecture in ("EngramMoEModel", *MEMORIES) else "model."
     return [
-        {"name": prefix + table.name.removeprefix("model."), **{name: getattr(table, name) for name in known}}
+        {"name": prefix + table.name.removeprefix("model."), **{name: getattr(table, name) for name in TABLE_FIELDS}}
         for table in tables
     ]
-
-
-def _training(folder: str | Path) -> dict[str, Any]:
-    state = read_state(folder)
-    lines = [
-        {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
-        for line in state["log_history"]
-    ]
-    last = {key: value for line in lines for key, value in line.items()}
-    layers: dict[str, dict[str, float]] = {}
-    for key, value in last.items():
-        if (match := LAYER_FIGURE.fullmatch(key)) is not None:
-            layers.setdefault(match[2], {})[match[1]] = value
-    return {
-        "steps": state["global_step"],
-        "epochs": state.get("epoch"),
-        **{name: last.get(name) for name in ("loss", "eval_loss")},
-        "learning_rate": max((line.get("learning_rate", 0.0) for line in lines), default=0.0) or None,
-        "layers": dict(sorted(layers.items(), key=lambda item: int(item[0]))),
-    }

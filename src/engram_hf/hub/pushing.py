@@ -40,7 +40,7 @@ from .uploading import (
 logger = logging.get_logger(__name__)
 CURVES_FILE = "training.png"
 # What `card=` of a push may hold.
-CARD_FACTS = {"training", "data", "evaluation", "license", "base_model", "name", "picture", "limits"}
+CARD_FACTS = {"training", "data", "evaluation", "ablation", "license", "base_model", "name", "picture", "limits"}
 TABLES_CARD = """---
 library_name: transformers
 tags:
@@ -105,7 +105,7 @@ def push_engram(
         tables_repo: repository for the tables, if they should not lie beside the backbone.
         tokenizer: goes with the model; by default the one in the folder, or where the model was loaded from.
         card: facts that a checkpoint does not hold, as arguments of `gather_facts`: training, data, evaluation,
-            license, base_model, name, picture, limits. Without a picture, the curves of `training` are drawn.
+            ablation, license, base_model, name, picture, limits. Without a picture, the curves of `training` are drawn.
         token, private, revision, create_pr, commit_message, max_shard_size: as in `push_to_hub`.
         dry_run: send nothing. Print the result to see every file with its size.
 

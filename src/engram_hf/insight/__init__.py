@@ -1,4 +1,4 @@
-"""What one looks at: what a memory does to a text, and curves of a run."""
+"""What one looks at: what a memory does to a text, what its parts are worth, and curves of a run."""
 
 from importlib import import_module
 from typing import Any
@@ -6,6 +6,13 @@ from typing import Any
 
 # Name to the module that has it. Modules are imported when they are asked for, since some of them are seldom needed.
 _MODULE_OF = {
+    "ablate": "ablation",
+    "layer_similarity": "similarity",
+    "logit_lens": "lens",
+    "nearest_ngrams": "neighbours",
+    "plot_training": "plotting",
+    "read_rows": "text_rows",
+    "row_report": "row_use",
     "show": "showing",
     "silenced": "silencing",
     "trace": "tracing",
