@@ -34,18 +34,46 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 # Importing engram_hf is also what makes the Auto classes know the model.
 from engram_hf import count_parameters, gather_facts, plot_training, read_facts, update_card
-from engram_hf.insight import ablate
+from engram_hf.insight import ablate, show, trace
 from engram_hf.insight.ablation import Ablation
+from engram_hf.insight.pictures import find_browser
 
 
 COMMAND = "python scripts/train_tiny.py"
 PROMPT = "def __init__(self"
+# What the picture of the gates shows, and how much of a held-out document if the text is the user's.
+SHOWN = '''class Reader:
+    """Reads the lines of a file."""
+
+    def __init__(self, path, encoding="utf-8"):
+        self.path = os.path.join(path)
+        self.encoding = encoding
+
+    def __iter__(self):
+        with open(self.path, encoding=self.encoding) as file:
+            for number, line in enumerate(file):
+                if not line.startswith("#"):
+                    yield number, line.rstrip("\\n")
+'''
+SHOWN_TOKENS = 80
 # Enough for two digits of the loss; every pass over them takes about two seconds.
 HELD_OUT_ROWS = 128
 
 
-def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float], worth: Ablation) -> None:
-    """Write README.md of the folder: the text, the run, the losses of held-out documents, what the memory is worth."""
+def draw_gates(model, tokenizer, text: str, output: Path) -> str | None:
+    """Draw a text with the gates of the memory, as a page and as a picture. Returns the picture's name; None where
+    neither a browser nor matplotlib can draw it."""
+    view = show(trace(model, tokenizer, text), title="What the memory of this model does to a text")
+    view.save(output / "gates.html")
+    if find_browser() is None and importlib.util.find_spec("matplotlib") is None:
+        return None
+    return view.save(output / "gates.png").name
+
+
+def write_card(
+    output: Path, arguments, train: Dataset, losses: dict[str, float], worth: Ablation, gates: str | None
+) -> None:
+    """Write README.md of the folder: the text, the run, the losses of held-out documents, what the memory does."""
     is_default = arguments.dataset is None
     text = f"sources of the standard library of Python {platform.python_version()}, and the topics of its `help()`"
     command = f"{COMMAND} {shlex.join(sys.argv[1:])}".strip()
@@ -67,6 +95,7 @@ def write_card(output: Path, arguments, train: Dataset, losses: dict[str, float]
         ],
         ablation=worth,
         picture=plot_training(output).name if has_curves else None,
+        gates=gates,
         # Only the user knows the license of the user's own text.
         license="apache-2.0" if is_default else None,
         limits=["A few minutes of training on source code: its text is not to be relied on."] if is_default else None,
@@ -143,6 +172,8 @@ def run(arguments: argparse.Namespace) -> None:
         after, gates = probe(model, held_out)
         silenced, _ = probe(silence_memory(model), held_out)
         worth = ablate(model, held_out_documents(arguments.dataset), ["memory", "order"], tokenizer=tokenizer)
+        own_text = tokenizer.decode(held_out[0]["input_ids"][:SHOWN_TOKENS])
+        drawn = draw_gates(model, tokenizer, SHOWN if arguments.dataset is None else own_text, output)
 
     with stage(f"How the model goes on after {PROMPT!r}", seconds_of_stage):
         set_seed(arguments.seed)
@@ -171,10 +202,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"(a perfect hash: {last[f'engram/ngrams_per_row_perfect_hash/layer_{layer_id}']:.2f}), "
             f"memory is {last[f'engram/memory_share/layer_{layer_id}']:.1%} of the residual stream there"
         )
-    write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced}, worth)
+    write_card(output, arguments, train, {"loss": after, "loss with the memory silenced": silenced}, worth, drawn)
     print("\nseconds: " + ", ".join(f"{name.lower()} {seconds:.0f}" for name, seconds in seconds_of_stage.items()))
     print(f"saved in {output}, {sum(seconds_of_stage.values()):.0f} seconds in all")
-    print(f"curves, and what the memory is worth: {output / 'README.md'}")
+    print(f"curves, gates, and what the memory is worth: {output / 'README.md'}")
+    print(f"a text coloured by the gates: {output / 'gates.html'}" + f", {output / 'gates.png'}" * (drawn is not None))
 
 
 def main() -> None:

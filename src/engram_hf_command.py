@@ -257,3 +257,40 @@ def merge(source: Source, target: Target) -> None:
 
         merge_changed_rows(source, target)
         typer.echo(f"wrote {target}")
+
+
+@app.command(epilog="Example: engram-hf explore output/tiny --port 7860")
+def explore(
+    model: Annotated[str, typer.Argument(help="Folder, or repository of the Hub.")],
+    port: Annotated[
+        int | None, typer.Option(help="By default the first one that is free from 7860 on.", min=1, max=65535)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    device_map: Annotated[
+        str | None, typer.Option(help='As for from_pretrained: "auto", "cpu+disk", or JSON with an entry for a table.')
+    ] = None,
+    as_space: Annotated[
+        Path | None, typer.Option(help="Write the page as a Space of the Hub into this folder, and open nothing.")
+    ] = None,
+) -> None:
+    """Open a page that shows what the memory of a model does to a text.
+
+    Paste a text and click a token: its n-grams, rows and gates, and what the model would have said without them. The
+    page needs the extra `explore`.
+    """
+    with sentences():
+        places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
+        if as_space is not None:
+            from engram_hf.insight.page import write_space
+
+            names = write_space(model, as_space, places)
+            return typer.echo(f"wrote {as_space}: {', '.join(names)}")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from engram_hf.insight.explorer import Explorer
+        from engram_hf.insight.page import serve
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, device_map=places)
+        serve(Explorer(loaded, tokenizer, name=Path(model).name), host, port)
+    return None

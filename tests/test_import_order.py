@@ -39,6 +39,7 @@ LEVELS = [
     ["insight.silencing", "insight.row_use", "insight.ngram_classes"],
     ["insight.tracing", "insight.pictures", "insight.hidden_layers"],
     ["insight.showing"],
+    ["insight.explorer"],
     ["insight."],
     ["checkpoints.checking"],
     ["checkpoints.rewriting"],

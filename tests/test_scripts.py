@@ -225,6 +225,8 @@ def test_the_demo_on_own_text_runs_once_in_a_folder(run, text, tmp_path, capsys)
     run("train_tiny.py", *arguments)
     told = capsys.readouterr().out
     assert re.search(r"^step 2 of 2, loss [\d.]+", told, re.MULTILINE) and "with the memory silenced" in told
+    assert (tmp_path / "mine" / "gates.png").is_file() and "gates.html, " in told
+    assert "](gates.png)" in (tmp_path / "mine" / "README.md").read_text()
     before = contents(tmp_path / "mine")
     with pytest.raises(SystemExit, match="mine holds a model that is not the demo's"):
         run("train_tiny.py", *arguments)
@@ -328,6 +330,7 @@ SMALL = {
     "bench_memory.py": ["--rounds", "1"],
     "bench_reads.py": ["--gib", "1", "--rounds", "1"],
     "bench_rows.py": ["--rows", "3000"],
+    "bench_trace.py": ["--tokens", "40", "--rounds", "1"],
 }
 
 

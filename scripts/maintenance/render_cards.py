@@ -27,13 +27,15 @@ INFERRED = (
 
 
 def take_demo(folder: Path) -> None:
-    """Copy facts and picture of a model that train_tiny.py saved. Few colours make the picture four times smaller."""
+    """Copy facts and pictures of a model that train_tiny.py saved. Few colours make them four times smaller."""
     facts = read_facts(folder)
-    if facts is None or facts.picture is None:
-        raise ValueError(f"{folder} has no card with curves; run `make demo` first, with matplotlib installed.")
-    picture = f"{DEMO}.png"
-    Image.open(folder / facts.picture).convert("RGB").quantize(48).save(FOLDER / picture, optimize=True)
-    content = asdict(replace(facts, name=DEMO, picture=picture))
+    if facts is None or facts.picture is None or facts.gates is None:
+        raise ValueError(f"{folder} has no card with pictures; run `make demo` first, with matplotlib installed.")
+    pictures = {"picture": f"{DEMO}.png", "gates": f"{DEMO}-gates.png"}
+    for name, picture in pictures.items():
+        drawn = Image.open(folder / getattr(facts, name))
+        drawn.convert("RGB").quantize(48).save(FOLDER / picture, optimize=True)
+    content = asdict(replace(facts, name=DEMO, **pictures))
     (FOLDER / f"{DEMO}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

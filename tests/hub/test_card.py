@@ -295,6 +295,7 @@ WRONG = [
     ({"base_model": ["a", "b c"]}, "[Rr]epo id"),
     ({"data": {"description": "x", "datasets": ["my data"]}}, "[Rr]epo id"),
     ({"picture": "training.png"}, "Draw it there"),
+    ({"gates": "gates.png"}, r"gates.png is not a file in .* Draw it there: show"),
     ({"training": "."}, "trainer_state.json"),
 ]
 

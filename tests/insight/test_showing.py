@@ -83,6 +83,14 @@ def test_the_page_loads_nothing_and_runs_nothing(view):
     assert "&lt;" in page and "&amp;" in page and "&quot;" in page
 
 
+def test_a_token_that_is_a_tag_is_shown_and_is_no_tag():
+    tag = "<script src=x>'\""
+    found = replace(fixed_trace([0.5], [0.1]), tokens=[tag], ngrams={2: [tag]}, pieces=[tag])
+    page = show(found, title=tag).html
+    assert "script" not in {name for name, _ in Page(page).tags}
+    assert [line.rstrip("\n") for line in Page(page.partition('<div class="note')[0]).lines] == [tag]
+
+
 def test_the_page_is_utf8_whatever_is_in_the_text(tmp_path):
     found = replace(fixed_trace([0.5], [0.1]), tokens=["\ud800"], ngrams={2: ["\ud800"]})
     assert "\\ud800" in show(found).save(tmp_path / "deep" / "x.html").read_text(encoding="utf-8")

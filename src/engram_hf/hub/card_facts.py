@@ -43,7 +43,8 @@ CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads",
 CONFIG_FIELDS += ("engram_fingerprint", "max_position_embeddings")
 TABLE_FIELDS = ("rows", "head_dim", "dtype", "nbytes")
 # Fields that an author gives: those that stay true of other weights, and those that do not.
-ALWAYS, OF_WEIGHTS = ("license", "base_model"), ("data", "training", "picture", "evaluation", "ablation", "limits")
+ALWAYS = ("license", "base_model")
+OF_WEIGHTS = ("data", "training", "picture", "gates", "evaluation", "ablation", "limits")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class CardFacts:
     data: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     picture: str | None = None
+    gates: str | None = None
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     ablation: dict[str, Any] | None = None
     limits: list[str] = field(default_factory=list)
@@ -101,6 +103,7 @@ def gather_facts(
     tables_repo: str | None = None,
     name: str | None = None,
     picture: str | None = None,
+    gates: str | None = None,
     limits: str | Iterable[str] | None = None,
     tables_from: str | Path | None = None,
 ) -> CardFacts:
@@ -121,6 +124,7 @@ def gather_facts(
         repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
         name: title; by default the name of the repository, preset or folder.
         picture: of the training curves; a file in `source`, named from there.
+        gates: the same for a picture of a text that is coloured by the gates of the memory.
         limits: sentences.
         tables_from: folder or repository of the tables, as in `from_pretrained`.
 
@@ -137,8 +141,11 @@ def gather_facts(
         found, known = _facts_of_config(source), None
     else:
         found, known = _facts_of_checkpoint(Path(source), tables_from), read_facts(source)
-    if picture is not None and (isinstance(source, EngramMoEConfig) or not (Path(source) / picture).is_file()):
-        raise FileNotFoundError(f"{picture} is not a file in {source}. Draw it there: plot_training(run, picture).")
+    for name_of_file, drawn_by in ((picture, "plot_training(run, picture)"), (gates, "show(trace).save(gates)")):
+        if name_of_file is None:
+            continue
+        if isinstance(source, EngramMoEConfig) or not (Path(source) / name_of_file).is_file():
+            raise FileNotFoundError(f"{name_of_file} is not a file in {source}. Draw it there: {drawn_by}.")
     default_name, default_base = found.pop("name"), found.pop("base_model", [])
     facts = CardFacts(
         **found,
@@ -150,6 +157,7 @@ def gather_facts(
         data=None if data is None else _data(data),
         training=None if training is None else read_figures(training),
         picture=picture,
+        gates=gates,
         evaluation=[_result(result) for result in as_list(evaluation)],
         ablation=None if ablation is None else asdict(ablation),
         limits=as_list(limits),

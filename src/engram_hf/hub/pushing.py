@@ -40,7 +40,8 @@ from .uploading import (
 logger = logging.get_logger(__name__)
 CURVES_FILE = "training.png"
 # What `card=` of a push may hold.
-CARD_FACTS = {"training", "data", "evaluation", "ablation", "license", "base_model", "name", "picture", "limits"}
+CARD_FACTS = {"training", "data", "evaluation", "ablation", "license", "base_model", "name", "limits"}
+CARD_FACTS |= {"picture", "gates"}
 TABLES_CARD = """---
 library_name: transformers
 tags:
@@ -105,7 +106,8 @@ def push_engram(
         tables_repo: repository for the tables, if they should not lie beside the backbone.
         tokenizer: goes with the model; by default the one in the folder, or where the model was loaded from.
         card: facts that a checkpoint does not hold, as arguments of `gather_facts`: training, data, evaluation,
-            ablation, license, base_model, name, picture, limits. Without a picture, the curves of `training` are drawn.
+            ablation, license, base_model, name, picture, gates, limits. Without a picture, the curves of `training` are
+            drawn.
         token, private, revision, create_pr, commit_message, max_shard_size: as in `push_to_hub`.
         dry_run: send nothing. Print the result to see every file with its size.
 
@@ -297,5 +299,6 @@ def _card(
     elif (folder / CARD_FILE).is_file():
         where = folder / CARD_FILE
         content = (folder / CARD_FILE).read_bytes()
-    facts = replace(facts, picture=facts.picture if facts.picture in there else None)
+    picture, gates = (file if file in there else None for file in (facts.picture, facts.gates))
+    facts = replace(facts, picture=picture, gates=gates)
     return UploadFile(CARD_FILE, updated_card(content or b"", facts, where))

@@ -43,7 +43,8 @@ STYLE = """
 background:var(--bg);font:15px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 padding:.8em 1em;position:relative;border-radius:6px;text-align:start}
 @media (prefers-color-scheme:dark){.engram-look:not(.light){DARK}}
-.engram-look.dark,body[data-jp-theme-light=false] .engram-look,body.vscode-dark .engram-look{DARK}
+.engram-look.dark,body.dark .engram-look,body[data-jp-theme-light=false] .engram-look,
+body.vscode-dark .engram-look{DARK}
 body[data-jp-theme-light=true] .engram-look:not(.dark),body.vscode-light .engram-look:not(.dark){LIGHT}
 .engram-look input{position:absolute;opacity:0}
 .engram-look label{display:inline-block;padding:0 .7em;margin:0 .3em .7em 0;border:1px solid var(--line);
