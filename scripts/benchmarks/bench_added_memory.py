@@ -7,7 +7,7 @@ tiers the logits, the generated tokens and the losses must be the same, otherwis
 are compared before anything is timed.
 
 Every way runs in a process of its own, and they take turns. Generation is greedy, 32 tokens after a prompt of 32. A
-training step has 4 rows of 128 tokens of docstrings. Either the base learns too, with AdamW, which a model without a
+training step has 2 rows of 128 tokens of docstrings. Either the base learns too, with AdamW, which a model without a
 memory does as well, or it is frozen. Times are medians over turns (generation) and steps (training, without the first
 turn and the first step of each turn). All tables lie in the page cache: bench_tiers.py reads cold ones.
 """
@@ -32,7 +32,6 @@ from helpers.added_recipe import (
     HEADS,
     LAYERS,
     LEARNING_RATE,
-    ROWS_PER_STEP,
     fastest_dtype,
     load_base,
     load_tokenizer,
@@ -56,8 +55,9 @@ BOTH, FROZEN = "the base learns too", "the base is frozen"
 ROWS_OF_HEAD = 200_000
 PROMPT_TOKENS = NEW_TOKENS = 32
 BATCHES = (1, 8)
-ROUNDS = 5
-STEPS = 3 * TURN
+ROUNDS = 4
+ROWS_PER_STEP = 2
+STEPS = 4 * TURN
 ROWS_FILE, MEMORY = "rows.pt", "memory"
 
 
@@ -85,8 +85,8 @@ def load(source: str | Path, folder: Path, way: str, dtype: torch.dtype) -> PreT
     load_engram(model, folder / MEMORY, device_map=TIERS[way])
     if way == RESIDENT:
         # Mapped from the file, a page would be copied when a step first writes to it.
-        for table in model.engram_tables():
-            for block in table.blocks:
+        for layer in memory_layers_of(decoder_of(model)):
+            for block in layer.table.blocks:
                 block.data = block.data.clone()
     return model
 
@@ -117,7 +117,6 @@ def check(source: str | Path, folder: Path, dtype: torch.dtype) -> None:
 
 def measure(source: str, folder: Path, way: str, what: str, threads: str, dtype: str) -> None:
     """In a process of its own: print seconds of each generation by batch, milliseconds of steps, and losses."""
-    logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
     set_seed(0)
     model, ids = load(source, folder, way, getattr(torch, dtype)), torch.load(folder / ROWS_FILE)
@@ -190,6 +189,9 @@ def main() -> None:
     parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     add_results_argument(parser)
     arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    # A bar in a log file is noise.
+    logging.disable_progress_bar()
     if arguments.measure:
         source, folder, *others = arguments.measure
         return measure(source, Path(folder), *others)
