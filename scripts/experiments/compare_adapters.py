@@ -10,7 +10,9 @@ output/compare-adapters, and the same command goes on where it was stopped.
 SmolLM2-135M-Instruct is trained on docstrings of Python's standard library in several ways, with the same tokens, steps
 and seeds. Every run is a process of its own. Losses are nats per token.
 
-* A memory, as add_memory.py adds it.
+* A memory, as add_memory.py adds it: it begins with rows of zeros.
+* The same memory, which begins with random rows and a value projection of zeros. So does engram-peft, whose rows begin
+  smaller.
 * LoRA of rank 8 on all projections of attention and MLP.
 * LoRA on the attention, of the rank whose parameters come nearest to what a step of the memory touches: distinct rows
   times their width.
@@ -80,9 +82,10 @@ from engram_hf.adapters.memory_class import decoder_of
 from engram_hf.adapters.memory_hooks import memory_layers_of
 
 
-BASE, MEMORY, LORA, SMALL_LORA, BIAS, BOTH, PEFT = (
+BASE, MEMORY, LOUD, LORA, SMALL_LORA, BIAS, BOTH, PEFT = (
     "base",
     "memory",
+    "memory-loud-rows",
     "lora",
     "small-lora",
     "bias",
@@ -92,6 +95,7 @@ BASE, MEMORY, LORA, SMALL_LORA, BIAS, BOTH, PEFT = (
 NAMES = {
     BASE: "base",
     MEMORY: "memory",
+    LOUD: "memory, start='loud_rows'",
     LORA: "LoRA, rank 8",
     SMALL_LORA: "LoRA, as many parameters as a step of the memory touches",
     BIAS: "bias",
@@ -99,7 +103,7 @@ NAMES = {
     PEFT: "engram-peft 1.2.7",
 }
 # The rate in the middle of the first three that are tried.
-RATES = {MEMORY: 4e-3, LORA: 2e-3, SMALL_LORA: 4e-3, BIAS: 1e-2, BOTH: 2e-3, PEFT: 4e-3}
+RATES = {MEMORY: 4e-3, LOUD: 8e-3, LORA: 2e-3, SMALL_LORA: 4e-3, BIAS: 1e-2, BOTH: 2e-3, PEFT: 4e-3}
 STEPS, TUNING_STEPS = 48, 12
 HELD_OUT_ROWS, TUNING_ROWS, CODE_ROWS = 120, 24, 32
 # The first turn is not timed, and neither is the first step of the others; see `Watch`.
@@ -119,8 +123,8 @@ FOLDER = Path("output/compare-adapters")
 # What is trained. Each function changes a frozen model in place and returns what is trained.
 
 
-def with_memory(model: nn.Module, tokenizer, seed: int) -> nn.Module:
-    fields = {"layer_ids": LAYERS, "vocab_size": ROWS_OF_HEAD, "n_heads": HEADS, "head_dim": HEAD_DIM}
+def with_memory(model: nn.Module, tokenizer, seed: int, start: str = "silent") -> nn.Module:
+    fields = {"layer_ids": LAYERS, "vocab_size": ROWS_OF_HEAD, "n_heads": HEADS, "head_dim": HEAD_DIM, "start": start}
     return freeze_backbone(add_engram(model, EngramConfig(**fields, seed=seed), tokenizer))
 
 
@@ -178,6 +182,7 @@ def import_engram_peft() -> None:
 def make_ways(rank: int, tokenizer, seed: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
     return {
         MEMORY: lambda model: with_memory(model, tokenizer, seed),
+        LOUD: lambda model: with_memory(model, tokenizer, seed, "loud_rows"),
         LORA: lambda model: with_lora(model, RANK, PROJECTIONS),
         SMALL_LORA: lambda model: with_lora(model, rank, ATTENTION),
         BIAS: with_bias,
@@ -245,7 +250,7 @@ def run_once(arguments: argparse.Namespace) -> dict[str, float]:
         rows = texts["train"].tolist()
         train = Dataset.from_dict({"input_ids": rows, "labels": rows})
         model = make_ways(arguments.rank, tokenizer, arguments.seed)[arguments.way](model)
-        has_memory = arguments.way in (MEMORY, BOTH)
+        has_memory = arguments.way in (MEMORY, LOUD, BOTH)
         # Counting takes time.
         touched = TouchedNumbers(memory_layers_of(decoder_of(model)) if has_memory and not arguments.timed else [])
         watch = Watch(is_cold=False)
