@@ -28,8 +28,9 @@ goes on in that direction. Tables have five times the rate everywhere.
 Held-out text is that of other files. Other text is what the base itself wrote for 32 chat prompts before it was
 trained, and the source of the held-out files without docstrings: a loss that grows there is what was forgotten.
 
-Time and memory come from other runs, of a few steps, that take turns on a machine that does nothing else. A time is the
-median of six steps, and memory is the most that the process ever held, with the model and the libraries in it.
+Time and memory come from other runs, of a few steps, that take turns. A time is the CPU time of a step on one thread,
+which other programs lengthen little: the median of four steps. Memory is the most that the process ever held, with the
+model and the libraries in it.
 """
 
 import argparse
@@ -40,6 +41,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,9 +75,9 @@ from helpers.recipe import TABLE_LEARNING_RATE_FACTOR, make_arguments
 from helpers.results import Results, Table, about, add_results_argument
 from helpers.smollm import fetch_smollm
 from helpers.text import gather_docstrings, split_documents
-from helpers.timed_training import TURN, Watch
-from helpers.turns import run_in_turns
-from transformers import Trainer, get_constant_schedule_with_warmup, set_seed
+from helpers.timed_training import TURN
+from helpers.turns import run_in_turns, wait_for_turn
+from transformers import Trainer, TrainerCallback, get_constant_schedule_with_warmup, set_seed
 
 from engram_hf import EngramConfig, add_engram, freeze_backbone
 from engram_hf.adapters.memory_class import decoder_of
@@ -106,8 +108,8 @@ NAMES = {
 RATES = {MEMORY: 4e-3, LOUD: 8e-3, LORA: 2e-3, SMALL_LORA: 4e-3, BIAS: 1e-2, BOTH: 2e-3, PEFT: 4e-3}
 STEPS, TUNING_STEPS = 48, 12
 HELD_OUT_ROWS, TUNING_ROWS, CODE_ROWS = 120, 24, 32
-# The first turn is not timed, and neither is the first step of the others; see `Watch`.
-TIMED_STEPS = 3 * TURN
+# The first turn is not timed.
+TIMED_STEPS = 2 * TURN
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROJECTIONS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RANK = 8
@@ -212,6 +214,22 @@ def parameters_of_attention(model: nn.Module) -> int:
 # One run, in a process of its own.
 
 
+class StepTimes(TrainerCallback):
+    """Milliseconds of CPU time of each step after the first turn."""
+
+    def __init__(self):
+        self.milliseconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % TURN == 0:
+            wait_for_turn()
+        self.start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > TURN:
+            self.milliseconds.append(1000 * (time.process_time() - self.start))
+
+
 class TouchedNumbers:
     """Counts distinct rows times their width in each training forward."""
 
@@ -253,8 +271,8 @@ def run_once(arguments: argparse.Namespace) -> dict[str, float]:
         has_memory = arguments.way in (MEMORY, LOUD, BOTH)
         # Counting takes time.
         touched = TouchedNumbers(memory_layers_of(decoder_of(model)) if has_memory and not arguments.timed else [])
-        watch = Watch(is_cold=False)
-        callbacks = [watch] if arguments.timed else []
+        times = StepTimes()
+        callbacks = [times] if arguments.timed else []
         if arguments.way == PEFT:
             trainer = trainer_of_engram_peft(model, train, arguments, callbacks)
         else:
@@ -262,7 +280,7 @@ def run_once(arguments: argparse.Namespace) -> dict[str, float]:
             trainer = make_trainer(model, train, FOLDER, arguments.steps, **fields)
         trainer.train()
         if arguments.timed:
-            return {"milliseconds": statistics.median(watch.milliseconds), "peak": peak_mib()}
+            return {"milliseconds": statistics.median(times.milliseconds), "peak": peak_mib()}
         found["parameters"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         found["touched"] = statistics.mean(touched.of_forwards) if touched.of_forwards else 0
     if arguments.way == BASE or arguments.is_tuning:
@@ -395,7 +413,9 @@ class Runs:
     def timed(self, rank: int, rates: dict[str, float]) -> dict[str, dict[str, float]]:
         """Time and memory of every way, measured in turns."""
         kept = FOLDER / "runs" / "timed.json"
-        given = {way: {**self.given(way, 0, rates[way], rank, TIMED_STEPS), "timed": True} for way in self.ways}
+        given = {
+            way: {**self.given(way, 0, rates[way], rank, TIMED_STEPS), "threads": 1, "timed": True} for way in self.ways
+        }
         if kept.is_file() and (content := json.loads(kept.read_text()))["given"] == given:
             return content["found"]
         lines = run_in_turns({way: self.command(way, given[way]) for way in self.ways})
@@ -454,7 +474,7 @@ def table_of_costs(learned: dict[str, list[dict]], timed: dict[str, dict[str, fl
         "way": "",
         "parameters that learn": ",",
         "numbers in the rows that a step touches": ",",
-        "ms a step": ",.0f",
+        "CPU ms a step": ",.0f",
         "time to the memory's": ".2f",
         "peak MiB": ",.0f",
     }
