@@ -485,7 +485,8 @@ def table_of_costs(learned: dict[str, list[dict]], timed: dict[str, dict[str, fl
         ratio = timed[way]["milliseconds"] / timed[MEMORY]["milliseconds"]
         cost = [timed[way]["milliseconds"], ratio, timed[way]["peak"]]
         rows.append([name, int(found[0]["parameters"]), touched, *cost])
-    return Table(columns, rows, "What it costs")
+    note = "The two memories do the same work: what their times differ by is noise."
+    return Table(columns, rows, "What it costs", note)
 
 
 def parse_arguments() -> argparse.Namespace:
