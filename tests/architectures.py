@@ -45,6 +45,27 @@ MLA = {
 }
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+PER_LAYER = {"sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+ZERO_EXPERTS = {"moe_topk": 2, "zero_expert_num": 2, "qk_head_dim": 16, "head_dim": 8}
+INDEXED = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+    "shared_expert_intermediate_size": 16,
+}
+# The n-grams that the model itself looks up.
+NGRAMS = {
+    # Counted from 1.
+    "ple_layer_ids": [3],
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 53,
+    "make_ngram_vocab_size_divisible_by": 1,
+    "split_ngram_parts": 1,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
 # Type of the model to the fields that differ from `SHARED`; fields that a config does not have are left out.
 ARCHITECTURES: dict[str, dict] = {
     "llama": {},
@@ -97,8 +118,21 @@ ARCHITECTURES: dict[str, dict] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
     "mamba": {"state_size": 8, "expand": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3, "num_experts": 2, "use_mamba_kernels": False},
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, **PER_LAYER},
+    "longcat_flash": {**MLA, "num_layers": 3, "ffn_hidden_size": 40, "expert_ffn_hidden_size": 16, **ZERO_EXPERTS},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "qwen4_exp_text": {**MOE, **LINEAR, **INDEXED, **NGRAMS, "num_hidden_layers": 4, "hc_count": 2, "hc_lowrank": 8},
     "deepseek_v4": {**MLA, "hc_mult": 2, "sliding_window": 8, "o_lora_rank": 8, "o_groups": 2, "index_topk": 4},
 }
+# Where the list of layers has another length than the config says.
+LAYERS = {"longcat_flash": "model.layers"}
 # Checked in `make test`; the others in `make test-all`.
 FAST = ("llama", "qwen3", "mixtral", "deepseek_v3", "gemma3_text", "falcon")
 
@@ -109,7 +143,7 @@ def tiny_backbone(model_type: str, seed: int = 0, **overrides) -> PreTrainedMode
     fields = {**SHARED, **ARCHITECTURES[model_type], **overrides}
     known = set(config_class.__dataclass_fields__) | set(config_class.attribute_map) | {"attn_implementation"}
     config = config_class(**{name: value for name, value in fields.items() if name in known and value is not None})
-    config.eos_token_id = None
+    config.eos_token_id = fields["eos_token_id"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -139,7 +173,7 @@ def tiny_memory(**overrides) -> EngramConfig:
 
 def with_memory(model: PreTrainedModel, seed: int = 1, **overrides) -> PreTrainedModel:
     """The model with a memory that is as loud as the rest."""
-    add_engram(model, tiny_memory(**overrides))
+    add_engram(model, tiny_memory(**overrides), layers=LAYERS.get(model.config.model_type))
     return draw(model, seed, "default")
 
 

@@ -13,10 +13,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
-from engram_hf import engram_optimizers
-from helpers.console import show_one_line
+from helpers.recipe import make_arguments, row_trainer
 from helpers.text import (
     Document,
     drop_copied,
@@ -33,7 +32,7 @@ LAYERS, HEADS, ROWS_OF_HEAD, HEAD_DIM = [1, 14], 4, 20_000, 32
 SEQ_LENGTH = 128
 ROWS_PER_STEP = 4
 STEPS = 160
-LEARNING_RATE, TABLE_LEARNING_RATE_FACTOR = 2e-3, 5
+LEARNING_RATE, SCHEDULE = 2e-3, "constant_with_warmup"
 # 30,480 tokens with a loss.
 HELD_OUT_ROWS = 240
 # Documents to one that is held out: there is more text than a run trains on.
@@ -155,33 +154,6 @@ def make_trainer(
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     callbacks: tuple = (),
-    **fields,
 ) -> Trainer:
-    """The stock Trainer. With the same seed it draws the same text for every model. Tables are trained row by row."""
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=max(steps // 20, 1),
-        logging_steps=max(steps // 8, 1),
-        save_strategy="no",
-        report_to="none",
-        # Without an accelerator, pinned memory only brings a warning.
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # helpers/console.py shows the progress.
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        **fields,
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=train,
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=engram_optimizers(arguments, table_lr_scale=TABLE_LEARNING_RATE_FACTOR),
-    )
-    show_one_line(trainer)
-    return trainer
+    arguments = make_arguments(output, steps, seed, batch_size, learning_rate, lr_scheduler_type=SCHEDULE)
+    return row_trainer(model, arguments, train, callbacks=list(callbacks))

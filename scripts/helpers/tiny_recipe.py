@@ -6,9 +6,8 @@ quarter of the sparse budget is in its tables, and tables have five times the le
 
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from engram_hf import (
     EngramGateStatisticsCallback,
@@ -17,9 +16,8 @@ from engram_hf import (
     EngramPrefetchCallback,
     EngramRowStatisticsCallback,
     LossFreeBalancingCallback,
-    engram_optimizers,
 )
-from helpers.console import show_one_line
+from helpers.recipe import make_arguments, row_trainer
 from helpers.text import gather_documents, load_documents, packed_dataset, split_documents, train_tokenizer
 
 
@@ -58,7 +56,6 @@ HELD_OUT_ROWS = 512
 # About 8,000 tokens: two seconds for each part of a memory that is silenced.
 MEASURED_DOCUMENTS, MEASURED_CHARACTERS = 48, 500
 LEARNING_RATE = 4e-3
-TABLE_LEARNING_RATE_FACTOR = 5
 WATCHING = (EngramPrefetchCallback, EngramGateStatisticsCallback, EngramRowStatisticsCallback)
 
 
@@ -112,43 +109,17 @@ def make_model(config: EngramMoEConfig, tokenizer, seed: int) -> EngramMoEForCau
 def make_trainer(
     model, train: Dataset, held_out: Dataset, output: Path, steps: int, seed: int, tokenizer=None
 ) -> Trainer:
-    """The stock Trainer, with tables trained row by row.
-
-    With the same seed and data it draws the same text for every model. With a tokenizer, callbacks watch gates and
-    rows.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=ROWS_PER_STEP,
-        per_device_eval_batch_size=ROWS_PER_STEP,
-        learning_rate=LEARNING_RATE,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(steps // 20, 1),
-        logging_steps=max(steps // 8, 1),
-        prediction_loss_only=True,
-        save_strategy="no",
-        report_to="none",
-        # Without an accelerator, pinned memory only brings a warning.
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # helpers/console.py shows the progress.
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-    )
-    trainer = Trainer(
+    """The stock Trainer, with tables trained row by row. With a tokenizer, callbacks watch gates and rows."""
+    fields = {"weight_decay": 0.1, "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "prediction_loss_only": True}
+    arguments = make_arguments(output, steps, seed, ROWS_PER_STEP, LEARNING_RATE, **fields)
+    return row_trainer(
         model,
         arguments,
-        train_dataset=train,
+        train,
         eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[LossFreeBalancingCallback(), *(callback() for callback in WATCHING if tokenizer is not None)],
-        optimizer_cls_and_kwargs=engram_optimizers(arguments, table_lr_scale=TABLE_LEARNING_RATE_FACTOR),
     )
-    show_one_line(trainer)
-    return trainer
 
 
 def held_out_loss(trainer: Trainer, model=None) -> float:

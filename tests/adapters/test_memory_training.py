@@ -10,10 +10,11 @@ from datasets import Dataset
 from dense_rows import DenseReference
 from packaging.version import Version
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from sft import sft_trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import AutoModelForCausalLM, CompileConfig, Trainer, TrainingArguments
 from transformers.cache_utils import StaticCache
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer
 
 from engram_hf import (
     EngramGateStatisticsCallback,
@@ -240,6 +241,15 @@ def test_lora_and_rows_train_together(tmp_path):
         save_engram(adapted, tmp_path / "memory")
 
 
+def test_lora_adapts_memories_of_every_name():
+    model = with_memory(tiny_backbone("llama"))
+    add_engram(model, tiny_memory(layer_ids=[1]), name="code")
+    adapted = get_peft_model(model, lora_config(r=2, attention=False))
+    found = {name.partition(".layers.")[2] for name, _ in adapted.named_parameters() if ".lora_A." in name}
+    places = ("0.engram.default", "1.engram.code", "2.engram.default")
+    assert found == {f"{place}.{kind}_proj.lora_A.default.weight" for place in places for kind in ("key", "value")}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_prefix_tuning_is_refused():
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
@@ -251,35 +261,12 @@ def test_prefix_tuning_is_refused():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [{}, {"packing": True}, {"padding_free": True}])
 def test_sft_trains_a_memory_like_the_dense_rule(tmp_path, tokenizer, way):
-    texts = [f"def f{i}(x):\n    return x + {i}\n" + "    # why not\n" * (i % 5) for i in range(48)]
     results = []
     for dense in (False, True):
         model = tiny_backbone("llama", vocab_size=640).double()
         add_engram(model, tiny_memory(compressed_vocab_size="auto", table_dtype="float64"), tokenizer).double()
         freeze_backbone(draw(model, 1, "default"))
-        args = SFTConfig(
-            str(tmp_path),
-            max_steps=4,
-            per_device_train_batch_size=4,
-            learning_rate=2e-3,
-            adam_epsilon=1e-4,
-            max_length=None if way.get("padding_free") else 64,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            **way,
-        )
-        trainer = SFTTrainer(
-            model,
-            args,
-            train_dataset=Dataset.from_dict({"text": texts}),
-            processing_class=tokenizer,
-            optimizers=(DenseReference(model, args, "adam"), None) if dense else (None, None),
-            optimizer_cls_and_kwargs=None if dense else engram_optimizers(args),
-        )
+        trainer = sft_trainer(model, tmp_path, tokenizer, dense, max_steps=4, **way)
         trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         results.append((losses, dict(model.named_parameters())))

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from dense_rows import DenseReference
+from sft import sft_trainer
 from tiny import tiny_config, tiny_model
-from trl import SFTConfig, SFTTrainer
 
-from engram_hf import EngramGateStatisticsCallback, EngramRowStatisticsCallback, engram_optimizers
+from engram_hf import EngramGateStatisticsCallback, EngramRowStatisticsCallback
 
 
-TEXTS = [f"def f{i}(x):\n    return x + {i}\n" + "    # why not\n" * (i % 5) for i in range(48)]
 # TRL warns that only flash attention keeps packed documents apart; this model reads their positions.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,31 +23,10 @@ def made_model(tokenizer):
 
 
 def train(folder, tokenizer, dense, **changes):
-    args = SFTConfig(
-        str(folder),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=2e-3,
-        adam_epsilon=1e-4,
-        max_length=None if changes.get("padding_free") else 64,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        **changes,
-    )
     model = made_model(tokenizer)
-    trainer = SFTTrainer(
-        model,
-        args,
-        train_dataset=Dataset.from_dict({"text": TEXTS}),
-        processing_class=tokenizer,
-        optimizers=(DenseReference(model, args, "adam"), None) if dense else (None, None),
-        optimizer_cls_and_kwargs=None if dense else engram_optimizers(args),
-        callbacks=[] if dense else [EngramGateStatisticsCallback(every=1), EngramRowStatisticsCallback(every=1)],
-    )
+    callbacks = [EngramGateStatisticsCallback(every=1), EngramRowStatisticsCallback(every=1)]
+    given = {"dense": dense, "callbacks": [] if dense else callbacks, "max_steps": 6, **changes}
+    trainer = sft_trainer(model, folder, tokenizer, **given)
     batches = []
     model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(kwargs), with_kwargs=True)
     trainer.train()

@@ -7,8 +7,8 @@ from typing import Any
 
 
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-# In an EngramMoE, and in a memory that was added to another model.
-MEMORY = ("engram.key_proj", "engram.value_proj", "engram.default.key_proj", "engram.default.value_proj")
+# In an EngramMoE, and in memories of any name that were added to another model.
+MEMORY = (r"engram\.key_proj", r"engram\.value_proj", r"engram\.\w+\.key_proj", r"engram\.\w+\.value_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # One parameter holds all experts of a layer, so PEFT takes these as parameters and not as modules.
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -19,7 +19,7 @@ def lora_config(attention: bool = True, memory: bool = True, experts: bool = Fal
 
     Args:
         attention: adapt all projections of the attention.
-        memory: adapt the projections of keys and values in the memory layers.
+        memory: adapt the projections of keys and values in the memory layers, those of every memory that a model has.
         experts: adapt the routed experts (`target_parameters`), the shared ones and the dense layers.
         options: of `LoraConfig`: r, lora_alpha, lora_dropout, ...
 
@@ -38,7 +38,8 @@ def lora_config(attention: bool = True, memory: bool = True, experts: bool = Fal
     modules = [*ATTENTION * attention, *MEMORY * memory, *FEED_FORWARD * experts]
     if not modules:
         raise ValueError("attention, memory and experts are all False, so there is nothing to adapt. Set one of them.")
-    defaults = {"target_modules": modules, "task_type": "CAUSAL_LM"}
+    # A string is a pattern of whole names, which a list of endings cannot express for memories of any name.
+    defaults: dict[str, Any] = {"target_modules": rf"(.*\.)?({'|'.join(modules)})", "task_type": "CAUSAL_LM"}
     if experts:
         defaults["target_parameters"] = list(EXPERTS)
     return LoraConfig(**{**defaults, **options})
