@@ -166,7 +166,7 @@ def test_an_interrupted_command_prints_one_line():
 
 def test_help_and_version_do_not_load_what_models_need():
     commands = list(get_command(app).commands)
-    assert set(commands) == {"inspect", "plan", "verify", "push", "quantize", "merge"}
+    assert set(commands) == {"explore", "inspect", "plan", "verify", "push", "quantize", "merge"}
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -216,9 +216,9 @@ def test_a_config_that_is_none_is_named(folder, tmp_path):
     content = json.loads((folder / "config.json").read_text())
     for text, message in [
         (json.dumps({**content, "model_type": "llama"}), "model_type is 'llama', not 'engram_moe'"),
-        ("{", "config.json' is not a valid JSON"),
-        ("[" * 100_000, "config.json cannot be read (maximum recursion"),
-        ("[]", "config.json must hold an object, got []"),
+        ("{", "not (a valid )?JSON"),
+        ("[" * 100_000, "maximum recursion"),
+        ("[]", r"must hold (an|a JSON) object, got \[\]"),
     ]:
         (folder / "config.json").write_text(text)
         for command in (
@@ -227,7 +227,8 @@ def test_a_config_that_is_none_is_named(folder, tmp_path):
             ["verify", folder],
             ["quantize", folder, tmp_path / "q"],
         ):
-            assert message in said(*command)
+            sentence = said(*command)
+            assert "config.json" in sentence and re.search(message, sentence)
 
 
 @pytest.mark.parametrize(
