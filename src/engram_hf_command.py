@@ -288,9 +288,12 @@ def explore(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from engram_hf.insight.explorer import Explorer
-        from engram_hf.insight.page import serve
+        from engram_hf.insight.page import find_gradio, serve
 
+        # Before a large model is loaded in vain.
+        find_gradio()
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, device_map=places)
-        serve(Explorer(loaded, tokenizer, name=Path(model).name), host, port)
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        serve(Explorer(loaded, tokenizer, name=name), host, port)
     return None

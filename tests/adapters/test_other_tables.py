@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from cases import slow
 from foreign import (
     GEMMA_TABLE,
@@ -35,7 +36,15 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from engram_hf import engram_tables, inspect_checkpoint, load_with_tables, place_tables, prefetch
+from engram_hf import (
+    EngramConfig,
+    add_engram,
+    engram_tables,
+    inspect_checkpoint,
+    load_with_tables,
+    place_tables,
+    prefetch,
+)
 from engram_hf.adapters.served_embedding import TableOfParts
 from engram_hf_command import app
 
@@ -446,3 +455,54 @@ def test_a_deepseek_v41_is_refused_and_sent_to_open_tables(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v41"}')
     with pytest.raises(NotImplementedError, match=r"engram_hf.open_tables"):
         load_with_tables(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["qwen", "gemma3n"])
+def test_a_forward_with_hooks_of_accelerate_gives_the_same_bits(folders, case):
+    expected, model = logits_of(stock(folders, case)), served(folders, case, "disk")
+    attach_execution_device_hook(model, "cpu")
+    assert torch.equal(logits_of(model), expected)
+    hooked = stock(folders, case)
+    attach_execution_device_hook(hooked, "cpu")
+    with pytest.raises(ValueError, match="Load the model with load_with_tables"):
+        place_tables(hooked, {CASES[case][1]: "host"})
+    assert torch.equal(logits_of(hooked), expected)
+
+
+def test_a_move_that_fails_leaves_the_model_as_it_was(folders):
+    model = stock(folders, "qwen")
+    expected, kind, names = logits_of(model), type(model), list(model.state_dict())
+    last = model.get_submodule(QWEN_TABLE)
+    last.max_norm = 1.0
+    with pytest.raises(ValueError, match="max_norm"):
+        place_tables(model, {"...embed_tokens": "host", CASES["qwen"][1]: "host"})
+    last.max_norm = None
+    assert type(model) is kind and list(model.state_dict()) == names and torch.equal(logits_of(model), expected)
+    place_tables(model, {CASES["qwen"][1]: "host"})
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_frozen_embedding_stays_frozen(folders, tier):
+    model = stock(folders, "gemma3n").requires_grad_(False)
+    place_tables(model, {CASES["gemma3n"][1]: tier})
+    assert not any(block.requires_grad for table in model.named_tables().values() for block in table.blocks)
+
+
+@pytest.mark.parametrize("key", ["model.embed_token_per_layer", "model.embed_tokens_per_layer.weight"])
+def test_a_misspelled_key_is_named(folders, key):
+    with pytest.raises(ValueError, match=f"device_map names {key}, which is no embedding"):
+        load_with_tables(folders["gemma3n"], {"": "cpu", key: "disk"})
+
+
+def test_what_loading_found_is_told(folders):
+    model, told = load_with_tables(folders["gemma3n"], "cpu+disk", output_loading_info=True)
+    assert not told["missing_keys"] and torch.equal(logits_of(model), logits_of(stock(folders, "gemma3n")))
+
+
+def test_a_memory_is_not_added_beside_served_tables(folders):
+    model = served(folders, "gemma3n", "disk")
+    with pytest.raises(ValueError, match="cannot be saved with a memory"):
+        add_engram(model, EngramConfig([1], 101, 4, 8, compressed_vocab_size=None))
+    with pytest.raises(ValueError, match="The vocabulary of a model with served tables stays"):
+        model.resize_token_embeddings(model.config.vocab_size, pad_to_multiple_of=64)

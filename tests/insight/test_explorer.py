@@ -135,3 +135,25 @@ def written_for_the_hub(folder) -> str:
     write_space("user/engram-tiny", folder, "cpu+disk")
     assert not (folder / "model").exists()
     return (folder / "app.py").read_text()
+
+
+def test_a_text_has_at_most_as_many_tokens_as_the_model_has_positions(tokenizer):
+    explorer = Explorer(tiny_model(tiny_config(vocab_size=600, max_position_embeddings=16)), tokenizer)
+    with pytest.raises(Refusal, match="16"):
+        explorer.look("the end of the line. " * 8)
+    with pytest.raises(Refusal, match="too few for"):
+        explorer.continuations(TEXT, new_tokens=16)
+
+
+def test_a_space_is_not_written_into_the_model_that_is_copied(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lies inside"):
+        write_space(str(tmp_path), tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+    for name in ("training_args.bin", "trainer_state.json", "optimizer.pt", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    write_space(str(tmp_path), tmp_path.parent / "a space")
+    assert {path.name for path in (tmp_path.parent / "a space" / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }

@@ -148,6 +148,40 @@ def test_copies_cost_a_few_tokens_per_token_where_the_attention_can_be_told_whom
     assert (sum(tokens) <= 5 * IDS.numel() + 10) is is_copied
 
 
+def test_a_forward_for_each_token_is_never_large(monkeypatch):
+    monkeypatch.setattr(tracing, "BATCH_TOKENS", 60)
+    model, tokens = with_memory(tiny_backbone("mamba2")), []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, given: tokens.append(given["input_ids"].shape), with_kwargs=True
+    )
+    trace_of(model)
+    hook.remove()
+    # Of several tokens; a forward for one has all that are before it.
+    several = [rows * seq for rows, seq in tokens if rows > 1]
+    assert len(several) > 5 and max(several) <= 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_that_see_too_little_are_noticed(dtype, monkeypatch, few_copies):
+    model, whole = tiny_model().to(dtype), tracing._mask_of_copies
+    right = trace_of(model).effects
+
+    def blind(before, *given):
+        mask = whole(before, *given)
+        mask[:, : max(0, before - 3)] = False
+        return mask
+
+    monkeypatch.setattr(tracing, "_mask_of_copies", blind)
+    for layer_id, effect in trace_of(model).effects.items():
+        np.testing.assert_allclose(effect.gain, right[layer_id].gain, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_statistics_are_not_looked_for_in_the_folder_at_hand(tmp_path, monkeypatch):
+    (tmp_path / "row_statistics.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert trace_of(tiny_model(), effects=False).trained is None
+
+
 def test_a_trace_leaves_the_model_as_it_was():
     model = tiny_model().train()
     model.model.layers[1].eval()

@@ -126,6 +126,11 @@ def add_memory(
         ValueError: as `add_engram`. The model is as it was then.
     """
     refuse_compiled(whole)
+    if getattr(whole, "served", None):
+        raise ValueError(
+            "A model whose own tables are served cannot be saved with a memory. Load it with from_pretrained, which "
+            "serves none, and add the memory then."
+        )
     decoder = find_decoder(whole, layers)
     memory = cast(AddedMemory | None, decoder.module._modules.get("engram"))
     if memory is None:

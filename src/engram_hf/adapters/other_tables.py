@@ -119,6 +119,7 @@ def load_with_tables(
         skeleton = stock(copy.deepcopy(config))
     embeddings, tied = embeddings_of(skeleton), _tied(skeleton)
     backbone_map, entries = split_places(device_map, embeddings, tied)
+    _check_keys(backbone_map, skeleton, embeddings)
     wanted = dict.fromkeys([*known_tables(embeddings), *(name for name, _ in entries if name is not None)])
     if not wanted:
         raise ValueError(
@@ -134,11 +135,13 @@ def load_with_tables(
         model = class_with_tables(stock).load_backbone(
             folder_or_repo, config=config, device_map=backbone_map, **arguments
         )
+    # With `output_loading_info=True` it is a pair.
+    model, *told = model if isinstance(model, tuple) else (model,)
     if any(each.saved_as is not None for each in parts.values()) and hasattr(model, "_weight_conversions"):
         # A checkpoint of a run has the names of the model. The next save has those of the published layout.
         del model._weight_conversions
     model.open_served_tables(parts, checkpoint, places, entries, limits, arguments.get("max_memory") is None)
-    return model
+    return (model, *told) if told else model
 
 
 def place_tables(model: Any, places: Mapping[str, object]) -> None:
@@ -210,6 +213,21 @@ def _refuse_unsupported(where: str, arguments: Mapping[str, Any]) -> None:
             f"{parallel[0]} cuts embeddings over devices, and a served table is one on every process. Leave it out, or "
             "load the model with from_pretrained."
         )
+
+
+def _check_keys(backbone_map: Any, skeleton: Any, embeddings: Mapping[str, nn.Embedding]) -> None:
+    """See that keys that speak of an embedding, and name no table, name a part of the backbone.
+
+    Raises:
+        ValueError: one is misspelled, or is the weight of a table.
+    """
+    names = {*dict(skeleton.named_modules()), *dict(skeleton.named_parameters())}
+    for key in backbone_map if isinstance(backbone_map, Mapping) else ():
+        is_weight = key.removesuffix(".weight") != key and key.removesuffix(".weight") in known_tables(embeddings)
+        if is_weight or "embed" in key and key not in names:
+            raise ValueError(
+                f"device_map names {key}, which is no embedding. Those of this model are: {', '.join(embeddings)}."
+            )
 
 
 def _checkpoint_of(where: str, arguments: Mapping[str, Any]) -> Checkpoint:
@@ -448,7 +466,9 @@ class ModelWithServedTables(ModelWithTables):
             ValueError: rows of a table would have to be added or cut off.
         """
         embeddings = cast(Any, self).get_input_embeddings()
-        if new_num_tokens is None or new_num_tokens == embeddings.num_embeddings:
+        multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args else None) or 1
+        wanted = embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
+        if -(-wanted // multiple) * multiple == embeddings.num_embeddings:
             return embeddings
         raise ValueError(
             f"The vocabulary of a model with served tables stays at {embeddings.num_embeddings} ids, got "
@@ -553,13 +573,31 @@ def _adopt(model: Any, places: Mapping[str, object]) -> None:
             f"{', '.join(embeddings_of(model))}."
         )
     stock: Any = type(model)
-    model.__class__ = class_with_tables(stock)
     values = {name: value for (name, _), value in entries.items() if name is not None}
+    before = {name: (model.get_submodule(name), type(model.get_submodule(name))) for name in values}
+    weights = {name: module.weight for name, (module, _) in before.items()}
+    model.__class__ = class_with_tables(stock)
     try:
         _take_over(model, list(values), values)
     except BaseException:
-        model.__class__ = stock
+        _give_back(model, stock, before, weights)
         raise
+
+
+def _give_back(model: Any, stock: Any, before: Mapping[str, tuple[Any, type]], weights: Mapping[str, Any]) -> None:
+    """Make a model what it was before its embeddings began to become tables."""
+    for name, (module, own_class) in before.items():
+        module.__class__ = own_class
+        module._modules.pop(TABLE_CHILD, None)
+        module._parameters["weight"] = weights[name]
+        model.set_submodule(name, module)
+    for module in model.modules():
+        module.__dict__.pop("tables_to_prefetch", None)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is prefetch_of_forward]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    model.__dict__.pop("served", None)
+    model.__class__ = stock
 
 
 def _take_over(model: Any, names: list[str], values: Mapping[str, object]) -> None:
@@ -594,6 +632,10 @@ def _take_over(model: Any, names: list[str], values: Mapping[str, object]) -> No
     if checkpoint is not None:
         on_disk = {(name, None): DISK for name in from_files}
         model.open_served_tables({n: found[n] for n in from_files}, checkpoint, places, on_disk, None, True)
+        for name in from_files:
+            # What was frozen stays so.
+            for block in tables[f"{name}.{TABLE_CHILD}"].blocks:
+                block.requires_grad_(block.requires_grad and weights[name].requires_grad)
 
 
 def _commit_of(model: Any) -> str | None:
@@ -672,8 +714,10 @@ def ngram_row_ids(owner: Any, ids: torch.Tensor, before: torch.Tensor | None) ->
     asked = _AskedIds()
     twin = copy.copy(owner)
     twin.__dict__["_modules"] = {**owner._modules, "ngram_embedding": asked}
+    ids = ids.to(owner.layer_multipliers.device)
     history = ids if before is None else torch.cat([before.to(ids), ids], dim=-1)
-    twin.forward(history, None)
+    # Hooks of accelerate put a `forward` on the instance, which runs the owner itself.
+    type(owner).forward(twin, history, None)
     return asked.ids[:, -ids.shape[1] :]
 
 

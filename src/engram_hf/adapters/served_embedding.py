@@ -216,6 +216,11 @@ def serve(module: nn.Embedding, table: TableOfParts) -> None:
             "An embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be served from a tier; only a "
             "plain one can."
         )
+    if hasattr(module, "_old_forward"):
+        raise ValueError(
+            "accelerate has put hooks on this embedding, which run its old forward. Load the model with "
+            "load_with_tables in place of from_pretrained."
+        )
     dtype = module.weight.dtype
     del module._parameters["weight"]
     module.__class__ = served_class(cast(Any, type(module)))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .memory_layers import find_memory_layers
+from .memory_layers import device_of, find_memory_layers
 from .showing import View, quoted, show
 from .silencing import silenced
 from .tracing import Trace, evaluating, trace
@@ -71,7 +71,7 @@ class Explorer:
             model: with a memory.
             tokenizer: of the model.
             name: for the page.
-            longest_text, longest_continuation: in tokens.
+            longest_text, longest_continuation: in tokens. A text has at most as many as the model has positions.
             longest_seconds: of one request. The time that it waits for others does not count.
 
         Raises:
@@ -79,7 +79,11 @@ class Explorer:
         """
         self.layers = find_memory_layers(model, "explore")
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.longest_text, self.longest_continuation = longest_text, longest_continuation
+        config = getattr(model, "config", None)
+        text_config = config.get_text_config() if config is not None else None
+        self.positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+        self.longest_text = int(min(longest_text, self.positions))
+        self.longest_continuation = longest_continuation
         self.longest_seconds = longest_seconds
         self._turn = threading.Lock()
 
@@ -154,7 +158,7 @@ class Explorer:
             Refusal: there is no such token or part.
         """
         self._check_position(trace, position)
-        ids = torch.tensor(trace.token_ids[: position + 1], device=_device(self.model)).expand(2, -1)
+        ids = torch.tensor(trace.token_ids[: position + 1], device=device_of(self.model)).expand(2, -1)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         mask[1, -1] = True
         with self._turn, self._in_time(), self._silenced(off or list(self._whole()), mask):
@@ -183,7 +187,12 @@ class Explorer:
         if not 1 <= new_tokens <= self.longest_continuation:
             raise Refusal(f"A continuation has 1 to {self.longest_continuation} tokens here, got {new_tokens}.")
         inputs = self.tokenizer(prompt, return_tensors="pt")
-        ids = inputs["input_ids"].to(_device(self.model))
+        ids = inputs["input_ids"].to(device_of(self.model))
+        if ids.shape[1] + new_tokens > self.positions:
+            raise Refusal(
+                f"The model has {self.positions} positions, too few for {ids.shape[1]} tokens and {new_tokens} more. "
+                "Shorten the prompt."
+            )
         given: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "max_time": self.longest_seconds / 2}
         given["attention_mask"] = torch.ones_like(ids)
         if self.tokenizer.pad_token_id is None and self.tokenizer.eos_token_id is not None:
@@ -250,7 +259,3 @@ class Explorer:
 
 def _row(name: str, value: str) -> str:
     return f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(p.device for p in model.parameters() if p.device.type != "meta")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .memory_layers import device_of
 from .silencing import refuse_compiled
 
 
@@ -96,7 +97,7 @@ def read_out(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
         hidden = states.unsqueeze(1)  # (tokens, 1, [streams,] hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    device: Any = model.device
+    device = device_of(model)
     hook = decoder_layers(model)[-1].register_forward_hook(replace)
     try:
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False).logits

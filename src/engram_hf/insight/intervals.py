@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 
-DRAWS = 4000
+DRAWS, DRAWS_AT_ONCE = 4000, 50
 
 
 def interval(
@@ -32,7 +32,10 @@ def interval(
     zeros = torch.zeros(len(numbers), dtype=torch.float64)
     sums = zeros.index_add(0, which, differences.double() * weights)
     totals = zeros.index_add(0, which, weights)
-    draws = torch.randint(len(numbers), (DRAWS, len(numbers)), generator=torch.Generator().manual_seed(0))
-    means = sums[draws].sum(1) / totals[draws].sum(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    generator, means = torch.Generator().manual_seed(0), []
+    # All draws at once would take gigabytes for thousands of documents.
+    for _ in range(DRAWS // DRAWS_AT_ONCE):
+        draws = torch.randint(len(numbers), (DRAWS_AT_ONCE, len(numbers)), generator=generator)
+        means.append(sums[draws].sum(1) / totals[draws].sum(1))
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(sums.sum() / totals.sum()), low, high

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -22,6 +23,11 @@ def find_memory_layers(model: nn.Module, who: str) -> dict[int, Any]:
     if not found:
         raise ValueError(
             f"{who} found no memory layer in {type(model).__name__}. It needs a model with a memory: an EngramMoE "
-            "whose config lists engram_layer_ids, or a model after add_engram. Leave it out for other models."
+            "whose config lists engram_layer_ids, or a model after add_engram, with its memory enabled."
         )
     return dict(sorted(found.items()))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the first parameter that has one. Offloaded parameters have none."""
+    return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")

@@ -13,6 +13,8 @@ from .explorer import Explorer, Refusal
 logger = logging.getLogger(__name__)
 # An address of this machine only.
 THIS_MACHINE = "127.0.0.1"
+# Of a run: its checkpoints, and files that name folders of the machine.
+NOT_OF_A_SPACE = ("checkpoint-*", "training_args.bin", "trainer_state.json", "optimizer*", ".*")
 # Visitors that wait, and those whose last text is kept.
 MOST_WAITING, MOST_VISITORS, SECONDS_KEPT = 32, 200, 3600
 FIRST_TEXT = """def __init__(self, name):
@@ -79,7 +81,7 @@ def build_page(explorer: Explorer) -> Any:
     Raises:
         ImportError: Gradio is missing.
     """
-    gr: Any = _import_gradio()
+    gr: Any = find_gradio()
 
     def answer(function: Callable[[], Any]) -> Any:
         """What a function gives, or its refusal as a sentence on the page. Other errors go to the log alone."""
@@ -158,7 +160,7 @@ def serve(
         ImportError: Gradio is missing.
         OSError: the port is taken.
     """
-    gr = _import_gradio()
+    gr = find_gradio()
     page = build_page(explorer)
     # Fonts of the reader's machine: the page loads nothing from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -171,6 +173,8 @@ def serve(
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,
+        # The page takes no files.
+        max_file_size=1,
         state_session_capacity=MOST_VISITORS,
         prevent_thread_lock=not until_interrupted,
     )
@@ -190,7 +194,7 @@ def write_space(model: str, folder: str | Path, device_map: Any = None) -> list[
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: the model is neither a folder nor named like a repository.
+        ValueError: the model is neither a folder nor named like a repository, or `folder` lies inside it.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -198,10 +202,12 @@ def write_space(model: str, folder: str | Path, device_map: Any = None) -> list[
     is_local = Path(model).is_dir()
     if not is_local and model.count("/") != 1:
         raise ValueError(f"{model!r} is neither a folder nor a repository of the Hub, such as 'user/engram-tiny'.")
+    if is_local and folder.resolve().is_relative_to(Path(model).resolve()):
+        raise ValueError(f"{folder} lies inside {model}, which is copied into it. Name a folder elsewhere.")
     name = Path(model).resolve().name if is_local else model
     folder.mkdir(parents=True, exist_ok=True)
     if is_local:
-        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(*NOT_OF_A_SPACE))
     package = Path(__file__).parent.parent
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     version = "6.0.0"
@@ -217,7 +223,11 @@ def write_space(model: str, folder: str | Path, device_map: Any = None) -> list[
     return sorted(path.name for path in folder.iterdir())
 
 
-def _import_gradio() -> Any:
+def find_gradio() -> Any:
+    """
+    Raises:
+        ImportError: Gradio is missing.
+    """
     try:
         import gradio
     except ImportError as error:

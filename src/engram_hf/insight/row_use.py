@@ -274,7 +274,8 @@ class _Counts:
         nbytes = table.row_nbytes
         return TableUse(
             layer=self.layer.layer_idx,
-            rows=table.num_rows,
+            # A table may have rows behind those of its heads, which nobody can read.
+            rows=sum(use.rows for use in heads),
             row_nbytes=nbytes,
             lookups=self.num_lookups,
             rows_read=read,

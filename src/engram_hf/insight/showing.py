@@ -6,6 +6,7 @@ people too. The HTML is one file that loads nothing, and it has no script: butto
 """
 
 import html
+import math
 import os
 import re
 import secrets
@@ -397,7 +398,9 @@ class View:
                     continue
                 cells.append(measure.written(measure.values[position]))
                 if trace.effects:
-                    cells.append(f"{trace.effects[measure.layer_id].gain[position]:+.2f}")
+                    gain = trace.effects[measure.layer_id].gain[position]
+                    # Nobody knows what comes after the last token.
+                    cells.append("" if math.isnan(gain) else f"{gain:+.2f}")
                 cells.append(" ".join(map(str, trace.row_ids[measure.layer_id][position].tolist())))
             found.add_row(*(Text(_on_grid(cell)) for cell in cells))
         return found

@@ -53,6 +53,18 @@ class LayerSimilarity:
         content["alignment"] = [None if value != value else value for value in self.alignment]
         return json.dumps(content, indent=1)
 
+    def markdown(self) -> str:
+        """A table with a row for each state of model a."""
+        lines = ["| state of a | most like state of b | similarity | alignment |", "|---|---|---|---|"]
+        for state, (row, aligned) in enumerate(zip(self.cka, self.alignment, strict=True)):
+            known = [value if value == value else -1.0 for value in row]
+            best = max(range(len(known)), key=known.__getitem__)
+            lines.append(f"| {state} | {best} | {row[best]:.3f} | {aligned:.1f} |")
+        names = f"a is {self.name_a}, b is {self.name_b}; {self.tokens:,} tokens."
+        return "\n".join([*lines, "", names])
+
+    _repr_markdown_ = __str__ = markdown
+
     def draw(self, picture: str | Path) -> Path:
         """Write a heat map of layers x layers as PNG, with the alignment as a line.
 
@@ -76,7 +88,8 @@ class LayerSimilarity:
         axis.plot([0, last], [0, last], color="white", linewidth=1.2, linestyle=":", label="same layer")
         axis.set(xlabel=f"{self.name_a}: after layers", ylabel=f"{self.name_b}: after layers")
         axis.set_title(
-            f"Linear CKA of {self.tokens:,} tokens. Above the dotted line, the model below is ahead.", fontsize=10
+            f"Linear CKA of {self.tokens:,} tokens. Above the dotted line, {self.name_a} is ahead.",
+            fontsize=10,
         )
         for each in (axis.xaxis, axis.yaxis):
             each.get_major_locator().set_params(integer=True)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from .memory_layers import device_of
+
 
 # A text is cut into rows of at most so many tokens, or of as many as the model has positions.
 ROW_TOKENS = 512
@@ -178,7 +180,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def run(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The logits of a batch, (batch, seq, vocabulary), on the model's device."""
-    device: Any = model.device
+    device = device_of(model)
     mask = batch.attention_mask
     given = {} if mask is None else {"attention_mask": mask.to(device)}
     return model(input_ids=batch.input_ids.to(device), use_cache=False, **given).logits

@@ -222,9 +222,15 @@ def find_tables(model: nn.Module) -> dict[str, EngramTable]:
 
 def device_beside(model: nn.Module, table_name: str) -> torch.device:
     """Where the memory layer of a table computes, wherever the table is."""
-    layer = model.get_submodule(table_name.rpartition(".")[0])
-    table = {id(parameter) for parameter in model.get_submodule(table_name).parameters()}
-    return next((p.device for p in layer.parameters() if id(p) not in table), torch.device("cpu"))
+    tables = {id(parameter) for table in find_tables(model).values() for parameter in table.parameters()}
+    name = table_name
+    while name:
+        # The embedding that a table serves has no other parameters, and what is around it has.
+        name = name.rpartition(".")[0]
+        beside = [p.device for p in model.get_submodule(name).parameters() if id(p) not in tables]
+        if beside:
+            return beside[0]
+    return torch.device("cpu")
 
 
 def leave_tables_out_of_ddp(model: nn.Module, tables: dict[str, EngramTable]) -> None:
