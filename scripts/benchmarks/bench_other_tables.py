@@ -9,6 +9,7 @@ page cache.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen4ExpForCausalLM, Qwen4ExpText
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.made_tables import forget
 from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import load_with_tables, place_tables
@@ -119,12 +121,13 @@ def time_lookups(ways: dict, ids: torch.Tensor) -> dict[str, float]:
     return {name: 1000 * statistics.median(each) for name, each in seconds.items()}
 
 
-def time_decoding(model, folder: Path, ids: torch.Tensor, is_cold: bool) -> float:
+def time_decoding(model, ids: torch.Tensor, is_cold: bool) -> float:
     """Milliseconds a token, the median of three runs."""
     found = []
     for _ in range(3):
         if is_cold:
-            drop_from_page_cache(folder)
+            blocks = [block for table in model.named_tables().values() for block in table.block_records]
+            forget(list({block.source.file for block in blocks}))
         start = time.perf_counter()
         model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
         found.append(1000 * (time.perf_counter() - start) / NEW_TOKENS)
@@ -156,14 +159,15 @@ def main() -> None:
         ids = torch.randint(0, stock.get_submodule(TABLE).num_embeddings, (1, TOKENS, 16))
         models = {"nn.Embedding, in RAM": stock, "host": in_ram, "disk, warm": on_disk}
         lookups = time_lookups({way: model.get_submodule(TABLE) for way, model in models.items()}, ids)
-        decoding = {"stock, in RAM": time_decoding(stock, folder, prompt, False)}
+        decoding = {"stock, in RAM": time_decoding(stock, prompt, False)}
         del stock, in_ram, models
-        decoding["disk, warm"] = time_decoding(on_disk, folder, prompt, False)
-        decoding["disk, cold, with prefetch"] = time_decoding(on_disk, folder, prompt, True)
+        gc.collect()
+        decoding["disk, warm"] = time_decoding(on_disk, prompt, False)
+        decoding["disk, cold, with prefetch"] = time_decoding(on_disk, prompt, True)
         for module in on_disk.modules():
             if hasattr(module, "tables_to_prefetch"):
                 module.tables_to_prefetch = []
-        decoding["disk, cold, without"] = time_decoding(on_disk, folder, prompt, True)
+        decoding["disk, cold, without"] = time_decoding(on_disk, prompt, True)
     base, first = loads["stock"]["seconds"], next(iter(lookups.values()))
     begin = next(iter(decoding.values()))
     results.tables = [
