@@ -128,7 +128,7 @@ class Explorer:
             each = " of each stream" if len(gates) > 1 else ""
             rows.append(_row(f"layer {layer_id}: gate{each}", shown))
             rows.append(_row("share of the residual stream", f"{trace.share[layer_id][position]:.1%}"))
-            rows.append(_row("rows, head by head", " ".join(map(str, trace.row_ids[layer_id][position].tolist()))))
+            rows.append(_row("row within each head", " ".join(map(str, trace.row_ids[layer_id][position].tolist()))))
             if trace.trained is not None:
                 lookups = trace.trained[layer_id][position]
                 rows.append(_row("rows seen in training", f"{int(lookups.sum())} of {len(lookups)}"))
