@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -163,6 +164,20 @@ def test_the_page_listens_on_this_machine_alone(served):
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     hosts = {line[1].split(":")[0] for line in listening if int(line[1].split(":")[1], 16) == port and line[3] == "0A"}
     assert hosts == {"0100007F"}
+
+
+def test_nobody_leaves_a_file_on_the_server(served):
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.bin"\r\n\r\n'
+        + b"a" * 5000
+        + b"\r\n--x--\r\n"
+    )
+    sent = urllib.request.Request(
+        f"{served}/gradio_api/upload", data=body, headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(sent, timeout=30)
+    assert "a.bin" not in refused.value.read().decode() and refused.value.code in (403, 404, 413)
 
 
 def test_screenshots(page):
