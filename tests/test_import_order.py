@@ -31,11 +31,11 @@ LEVELS = [
     ["planning", "counting"],
     [
         "insight.memory_layers",
-        "insight.text_rows",
         "insight.intervals",
         "insight.drawing",
         "distributed.",
     ],
+    ["insight.text_rows"],
     ["insight.silencing", "insight.row_use", "insight.ngram_classes"],
     ["insight.tracing", "insight.pictures", "insight.hidden_layers"],
     ["insight.showing"],
