@@ -26,6 +26,20 @@ QWEN_TABLE = "model.layers.0.ple.ple_embedding.ngram_embedding"
 GEMMA_TABLE = "model.embed_tokens_per_layer"
 
 
+SIZES_OF_GEMMA = {
+    "vocab_size": VOCAB_SIZE,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size": 32,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
 @torch.no_grad()
 def drawn(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
     """Every parameter at random, so that none hides behind a zero."""
@@ -77,16 +91,7 @@ def qwen_text(dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel
 
 def gemma3n_text(dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel:
     fields = {
-        "vocab_size": VOCAB_SIZE,
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "hidden_size": 32,
-        "hidden_size_per_layer_input": 8,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
+        **SIZES_OF_GEMMA,
         "num_kv_shared_layers": 0,
         "laurel_rank": 4,
         "altup_num_inputs": 2,
@@ -99,16 +104,7 @@ def gemma3n_text(dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedMo
 
 def gemma4_text(dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel:
     fields = {
-        "vocab_size": VOCAB_SIZE,
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "hidden_size": 32,
-        "hidden_size_per_layer_input": 8,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
+        **SIZES_OF_GEMMA,
         "global_head_dim": 16,
         "num_kv_shared_layers": 0,
         "sliding_window": 8,

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -506,3 +507,26 @@ def test_a_memory_is_not_added_beside_served_tables(folders):
         add_engram(model, EngramConfig([1], 101, 4, 8, compressed_vocab_size=None))
     with pytest.raises(ValueError, match="The vocabulary of a model with served tables stays"):
         model.resize_token_embeddings(model.config.vocab_size, pad_to_multiple_of=64)
+
+
+@pytest.mark.parametrize("case", ["qwen", "gemma3n"])
+def test_saves_over_its_own_files_and_two_saves_at_once_leave_a_whole_checkpoint(folders, case, tmp_path):
+    expected, tensors = logits_of(stock(folders, case)), tensors_of(folders[case])
+    shutil.copytree(folders[case], tmp_path / "own")
+    model = load_with_tables(tmp_path / "own", "cpu+disk")
+    for _ in range(2):
+        # The files that it saves over are those that it reads.
+        model.save_pretrained(tmp_path / "own")
+    assert torch.equal(logits_of(model), expected)
+    both = [threading.Thread(target=model.save_pretrained, args=(tmp_path / "shared",)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    for name in ("own", "shared"):
+        saved = tensors_of(tmp_path / name)
+        assert set(saved) == set(tensors)
+        assert all(
+            torch.equal(saved[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in tensors.items()
+        )
+        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name)), expected)

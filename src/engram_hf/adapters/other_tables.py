@@ -420,7 +420,7 @@ class ModelWithServedTables(ModelWithTables):
         """As in transformers; the tables count."""
         counted = cast(Any, super()).num_parameters(only_trainable, exclude_embeddings)
         for table in self.named_tables().values():
-            # A small parameter stands for the gradients of rows; it is no weight.
+            # The small parameter that stands for gradients of rows is not a weight.
             left_out = [table.row_gradients.norm, *(table.blocks if exclude_embeddings else [])]
             counted -= sum(each.numel() for each in left_out if each.requires_grad or not only_trainable)
         return counted

@@ -1,7 +1,7 @@
 """What the page of `engram-hf explore` does, without the page: look at a text, at one token, and at two continuations.
 
 Several visitors may call these functions at once. They take turns, because silencing a memory puts hooks on the model.
-What goes wrong is a `Refusal`, a sentence that may be shown to anybody: it names no file of this machine.
+Errors are raised as `Refusal`: a sentence for visitors, which names no file of this machine.
 """
 
 import html

@@ -1,7 +1,7 @@
 """What a text does with a table: which rows it reads and how often, which n-grams share one, what a cache would serve.
 
-The text is hashed and no row is read, so this costs the same wherever the tables live. The counts are those that the
-callbacks make in training.
+A report hashes the text and reads no row, so it costs the same wherever tables live. It counts as the callbacks of
+training do.
 """
 
 import json
