@@ -29,6 +29,7 @@ from helpers.dictionaries import PACKAGES, fetch_packages, find_packages, unpack
 from helpers.knowledge import (
     Entry,
     choose_facts,
+    choose_reading,
     drop_repeated,
     entries_of,
     entries_of_documents,
@@ -81,6 +82,7 @@ def write_corpus(entries: list[Entry], digests: dict[str, str], output: Path) ->
     try:
         write_lines(unfinished / "facts_trained.jsonl", [asdict(fact) for fact in choose_facts(train)])
         write_lines(unfinished / "facts_held_out.jsonl", [asdict(fact) for fact in choose_facts(held_out)])
+        write_lines(unfinished / "reading.jsonl", [asdict(fact) for fact in choose_reading(held_out)])
         write_lines(unfinished / TRAIN, [entry.as_json() for entry in train])
         write_lines(unfinished / HELD_OUT, [entry.as_json() for entry in held_out])
         manifest = {
@@ -128,7 +130,9 @@ def main() -> None:
         raise SystemExit(f"{arguments.output} holds files of something else; name another folder with --output.")
     try:
         if arguments.dataset is not None:
-            entries, digests = entries_of_documents(arguments.dataset, load_documents(arguments.dataset)), {}
+            # Named by number: which are held out must not depend on the folder that they lie in.
+            documents = [(f"{place}", text) for place, (_, text) in enumerate(load_documents(arguments.dataset))]
+            entries, digests = entries_of_documents("dataset", documents), {}
         else:
             entries, digests = gather_dictionaries(arguments.packages)
         show(write_corpus(entries, digests, arguments.output), arguments.output)

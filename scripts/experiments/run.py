@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from helpers.experiment_measures import MEASURES, measure, measured_runs
 from helpers.experiment_runs import RESULTS, Run, read_results, train, tuning_runs
 from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment
 from helpers.experiments_text import KNOWLEDGE, prepare
@@ -81,6 +82,18 @@ def start(run: Run, knowledge: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 
+def measure_all(name: str, scale: str, knowledge: Path) -> None:
+    """Models that are trained, in the order of their seeds; says which are not."""
+    text = prepare(SCALES[scale].tokens, vocab_size(scale), knowledge)
+    for run in measured_runs(scale):
+        try:
+            content = measure(name, run, text, knowledge)
+        except ValueError as error:
+            print(f"{run.name} is left out. {error}", flush=True)
+        else:
+            print(f"{content['name']}: {content['cpu_hours']:.3f} CPU hours", flush=True)
+
+
 def find_run(name: str, scale: str) -> Run:
     for experiment in EXPERIMENTS:
         for run in runs_of(experiment, scale):
@@ -119,6 +132,10 @@ def main() -> None:
         if arguments.name is None:
             return show_state(arguments.scale)
         experiment = next(each for each in EXPERIMENTS if each.name == arguments.name)
+        if experiment.name in MEASURES:
+            return measure_all(experiment.name, arguments.scale, arguments.knowledge)
+        if not experiment.runs:
+            raise SystemExit(f"{experiment.name} has no runs at this size: {experiment.why_not}")
         runs = runs_of(experiment, arguments.scale)
         done = read_results()
         left = [run for run in runs if run.name not in done]

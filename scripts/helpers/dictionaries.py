@@ -151,8 +151,10 @@ def decode_number(text: str) -> int:
 
 # What is left of an article. Links lose their braces, and every part becomes one line.
 
-# [ae], [=a], ["o] and the like: how ASCII writes a letter.
-WRITTEN_LETTER = re.compile(r"\[[^\sA-Za-z\]]{0,2}([A-Za-z]{1,2})[^\sA-Za-z\]]{0,2}\]")
+# [ae], [=a], [a^], ["o] and the like: how ASCII writes a letter. [L.] says that a word is Latin.
+WRITTEN_LETTER = re.compile(
+    r"""\[(?:[-=^~`'",.*:+\d]{1,2}(?=[A-Za-z])|(?=(?:ae|oe|th|eth|AE|OE|[A-Za-z]{1,2}[-=^~'`])\]))([A-Za-z]{1,3})[-=^~'`]?\]"""
+)
 PRONUNCIATION = re.compile(r"\\[^\\]*\\,?")
 SPOKEN = re.compile(r"^\([^)]*\)\s*")
 # Where a sense comes from, and in its first paragraph where the word comes from.

@@ -197,7 +197,8 @@ def train(run: Run, text: ExperimentText, work: Path = WORK, results: Path = RES
 
     The trained model stays in `<work>/models/<name>`, for experiments that measure models of others.
     """
-    path, folder = results / f"{run.name}.json", work / "runs" / run.name
+    # A checkpoint of other text is another run's.
+    path, folder = results / f"{run.name}.json", work / "runs" / f"{run.name}-{text.digest}"
     with only_one(folder) as is_mine:
         if not is_mine:
             return None

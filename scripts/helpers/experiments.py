@@ -73,7 +73,7 @@ class Arm:
 class Experiment:
     """number, title, claim: of the page. runs: (arm, seed) in the order in which they are trained.
 
-    reads: experiments whose runs it uses besides its own.
+    reads: experiments whose runs it uses besides its own. why_not: where there is nothing to run, the reason.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Experiment:
     claim: str
     runs: list[tuple[Arm, int]] = field(default_factory=list)
     reads: tuple[str, ...] = ()
+    why_not: str = ""
 
 
 def maker(scale: Scale, tokenizer) -> Callable[..., EngramMoEConfig]:
@@ -219,7 +220,9 @@ EXPERIMENTS = [
         "pretrained",
         6,
         "A real pretrained model",
-        "Nothing: the paper trains from the start.",
+        "None: the paper's models are trained from the start.",
+        why_not="Nobody has written the runs on this text yet. On other text, "
+        "scripts/experiments/compare_adapters.py compares a memory with LoRA.",
     ),
     Experiment(
         "depth",
@@ -233,5 +236,7 @@ EXPERIMENTS = [
         8,
         "Long context",
         "At 32k tokens multi-query needles rise from 84.2 to 97.0, variable tracking from 77.0 to 89.0.",
+        why_not="It needs a model that finds needles at the length that it was trained at, and none of this size was "
+        "trained for that. YaRN itself is tested exactly, in tests/modeling/test_yarn.py.",
     ),
 ]

@@ -36,7 +36,7 @@ WRONG_ANSWERS = 3
 class Entry:
     """An article as it is trained on.
 
-    source: "gcide", "wn", "foldoc", "elements", "jargon", "python" or the name of a data set.
+    source: "gcide", "wn", "foldoc", "elements", "jargon", "python", or "dataset" for a text of the user.
     name: its headword or file.
     parts: its senses, paragraphs or lines.
     text: what is trained on, made of both.
@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass
 class Fact:
-    """kind: "definition", "acronym", "symbol" or "number". choices: the right answer at the place `answer`."""
+    """A question by its prompt. kind: what is asked. choices: how it may go on; the place `answer` is right."""
 
     kind: str
     prompt: str
@@ -155,21 +155,18 @@ def order_of(entry: Entry) -> int:
 
 
 def facts_of(entry: Entry) -> Iterator[tuple[str, str, str]]:
-    """Kind, prompt and answer of every fact that an article holds."""
+    """Kind, the beginning of the article, and the answer that it goes on with, for every fact that an article holds."""
     if entry.source == "elements":
-        for kind, label in (("symbol", "Symbol:"), ("number", "Atomic number:")):
+        for kind, label in (("symbol", "Symbol: "), ("number", "Atomic number: ")):
             prompt, found, rest = entry.text.partition(label)
             if found:
                 yield kind, prompt + label, rest.partition("\n")[0]
     elif is_definition_first(entry):
-        yield "definition", f"{entry.parts[0]} =", f" {entry.name}"
+        yield "definition", f"{entry.parts[0]} = ", entry.name
     elif entry.source == "foldoc" and ACRONYM.fullmatch(entry.name):
         expansion = expand(entry.name, entry.parts[0])
         if expansion is not None:
-            start = entry.text.index(expansion)
-            # The space belongs to the word behind it, for tokenizers do so too.
-            prompt = entry.text[:start].rstrip(" ")
-            yield "acronym", prompt, entry.text[len(prompt) : start] + expansion
+            yield "acronym", entry.text[: entry.text.index(expansion)], expansion
 
 
 def expand(acronym: str, text: str) -> str | None:
@@ -197,12 +194,83 @@ def choose_facts(entries: list[Entry], seed: int = 0) -> list[Fact]:
         for prompt, answer in pairs:
             others = [other for other in answers if other != answer]
             # The letters of an acronym must not give the answer away, where there are enough that begin alike.
-            alike = [other for other in others if other.strip()[0] == answer.strip()[0]]
+            alike = [other for other in others if other[0] == answer[0]]
             if kind == "acronym" and len(alike) >= WRONG_ANSWERS:
                 others = alike
-            if len(others) < WRONG_ANSWERS:
-                continue
-            choices = [answer, *draw.sample(others, WRONG_ANSWERS)]
-            draw.shuffle(choices)
-            facts.append(Fact(kind, prompt, choices, choices.index(answer)))
+            if len(others) >= WRONG_ANSWERS:
+                facts.append(make_fact(kind, prompt, answer, draw.sample(others, WRONG_ANSWERS), draw))
     return facts
+
+
+def make_fact(kind: str, prompt: str, answer: str, wrong: list[str], draw: random.Random) -> Fact:
+    """The space at the end of a prompt belongs to each choice, as tokenizers have it."""
+    bare = prompt.rstrip()
+    choices = [prompt[len(bare) :] + choice for choice in (answer, *wrong)]
+    right = choices[0]
+    draw.shuffle(choices)
+    return Fact(kind, bare, choices, choices.index(right))
+
+
+# Reading: the answer stands in the prompt, among three others.
+
+QUESTIONS_OF_A_KIND = 200
+LISTED = 6
+
+
+def choose_reading(held_out: list[Entry], seed: int = 0) -> list[Fact]:
+    """Needles, variables, copying, and definitions that are given in the prompt. No article of them was trained on.
+
+    Args:
+        held_out: articles. Their names are the words, their definitions are what is given.
+    """
+    draw = random.Random(seed)
+    words = sorted({entry.name for entry in held_out if re.fullmatch("[a-z]{4,8}", entry.name)})
+    defined = [(entry.parts[0], entry.name) for entry in held_out if is_definition_first(entry)]
+    facts = []
+    for _ in range(QUESTIONS_OF_A_KIND):
+        if len(words) >= 2 * LISTED:
+            facts += [needle(draw.sample(words, LISTED), draw), copying(draw.sample(words, 2 * LISTED), draw)]
+        facts.append(variables(draw))
+        if len(defined) > WRONG_ANSWERS:
+            facts.append(given(draw.sample(defined, 1 + WRONG_ANSWERS), draw))
+    return sorted(facts, key=lambda fact: fact.kind)
+
+
+def needle(words: list[str], draw: random.Random) -> Fact:
+    numbers = [str(number) for number in draw.sample(range(100, 1000), len(words))]
+    lines = [f"The number of {word} is {number}." for word, number in zip(words, numbers)]
+    asked = draw.randrange(len(words))
+    wrong = draw.sample(numbers[:asked] + numbers[asked + 1 :], WRONG_ANSWERS)
+    return make_fact("needle", "\n".join([*lines, f"The number of {words[asked]} is "]), numbers[asked], wrong, draw)
+
+
+def variables(draw: random.Random) -> Fact:
+    """Four chains of three assignments, one after the other by chance; the last variable of one is asked for."""
+    chains = 1 + WRONG_ANSWERS
+    names = draw.sample("abcdefghijklmnopqrstuvwxyz", 3 * chains)
+    values = [str(value) for value in draw.sample(range(10, 100), chains)]
+    waiting = [
+        [f"{first} = {value}", f"{second} = {first}", f"{third} = {second}"]
+        for value, first, second, third in zip(values, names, names[chains:], names[2 * chains :])
+    ]
+    lines = []
+    while any(waiting):
+        lines.append(draw.choice([chain for chain in waiting if chain]).pop(0))
+    asked = draw.randrange(chains)
+    lines.append(f"{names[2 * chains + asked]} = ")
+    return make_fact("variables", "\n".join(lines), values[asked], values[:asked] + values[asked + 1 :], draw)
+
+
+def copying(words: list[str], draw: random.Random) -> Fact:
+    asked = draw.randrange(len(words) // 2, len(words))
+    wrong = draw.sample(words[:asked] + words[asked + 1 :], WRONG_ANSWERS)
+    prompt = f"{' '.join(words)}\n{' '.join(words[:asked])} "
+    return make_fact("copying", prompt, words[asked], wrong, draw)
+
+
+def given(defined: list[tuple[str, str]], draw: random.Random) -> Fact:
+    lines = [f"{definition} = {word}" for definition, word in defined]
+    asked = draw.randrange(len(defined))
+    wrong = [word for place, (_, word) in enumerate(defined) if place != asked]
+    prompt = "\n".join([*lines, f"{defined[asked][0]} = "])
+    return make_fact("given", prompt, defined[asked][1], wrong, draw)
