@@ -26,7 +26,7 @@ LEVELS = [
     ["modeling.checkpoint_saving"],
     ["modeling.memory_model"],
     ["modeling.modeling_engram_moe"],
-    ["adapters.memory_config", "adapters.table_parts"],
+    ["adapters.memory_config", "adapters.table_parts", "adapters.rows_in_memory"],
     ["adapters.memory_files", "adapters.served_embedding"],
     ["planning", "counting"],
     [
