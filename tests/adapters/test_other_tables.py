@@ -166,6 +166,58 @@ def test_a_model_that_somebody_else_loaded_can_be_placed(folders, case):
     assert type(changed).__module__.startswith("transformers.") and not engram_tables(changed)
 
 
+@pytest.mark.parametrize("case", ["qwen", "gemma3n"])
+def test_a_table_that_was_taken_over_into_memory_goes_to_disk_without_a_save(folders, case, tmp_path):
+    expected, model = logits_of(stock(folders, case)), stock(folders, case)
+    for tier in ("host", "disk", "resident", "disk"):
+        place_tables(model, {CASES[case][1]: tier})
+        assert torch.equal(logits_of(model), expected)
+        assert {each for table in engram_tables(model) for each in table.tiers} == {tier}
+    # Its parts are those of the files, whatever the config says of them.
+    place_tables(model, {CASES[case][1]: "host"})
+    model.save_pretrained(tmp_path / "saved")
+    assert set(tensors_of(tmp_path / "saved")) == set(tensors_of(folders[case]))
+    with torch.no_grad():
+        model.get_submodule(GEMMA_TABLE if case == "gemma3n" else QWEN_TABLE).table.blocks[0][3] += 1
+    with pytest.raises(ValueError, match="has other rows than"):
+        place_tables(model, {CASES[case][1]: "disk"})
+    # A model that comes from no files has the parts of its config.
+    made = drawn(qwen_text() if case == "qwen" else gemma3n_text())
+    expected = logits_of(made)
+    place_tables(made, {CASES[case][1]: "host"})
+    assert torch.equal(logits_of(made), expected)
+    with pytest.raises(ValueError, match="comes from no file"):
+        place_tables(made, {CASES[case][1]: "disk"})
+
+
+def test_arguments_that_are_fields_of_the_config_change_it_as_in_from_pretrained(folders):
+    options = {"use_cache": False, "attn_implementation": "eager", "dtype": torch.float32}
+    theirs, ours = stock(folders, "gemma4", **options), served(folders, "gemma4", "disk", **options)
+    for model in (theirs, ours):
+        assert not model.config.use_cache and model.config._attn_implementation == "eager"
+        assert model.dtype == torch.float32
+    assert ours(input_ids=some_ids()).past_key_values is None
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+    for load in (stock, served):
+        with pytest.raises(TypeError, match="no_such_field"):
+            load(folders, "gemma4", *(["disk"] if load is served else []), no_such_field=1)
+
+
+def test_a_class_without_tables_is_refused_for_a_checkpoint_with_a_memory(tmp_path):
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = add_engram(
+        drawn(LlamaForCausalLM(config), torch.float32), EngramConfig([1], 101, 4, 8, compressed_vocab_size=None)
+    )
+    model.save_pretrained(tmp_path)
+    for model_class in (None, AutoModelForCausalLM):
+        loaded = load_with_tables(tmp_path, "cpu+disk", model_class)
+        assert engram_tables(loaded) and torch.equal(logits_of(loaded), logits_of(model))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has none"):
+        load_with_tables(tmp_path, "cpu+disk", LlamaForCausalLM)
+
+
 def test_a_named_embedding_of_any_model_is_a_table(tmp_path):
     config = LlamaConfig(
         vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
