@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import shutil
@@ -40,7 +41,9 @@ from typer.testing import CliRunner
 from engram_hf import (
     EngramConfig,
     add_engram,
+    count_parameters,
     engram_tables,
+    estimate_memory,
     inspect_checkpoint,
     load_with_tables,
     place_tables,
@@ -502,6 +505,42 @@ def test_inspecting_shows_tables_and_backbone(folders, case):
     assert found.backbone_nbytes == sum(t.nbytes for n, t in tensors.items() if n not in of_tables)
     ran = CliRunner().invoke(app, ["inspect", str(folders[case])])
     assert ran.exit_code == 0 and "backbone" in ran.output, ran.output
+
+
+@pytest.mark.parametrize("case", ["qwen", "qwen-fp8", "qwen-text-of-composite", "gemma3n", "gemma4-composite"])
+def test_a_plan_has_the_sizes_of_the_loaded_model(folders, case):
+    end = CASES[case][1]
+    for device_map in (None, "cpu+disk", {"": "cpu", end: "disk"}, {"": "cpu", end: "resident"}):
+        estimate, model = estimate_memory(folders[case], device_map), load_with_tables(folders[case], device_map)
+        tables = engram_tables(model)
+        on_disk, nbytes = {"disk"} == set(tables[0].tiers), sum(table.nbytes for table in tables)
+        assert estimate.tables == {"disk" if on_disk else "cpu": nbytes}
+        blocks = {id(block) for table in model.named_tables().values() for block in table.parameters()}
+        backbone = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in blocks]
+        if case != "qwen-fp8":  # whose scales are no part of a plan
+            assert sum(estimate.backbone.values()) == sum(each.nbytes for each in backbone)
+        # Every head of Qwen reads one row of each of two tables; a token of Gemma reads one.
+        reads = 2 * 4 if "qwen" in case else 1
+        assert estimate.rows_per_token == {"disk" if on_disk else "cpu": reads}
+        row_nbytes = sum(table.nbytes for table in tables) // sum(table.rows for table in tables)
+        assert sum(estimate.read_per_token.values()) == reads * row_nbytes
+    assert count_parameters(folders[case]).tables == sum(table.rows * table.head_dim for table in tables)
+    with pytest.raises(ValueError, match="which is no embedding"):
+        estimate_memory(folders[case], {"": "cpu", "...no_such_table": "disk"})
+
+
+def test_a_plan_for_an_accelerator_gives_it_to_the_backbone_and_says_so(folders):
+    free = estimate_memory(folders["qwen"], "cpu+disk")
+    needed = sum(free.backbone.values()) + max(free.step.values())
+    tight = estimate_memory(folders["qwen"], "auto", max_memory={0: needed + 100, "cpu": "1GB"})
+    assert tight.tables == {"host": sum(free.tables.values())} and set(tight.backbone) == {"cuda:0"}
+    assert not tight.lacking
+    limits = json.dumps({"0": needed + 100, "cpu": "1GB"})
+    ran = CliRunner().invoke(app, ["plan", str(folders["qwen"]), "--max-memory", limits])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 0 and "fits." in said and "load_with_tables(" in said, said
+    assert f"with the tables on disk it needs {needed / 1e6:,.3f} MB of memory" in said
+    assert "sparse budget" not in said
 
 
 def test_a_deepseek_v41_is_refused_and_sent_to_open_tables(tmp_path):
