@@ -236,7 +236,8 @@ def estimate_memory(
     }
     check_backbone_keys(backbone_map, tensors, prefix, blocks)
 
-    step = max(_moments(model, [] if is_served(config) else model.engram_memory().layers, dtype, batch_size * seq_length))
+    layers = [] if is_served(config) else model.engram_memory().layers
+    step = max(_moments(model, layers, dtype, batch_size * seq_length))
     limits, usable = None, None
     if backbone_map in AUTOMATIC:
         limits = memory_limits(None) if max_memory is None else _bytes_of(max_memory)

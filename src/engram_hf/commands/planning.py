@@ -75,17 +75,15 @@ def show_plan(
     )
 
 
-def plan_in_words(
-    model: str, estimate: MemoryEstimate, tokens: int, rates: Rates, is_served: bool
-) -> Iterator[str]:
+def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rates, is_served: bool) -> Iterator[str]:
     """Sentences: how large a model is, whether it fits, what every step moves and how long that takes, and how to load
     it so."""
     backbone, tables = sum(estimate.backbone.values()), sum(estimate.tables.values())
     if tables:
         needed = backbone + max(estimate.step.values())
         yield (
-            f"{model}: tables {size(tables)}, backbone {size(backbone)}; with the tables on disk it needs {size(needed)} "
-            "of memory where it computes."
+            f"{model}: tables {size(tables)}, backbone {size(backbone)}; with the tables on disk it needs "
+            f"{size(needed)} of memory where it computes."
         )
     if estimate.limits:
         yield f"{model} does not fit." if estimate.lacking else f"{model} fits."
