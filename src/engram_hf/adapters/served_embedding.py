@@ -45,8 +45,8 @@ class TableOfParts(EngramTable):
         super().__init__(rows_of_part, width, block_elements=1, stored_as=stored_as)
         self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up.
+    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look the table's own rows up.
 
         Args:
             row_ids: (...), integers in [0, rows of the table).
@@ -55,15 +55,15 @@ class TableOfParts(EngramTable):
             (..., width) in the type of the table, on the device of `row_ids`.
 
         Raises:
-            IndexError, ValueError: as `EngramTable.forward`.
+            IndexError, ValueError: as `EngramTable.look_up`.
         """
         flat = row_ids.reshape(-1).long()
         if len(self.block_records) == 1 or (self.is_in_training and torch.is_grad_enabled()):
-            found = super().forward(flat).view(-1, self.head_dim)
+            found = super().look_up(flat).view(-1, self.head_dim)
         else:
             ascending, order = flat.sort()
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            found = super().forward(ascending).view(-1, self.head_dim).index_select(0, back)
+            found = super().look_up(ascending).view(-1, self.head_dim).index_select(0, back)
         return found.view(*row_ids.shape, self.head_dim)
 
     def bring_pages(self, row_ids: torch.Tensor) -> None:
