@@ -642,6 +642,12 @@ class ModelWithTables:
         if apart:
             refuse_model_in(tables_to)
         self._warn_unbound()
+        if active := self.active_patches():
+            logger.warning(
+                f"The row patches {', '.join(active)} are not part of what is saved, which is the tables themselves. "
+                "Save a patch with save_patch(patch, file), or make it part of the tables with "
+                "engram_hf.merge_patch(model, patch, folder)."
+            )
         run = next((table.changes.run for table in tables.values() if table.changes.run is not None), None)
         is_checkpoint = run is not None and state_dict is None and not apart and run.has_checkpoint(folder)
         with_code = with_code and self._has_code

@@ -417,7 +417,9 @@ class TablePatches:
             overlay = self._overlay_of(names)
             if overlay is not None:
                 part = slice(start * copies, end * copies)
-                rows[part] = overlay.lay_over(row_ids[part], rows[part])
+                before = rows[part]
+                if (found := overlay.lay_over(row_ids[part], before)) is not before:
+                    before.copy_(found)
         return rows
 
     def __deepcopy__(self, memo: dict) -> "TablePatches":
