@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, Prefetches, pages_of_rows
@@ -35,7 +34,7 @@ from .table_changes import ChangedRows, RowChanges, TrainingRun
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, RowGradients, group
 from .table_hot_rows import HotRows
-from .table_patches import TablePatches
+from .table_patches import TablePatches, is_traced
 
 
 Watch = Callable[[torch.Tensor], AbstractContextManager]
@@ -640,11 +639,6 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     """After a state dict was loaded, with the blocks in it: write the rows that are changes of blocks."""
     table.changes.follow_load(table, table._loaded)
     table._loaded = []
-
-
-def is_traced(row_ids: torch.Tensor) -> bool:
-    """Whether torch makes a graph of this call, by `torch.jit.trace`, `make_fx` or an export."""
-    return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
 def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:

@@ -21,12 +21,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_safetensors import read_header, write_pieces
+from .table_blocks import put_rows
 
 
 PATCH_FILE = "patch.safetensors"
@@ -37,7 +39,7 @@ MODES = (REPLACE, ADD)
 PATCH_DTYPES = (torch.float32, torch.bfloat16)
 ROW_IDS, ROWS = "patch.row_ids", "patch.rows"
 # Places of the filter for each patched row. The share of lookups that pass it by chance is at most one in as many.
-PLACES_PER_ROW = 32
+PLACES_PER_ROW = 64
 LONGEST_NAME = 200
 
 
@@ -217,25 +219,86 @@ def base_digest(table: PatchableTable, row_ids: torch.Tensor) -> str:
 
 # The overlay.
 
-Names = tuple[str, ...]
+
+class Layer:
+    """What one patch says of one table. It does not change.
+
+    A filter tells of nearly every lookup that it asks for no patched row. The others are searched for.
+    """
+
+    def __init__(self, patched: PatchedRows, mode: str, scale: float, first_row_ids: np.ndarray):
+        """
+        Args:
+            patched: at least one row.
+            mode, scale: of the patch.
+            first_row_ids: as in `TablePatches`.
+        """
+        self.mode, self.scale = mode, scale
+        self.row_ids, self.rows = patched.row_ids, patched.rows
+        places = 1 << math.ceil(math.log2(len(self.row_ids) * PLACES_PER_ROW))
+        self._mask = places - 1
+        self._filter = np.zeros(places, dtype=np.bool_)
+        self._known, self._first_row_ids = self.row_ids.numpy(), first_row_ids
+        # One filter for all heads: a lookup asks for row ids of its head, and adding where heads begin takes as long as
+        # all else.
+        in_head = self._known - first_row_ids[first_row_ids.searchsorted(self._known, side="right") - 1]
+        self._filter[in_head & self._mask] = True
+        self._copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds in host memory."""
+        return self.row_ids.nbytes + self.rows.nbytes + self._filter.nbytes
+
+    def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None:
+        """Write patched rows over those of a lookup.
+
+        Args:
+            numbers: (..., heads) row ids of the lookup.
+            rows: (..., heads * head_dim).
+        """
+        asked = np.flatnonzero(self._filter.take(numbers & self._mask))
+        if not len(asked):
+            return
+        maybe = numbers.reshape(-1)[asked] + self._first_row_ids[asked % len(self._first_row_ids)]
+        places = self._known.searchsorted(maybe)
+        is_hit = self._known.take(places, mode="clip") == maybe
+        if not is_hit.any():
+            return
+        hit, flat = torch.from_numpy(asked[is_hit]), rows.view(numbers.size, -1)
+        given = self.rows[torch.from_numpy(places[is_hit])]
+        is_plain = self.mode == REPLACE and self.scale == 1
+        new = given.to(rows.dtype) if is_plain else patched_rows(flat[hit], given, self.mode, self.scale)
+        if flat.requires_grad or new.requires_grad:
+            flat.index_copy_(0, hit, new)
+        else:
+            put_rows(flat, hit, new, is_mapped=False)
+
+    def lay_over_all(self, in_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(..., heads) row ids of the table and (..., heads, head_dim) rows to the patched rows, without a look at what
+        is hit. An accelerator would wait for that, and a graph cannot hold it."""
+        row_ids, own = self._on(rows.device)
+        is_hit, places = _find(in_table, row_ids)
+        return torch.where(is_hit.unsqueeze(-1), patched_rows(rows, own[places], self.mode, self.scale), rows)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row ids and rows on a device."""
+        found = self._copies.get(device)
+        if found is None:
+            found = self.row_ids.to(device), self.rows.to(device)
+            can_stay = device.type != "meta" and not self.rows.requires_grad and not torch.compiler.is_compiling()
+            if can_stay:
+                self._copies[device] = found
+        return found
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_copies": {}}
 
 
-class Layer(NamedTuple):
-    """What one patch says of one table."""
-
-    patched: PatchedRows
-    mode: str
-    scale: float
-
-    def to(self, device: torch.device) -> "Layer":
-        row_ids, rows = self.patched.row_ids.to(device), self.patched.rows.to(device)
-        return self._replace(patched=self.patched._replace(row_ids=row_ids, rows=rows))
-
-    def find(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row ids of the table, of any shape, to whether each is patched, and where: both of their shape."""
-        known = self.patched.row_ids
-        places = torch.searchsorted(known, row_ids).clamp_max(len(known) - 1)
-        return known[places] == row_ids, places
+def _find(in_table: torch.Tensor, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each row id, of any shape, is among those of a patch, (n,), and where: both of the shape of the first."""
+    places = torch.searchsorted(row_ids, in_table).clamp_max(len(row_ids) - 1)
+    return row_ids[places] == in_table, places
 
 
 def patched_rows(rows: torch.Tensor, given: torch.Tensor, mode: str, scale: float) -> torch.Tensor:
@@ -251,79 +314,13 @@ def patched_rows(rows: torch.Tensor, given: torch.Tensor, mode: str, scale: floa
     return (current + scale * (given if mode == ADD else given - current)).to(rows.dtype)
 
 
-class Overlay:
-    """Some patches over one table, in their order. It does not change.
-
-    A filter tells of nearly every lookup in two steps that it asks for no patched row. The others are searched for.
-    """
-
-    def __init__(self, layers: Sequence[Layer], first_row_ids: torch.Tensor):
-        """
-        Args:
-            layers: in their order, each with at least one row.
-            first_row_ids: as in `TablePatches`.
-        """
-        self.layers, self.first_row_ids = tuple(layers), first_row_ids
-        row_ids = torch.cat([layer.patched.row_ids for layer in layers])
-        # A filter for all heads together: what a lookup asks for is a row id of its head.
-        in_head = row_ids - first_row_ids[torch.searchsorted(first_row_ids, row_ids, right=True) - 1]
-        places = 1 << math.ceil(math.log2(len(row_ids) * PLACES_PER_ROW))
-        self._mask = places - 1
-        self._filter = torch.zeros(places, dtype=torch.bool)
-        self._filter[in_head & self._mask] = True
-        self._copies: dict[torch.device, tuple[tuple[Layer, ...], torch.Tensor]] = {}
-
-    def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            row_ids: (..., heads) of a lookup.
-            rows: (..., heads, head_dim) as the lookup has found them. They may be written to.
-
-        Returns:
-            (..., heads, head_dim).
-        """
-        if row_ids.device.type == "cpu" and not (torch.compiler.is_compiling() or _is_traced(row_ids)):
-            return self._lay_over_hits(row_ids, rows)
-        # An accelerator would wait for a look at what is hit, and a graph cannot hold one.
-        layers, first_row_ids = self._on(row_ids.device)
-        in_table = row_ids.long() + first_row_ids
-        for layer in layers:
-            is_hit, places = layer.find(in_table)
-            patched = patched_rows(rows, layer.patched.rows[places], layer.mode, layer.scale)
-            rows = torch.where(is_hit.unsqueeze(-1), patched, rows)
-        return rows
-
-    def _lay_over_hits(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        maybe = self._filter.index_select(0, (row_ids & self._mask).reshape(-1))
-        if not maybe.any():
-            return rows
-        places = maybe.nonzero().view(-1)
-        in_table = (row_ids.long() + self.first_row_ids).reshape(-1)[places]
-        flat = rows.view(-1, rows.shape[-1])
-        for layer in self.layers:
-            is_hit, found = layer.find(in_table)
-            hit, given = places[is_hit], layer.patched.rows[found[is_hit]]
-            flat.index_copy_(0, hit, patched_rows(flat[hit], given, layer.mode, layer.scale))
-        return rows
-
-    def _on(self, device: torch.device) -> tuple[tuple[Layer, ...], torch.Tensor]:
-        """The layers and the first row ids on a device."""
-        found = self._copies.get(device)
-        if found is None:
-            found = tuple(layer.to(device) for layer in self.layers), self.first_row_ids.to(device)
-            is_fixed = not any(layer.patched.rows.requires_grad for layer in self.layers)
-            if is_fixed and device.type != "meta" and not torch.compiler.is_compiling():
-                self._copies[device] = found
-        return found
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_copies": {}}
-
-
-def _is_traced(row_ids: torch.Tensor) -> bool:
+def is_traced(row_ids: torch.Tensor) -> bool:
+    """Whether torch makes a graph of this call, by `torch.jit.trace`, `make_fx` or an export."""
     return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
+Names = tuple[str, ...]
+Overlay = tuple[Layer, ...]
 _COUNTING = threading.Lock()
 # For tables that are asked with patches for each sequence: the names of the patches of each sequence of the batch.
 _REQUESTS: ContextVar[Mapping["TablePatches", tuple[Names, ...]]] = ContextVar(
@@ -343,36 +340,37 @@ class TablePatches:
         self.scales: dict[str, float] = {}
         self.active: Names = ()
         self.first_row_ids = first_row_ids if first_row_ids.any() else first_row_ids[:1]
+        self._first_on_cpu = self.first_row_ids.numpy()
         # Whether somebody, in whatever thread, asks with patches for each sequence.
         self.has_requests = False
         self._open_requests = 0
         # Name to what the patch says of this table. Patches of other tables have no entry.
         self._layers: dict[str, Layer] = {}
-        self._overlays: dict[Names, Overlay | None] = {}
         # Of the active patches.
-        self._overlay: Overlay | None = None
+        self._overlay: Overlay = ()
 
     def add(self, name: str, patched: PatchedRows | None, mode: str, scale: float) -> None:
         """Know a patch from now on. None: it says nothing of this table."""
         self.scales[name] = scale
         if patched is not None and len(patched.row_ids):
-            self._layers[name] = Layer(patched, mode, scale)
+            self._layers[name] = Layer(patched, mode, scale, self._first_on_cpu)
 
     def remove(self, name: str) -> None:
         self.activate(tuple(each for each in self.active if each != name))
         del self.scales[name]
         self._layers.pop(name, None)
-        self._overlays = {names: overlay for names, overlay in self._overlays.items() if name not in names}
 
     def activate(self, names: Names) -> None:
         """Lay these patches over the table from now on."""
         self._overlay, self.active = self._overlay_of(names), names
 
-    def _overlay_of(self, names: Names) -> Overlay | None:
-        if names not in self._overlays:
-            layers = [self._layers[name] for name in names if name in self._layers]
-            self._overlays[names] = Overlay(layers, self.first_row_ids) if layers else None
-        return self._overlays[names]
+    def _overlay_of(self, names: Names) -> Overlay:
+        return tuple(self._layers[name] for name in names if name in self._layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the patches of this table hold in host memory."""
+        return sum(layer.nbytes for layer in self._layers.values())
 
     def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor, is_training: bool = False) -> torch.Tensor:
         """The rows of a lookup under the patches that are to be seen.
@@ -382,14 +380,21 @@ class TablePatches:
             rows: (batch, ..., heads * head_dim) as the lookup has found them. They may be written to.
             is_training: whether the model is in training mode.
         """
-        if self._overlay is None and not self.has_requests:
-            return rows
-        wide = rows.view(*row_ids.shape, -1)
         if self.has_requests:
-            wide = self._lay_over_each(row_ids, wide, is_training)
-        elif self._overlay is not None:
-            wide = self._overlay.lay_over(row_ids, wide)
-        return wide.view(rows.shape)
+            return self._lay_over_each(row_ids, rows, is_training)
+        return self._lay_over(self._overlay, row_ids, rows) if self._overlay else rows
+
+    def _lay_over(self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
+            in_table = row_ids.long() + self.first_row_ids.to(row_ids.device)
+            found = rows.view(*row_ids.shape, -1)
+            for layer in overlay:
+                found = layer.lay_over_all(in_table, found)
+            return found.view(rows.shape)
+        numbers = row_ids.numpy()
+        for layer in overlay:
+            layer.put(numbers, rows)
+        return rows
 
     def count_requests(self, more: int) -> None:
         """One more, or one less, context of `use_patches` is open."""
@@ -401,7 +406,7 @@ class TablePatches:
     def _lay_over_each(self, row_ids: torch.Tensor, rows: torch.Tensor, is_training: bool) -> torch.Tensor:
         requests = _REQUESTS.get().get(self)
         if requests is None:
-            return rows if self._overlay is None else self._overlay.lay_over(row_ids, rows)
+            return self._lay_over(self._overlay, row_ids, rows) if self._overlay else rows
         if is_training and torch.is_grad_enabled():
             raise ValueError(
                 "use_patches chooses patches for a batch of requests, and a forward that trains cannot use it: what a "
@@ -415,10 +420,10 @@ class TablePatches:
             )
         for start, end, names in _runs(requests):
             overlay = self._overlay_of(names)
-            if overlay is not None:
+            if overlay:
                 part = slice(start * copies, end * copies)
                 before = rows[part]
-                if (found := overlay.lay_over(row_ids[part], before)) is not before:
+                if (found := self._lay_over(overlay, row_ids[part], before)) is not before:
                     before.copy_(found)
         return rows
 
