@@ -26,6 +26,17 @@ from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
 from .adapters.open_tables import open_tables
 from .adapters.other_tables import engram_tables, load_with_tables, place_tables, prefetch
+from .adapters.row_patches import (
+    active_patches,
+    add_patch,
+    disable_patches,
+    load_patch,
+    make_patch,
+    remove_patch,
+    save_patch,
+    set_patches,
+    use_patches,
+)
 from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
@@ -43,6 +54,7 @@ from .modeling.modeling_engram_moe import (
     EngramMoEForTokenClassification,
     EngramMoEModel,
 )
+from .modeling.table_patches import PatchedRows, RowPatch
 from .planning import count_parameters, estimate_memory
 from .training.callbacks.balancing import LossFreeBalancingCallback
 from .training.callbacks.gate_statistics import EngramGateStatisticsCallback
@@ -82,14 +94,19 @@ __all__ = [
     "EngramRowStatisticsCallback",
     "LossFreeBalancingCallback",
     "NgramHash",
+    "PatchedRows",
     "RowAdam",
+    "RowPatch",
     "RowSGD",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "active_patches",
     "add_engram",
+    "add_patch",
     "build_token_map",
     "count_parameters",
     "disable_engram",
+    "disable_patches",
     "engram_optimizers",
     "engram_tables",
     "estimate_memory",
@@ -99,8 +116,10 @@ __all__ = [
     "inspect_checkpoint",
     "last_complete_checkpoint",
     "load_engram",
+    "load_patch",
     "load_with_tables",
     "lora_config",
+    "make_patch",
     "merge_changed_rows",
     "open_tables",
     "place_tables",
@@ -111,10 +130,14 @@ __all__ = [
     "read_facts",
     "record_gates",
     "remove_engram",
+    "remove_patch",
     "render_card",
     "report_to_trackers",
     "save_engram",
+    "save_patch",
     "set_engram",
+    "set_patches",
     "update_card",
+    "use_patches",
     "verify_tables",
 ]

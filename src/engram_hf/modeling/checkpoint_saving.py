@@ -64,6 +64,7 @@ CODE_FILES = (
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_patches.py",
     "table_placement.py",
 )
 # Tables below this size are written too fast to need a progress bar.

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, Prefetches, pages_of_rows
@@ -35,6 +34,7 @@ from .table_changes import ChangedRows, RowChanges, TrainingRun
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, RowGradients, group
 from .table_hot_rows import HotRows
+from .table_patches import TablePatches, is_traced
 
 
 Watch = Callable[[torch.Tensor], AbstractContextManager]
@@ -105,6 +105,7 @@ class EngramTable(nn.Module):
         # No buffers: what averages or casts the buffers of a model must not change where a head begins.
         self.head_offsets = torch.tensor(self._offsets_on_cpu, device="cpu")
         self.head_rows = torch.tensor(self._rows_on_cpu, device="cpu")
+        self.patches = TablePatches(self._row_ids_in_table(torch.zeros_like(self.head_rows)))
         self._loaded: list[Block] = []
         self.register_load_state_dict_post_hook(_write_arrived_rows)
 
@@ -157,7 +158,7 @@ class EngramTable(nn.Module):
         return self.head_rows.cumsum(0) - self.head_rows
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up.
+        """Look rows up, with the row patches that lie over the table.
 
         Args:
             row_ids: (..., heads) int64, each in [0, rows of its head).
@@ -165,6 +166,20 @@ class EngramTable(nn.Module):
         Returns:
             (..., heads * head_dim) in the dtype of the table (float32 where rows are quantized), on the device of
             `row_ids`.
+
+        Raises:
+            IndexError, ValueError: as `look_up`; or a table is being trained under a patch.
+        """
+        if self.patches.active and self.is_in_training and torch.is_grad_enabled():
+            raise ValueError(
+                f"This table is being trained, and the row patches {', '.join(self.patches.active)} lie over it, so "
+                "what its rows learn would not be read. Train inside of disable_patches(model), or make the patches "
+                "part of the table first, with merge_patch."
+            )
+        return self.patches.lay_over(row_ids, self.look_up(row_ids), self.training)
+
+    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look the table's own rows up; as `forward`, without patches.
 
         Raises:
             IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
@@ -624,11 +639,6 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     """After a state dict was loaded, with the blocks in it: write the rows that are changes of blocks."""
     table.changes.follow_load(table, table._loaded)
     table._loaded = []
-
-
-def is_traced(row_ids: torch.Tensor) -> bool:
-    """Whether torch makes a graph of this call, by `torch.jit.trace`, `make_fx` or an export."""
-    return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
 def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:
