@@ -115,7 +115,7 @@ def allocate(config: PreTrainedConfig | str | os.PathLike, memory_share: float) 
     """The config of a model of the same size with another share of its sparse budget in tables.
 
     Experts that a token is not sent to make room for rows, or rows for experts. What a token computes with changes only
-    by the router's rows. An expert is whole and rows fill what it leaves, so the share is met as nearly as experts allow.
+    by the router's rows. An expert is whole and rows fill what it leaves, so the share is met as nearly as they allow.
 
     Args:
         config: an EngramMoE with memory layers and experts; or a preset, a folder, a repository.
