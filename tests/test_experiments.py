@@ -309,7 +309,7 @@ def test_a_question_is_answered_by_the_likeliest_letters(tokenizer):
 def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None):
     """Train an arm in a folder of its own; optionally stop it at a step, as a kill does."""
     from helpers import experiment_runs
-    from helpers.experiments import CONTROLS
+    from helpers.experiments import CONTROLS, MEMORY_SIZES, ON_DISK
 
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,8 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
         for rate in experiment_runs.RATES:
             name = f"tiny-tuning-{family}-{rate:g}.json"
             (results / name).write_text(json.dumps({"loss": abs(rate - 4e-3)}))
-    arm = next(arm for arm in CONTROLS if arm.name == arm_name)
+    arms = [*CONTROLS, MEMORY_SIZES[-1], ON_DISK]
+    arm = next(arm for arm in arms if arm.name == arm_name)
     run = experiment_runs.Run(arm, 0)
     if dies_at is None:
         return experiment_runs.train(run, text, folder, results)
@@ -358,6 +359,15 @@ def test_a_rerun_and_a_run_that_was_killed_give_the_same_loss_to_the_last_digit(
     assert whole["steps"] == 4 and whole["learning_rate"] == 4e-3 and whole["cpu_hours"] > 0
     # The second call reads the file of the first.
     assert train_in(tmp_path / "whole", text, "shuffled-hash") == whole
+
+
+def test_a_table_on_disk_learns_what_a_table_in_memory_learns_also_after_a_kill(text, tmp_path, monkeypatch):
+    memory = train_in(tmp_path / "memory", text, "rows-10x")
+    train_in(tmp_path / "disk", text, "rows-10x-disk", 3, monkeypatch)
+    disk = train_in(tmp_path / "disk", text, "rows-10x-disk")
+    assert disk["loss"] == memory["loss"] and disk["curve"] == memory["curve"]
+    left = {path.name for path in (tmp_path / "disk" / "runs").rglob("*")}
+    assert not left & {"start", "work", "checkpoint-2"}
 
 
 # Pages.
@@ -529,4 +539,4 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else():
     names = [(arm.name, seed) for experiment in EXPERIMENTS for arm, seed in experiment.runs]
     arms = {arm.name: arm for experiment in EXPERIMENTS for arm, _ in experiment.runs}
     assert all(arms[arm.name] is arm for experiment in EXPERIMENTS for arm, _ in experiment.runs)
-    assert len(set(names)) == 18 + 8 + 10 + 9
+    assert len(set(names)) == 18 + 9 + 10 + 9

@@ -5,7 +5,7 @@ a scale read the same tokens in the same order.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engram_hf import EngramMoEConfig, count_parameters
@@ -44,6 +44,7 @@ class Arm:
     tables: what is done to the tables: "" (they learn), "zero", "random" (as they were drawn; neither learns) or
         "shuffled" (rows change places at each step).
     is_without_gate: the gate is 0.5 for every token.
+    is_on_disk: the tables lie and train on disk.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Arm:
     config: Callable[[Callable[..., EngramMoEConfig]], EngramMoEConfig]
     tables: str = ""
     is_without_gate: bool = False
+    is_on_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ MEMORY_SIZES = [
     else ENGRAM
     for factor in ROW_FACTORS
 ]
+# The largest table once more. Its loss must be that of the table in memory, bit by bit.
+ON_DISK = replace(MEMORY_SIZES[-1], name="rows-10x-disk", title="10 times the rows, on disk", is_on_disk=True)
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.4)
 ALLOCATIONS = [
     Arm(
@@ -191,7 +195,7 @@ EXPERIMENTS = [
         3,
         "Infinite memory",
         "At fixed compute, ten times the rows lower the loss by 0.028, on a straight line over the logarithm.",
-        of_seeds(MEMORY_SIZES, (0, 1)),
+        [*of_seeds(MEMORY_SIZES, (0, 1)), (ON_DISK, 0)],
     ),
     Experiment(
         "allocation",
