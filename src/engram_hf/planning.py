@@ -148,7 +148,8 @@ def _type_of_rows(config: PreTrainedConfig, table: str) -> torch.dtype:
     quantized = getattr(config, "quantization_config", None) or {}
     if f".{table}".endswith(NGRAM_TABLE) and quantized.get("quant_method") == "fp8":
         return SCALED
-    return config.dtype or config.get_text_config().dtype or torch.float32
+    found: Any = config.dtype or config.get_text_config().dtype
+    return found or torch.float32
 
 
 # AdamW: two numbers of four bytes for each that is trained.
