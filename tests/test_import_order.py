@@ -56,6 +56,7 @@ LEVELS = [
     ["adapters.memory_hooks"],
     ["adapters.memory_class"],
     ["adapters.added_memory"],
+    ["adapters.row_patches"],
     ["adapters."],
     ["hub.card_facts", "hub.uploading"],
     ["hub.card"],

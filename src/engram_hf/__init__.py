@@ -26,6 +26,7 @@ from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
 from .adapters.open_tables import open_tables
 from .adapters.other_tables import engram_tables, load_with_tables, place_tables, prefetch
+from .adapters.patch_making import ComparedRows, compare_patches, extract_patch, merge_patch
 from .adapters.row_patches import (
     active_patches,
     add_patch,
@@ -57,6 +58,7 @@ from .modeling.modeling_engram_moe import (
 from .modeling.table_patches import PatchedRows, RowPatch
 from .planning import count_parameters, estimate_memory
 from .training.callbacks.balancing import LossFreeBalancingCallback
+from .training.callbacks.best_patch import EngramBestPatchCallback
 from .training.callbacks.gate_statistics import EngramGateStatisticsCallback
 from .training.callbacks.prefetching import EngramPrefetchCallback
 from .training.callbacks.reporting import report_to_trackers
@@ -80,6 +82,8 @@ AutoModelForCausalLM.register(EngramMemoryConfig, EngramMemoryForCausalLM)
 
 __all__ = [
     "CardFacts",
+    "ComparedRows",
+    "EngramBestPatchCallback",
     "EngramConfig",
     "EngramGateStatisticsCallback",
     "EngramMemoryConfig",
@@ -104,12 +108,14 @@ __all__ = [
     "add_engram",
     "add_patch",
     "build_token_map",
+    "compare_patches",
     "count_parameters",
     "disable_engram",
     "disable_patches",
     "engram_optimizers",
     "engram_tables",
     "estimate_memory",
+    "extract_patch",
     "fetch_blocks",
     "freeze_backbone",
     "gather_facts",
@@ -121,6 +127,7 @@ __all__ = [
     "lora_config",
     "make_patch",
     "merge_changed_rows",
+    "merge_patch",
     "open_tables",
     "place_tables",
     "plot_training",
