@@ -20,7 +20,9 @@ from .adapters.added_memory import (
     remove_engram,
     set_engram,
 )
+from .adapters.facts import Fact
 from .adapters.lora import lora_config
+from .adapters.memorizing import forget, memorize, memorize_many
 from .adapters.memory_class import EngramMemoryConfig, EngramMemoryForCausalLM, EngramMemoryModel
 from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
@@ -96,6 +98,7 @@ __all__ = [
     "EngramMoEModel",
     "EngramPrefetchCallback",
     "EngramRowStatisticsCallback",
+    "Fact",
     "LossFreeBalancingCallback",
     "NgramHash",
     "PatchedRows",
@@ -117,6 +120,7 @@ __all__ = [
     "estimate_memory",
     "extract_patch",
     "fetch_blocks",
+    "forget",
     "freeze_backbone",
     "gather_facts",
     "inspect_checkpoint",
@@ -126,6 +130,8 @@ __all__ = [
     "load_with_tables",
     "lora_config",
     "make_patch",
+    "memorize",
+    "memorize_many",
     "merge_changed_rows",
     "merge_patch",
     "open_tables",
