@@ -47,6 +47,7 @@ from .checkpoints.verifying import verify_tables
 from .hub.card import render_card, update_card
 from .hub.card_facts import CardFacts, gather_facts, read_facts
 from .hub.fetching import fetch_blocks
+from .hub.patch_pushing import push_patch
 from .hub.pushing import push_engram
 from .insight.plotting import plot_training
 from .modeling.configuration_engram_moe import EngramMoEConfig
@@ -139,6 +140,7 @@ __all__ = [
     "plot_training",
     "prefetch",
     "push_engram",
+    "push_patch",
     "quantize_tables",
     "read_facts",
     "record_gates",

@@ -2,6 +2,12 @@
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +17,7 @@ from foreign import gemma3n_text, publish, qwen_text
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from engram_hf import (
     EngramBestPatchCallback,
@@ -20,6 +27,7 @@ from engram_hf import (
     disable_patches,
     engram_optimizers,
     extract_patch,
+    inspect_checkpoint,
     load_patch,
     load_with_tables,
     make_patch,
@@ -31,6 +39,7 @@ from engram_hf import (
     use_patches,
     verify_tables,
 )
+from engram_hf_command import app
 
 
 FIRST, SECOND = "layers.0.engram.table", "layers.2.engram.table"
@@ -376,3 +385,96 @@ def test_eight_users_of_two_hundred_in_a_batch_get_what_each_gets_alone(tmp_path
             assert torch.equal(logits(model, ids)[i], together[i])
         set_patches(model, [])
     assert not torch.equal(logits(model, ids), together)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from engram_hf import load_patch, merge_patch, save_patch
+torch.set_num_threads(1)
+patch = load_patch({patch!r})
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(10**6):
+    save_patch(patch, {saved!r})
+    merge_patch({source!r}, patch, {target!r} + str(i))
+"""
+
+
+@pytest.mark.parametrize("delay", [0.05, slow(0.02), slow(0.033), slow(0.12)])
+def test_a_process_killed_while_it_saves_and_merges_leaves_nothing_that_is_half(tmp_path, delay):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "source")
+    old, new = random_patch(model, "old"), random_patch(model, "new", 1)
+    file, saved = save_patch(new, tmp_path / "new.safetensors"), save_patch(old, tmp_path / "saved.safetensors")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    script = KILLED.format(
+        tests=str(Path(__file__).parents[1]),
+        patch=str(file),
+        saved=str(saved),
+        source=str(tmp_path / "source"),
+        target=str(tmp_path / "merged-"),
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.stdin.write("\n")
+    child.stdin.flush()
+    time.sleep(delay)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert load_patch(saved).name in ("old", "new")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()} == before
+    add_patch(model, new)
+    for target in tmp_path.glob("merged-*"):
+        # The index comes last: without it nobody loads the folder.
+        if (target / "model.safetensors.index.json").exists():
+            verify_tables(target)
+            assert torch.equal(logits(load(target)), logits(model))
+        else:
+            assert inspect_or_none(target) is None
+
+
+def inspect_or_none(folder):
+    try:
+        return inspect_checkpoint(folder)
+    except (ValueError, OSError):
+        return None
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_the_commands_say_what_the_functions_say(tmp_path, tokenizer):
+    model = tiny_model(
+        tiny_config(vocab_size=608, engram_compressed_vocab_size="auto", engram_pad_token_id=0, engram_vocab_size=53)
+    )
+    model.bind_tokenizer(tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    patch = random_patch(model)
+    file = save_patch(patch, tmp_path / "alice.safetensors")
+    ran = run("patch", "merge", tmp_path / "model", file, tmp_path / "merged")
+    assert ran.exit_code == 0 and "wrote" in ran.stdout
+    ran = run("patch", "extract", tmp_path / "model", tmp_path / "merged", tmp_path / "again.safetensors")
+    assert ran.exit_code == 0 and f"wrote {patch.num_rows:,} rows of 2 tables" in ran.stdout
+    compared = json.loads(run("patch", "compare", file, tmp_path / "again.safetensors", "--json").stdout)
+    assert [(each["shared"], each["conflicts"]) for each in compared] == [
+        (len(each.row_ids), 0) for each in patch.tables.values()
+    ]
+    assert "is free" in run("patch", "compare", file, tmp_path / "again.safetensors").stdout
+    found = json.loads(run("patch", "inspect", file, "--json").stdout)
+    assert (found["name"], found["rows"], found["fingerprint"]) == ("alice", patch.num_rows, patch.fingerprint)
+    shown = run("patch", "inspect", tmp_path / "again.safetensors").stdout
+    assert FIRST in shown and "before:" in shown
+    ran = run("patch", "apply", tmp_path / "model", file, "a list is", "--max-new-tokens", "4")
+    inputs = tokenizer("a list is", return_tensors="pt")
+    for start, with_patch in (("without: ", False), ("with:    ", True)):
+        set_patches(model, [])
+        if with_patch:
+            add_patch(model, patch)
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert f"{start}{tokenizer.decode(generated)!r}" in ran.stdout
+    ran = run("patch", "inspect", tmp_path / "model" / "config.json")
+    assert ran.exit_code == 1 and "error:" in ran.stderr
