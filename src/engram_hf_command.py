@@ -272,6 +272,98 @@ def merge(source: Source, target: Target) -> None:
         typer.echo(f"wrote {target}")
 
 
+patches = typer.Typer(no_args_is_help=True, help="Make, merge and look at row patches: changed rows as a small file.")
+app.add_typer(patches, name="patch")
+Patch = Annotated[str, typer.Argument(help="File or folder of a patch, or repository of the Hub.")]
+
+
+@patches.command(epilog="Example: engram-hf patch extract output/tiny output/run/checkpoint-500 alice.safetensors")
+def extract(
+    before: Source,
+    after: Annotated[Path, typer.Argument(help="The same model after training.", exists=True, file_okay=False)],
+    target: Annotated[Path, typer.Argument(help="File for the patch, *.safetensors, or a folder for it.")],
+    name: Annotated[str | None, typer.Option(help="Of the patch; by default that of the folder.")] = None,
+) -> None:
+    """Write the rows in which two checkpoints differ as a patch for the first one, block by block."""
+    with sentences():
+        from engram_hf.adapters.patch_making import extract_patch
+
+        patch = extract_patch(before, after, target, name)
+        typer.echo(f"wrote {patch.num_rows:,} rows of {len(patch.tables)} tables to {target}")
+
+
+def _merge_patch(source: Path, patch: str, target: Path) -> None:
+    with sentences():
+        from engram_hf.adapters.patch_making import merge_patch
+
+        merge_patch(source, patch, target)
+        typer.echo(f"wrote {target}")
+
+
+@patches.command("merge", epilog="Example: engram-hf patch merge output/tiny alice.safetensors output/alice")
+def merge_one(source: Source, patch: Patch, target: Target) -> None:
+    """Write a checkpoint whose tables have the rows of a patch. The source stays as it is."""
+    _merge_patch(source, patch, target)
+
+
+@patches.command(epilog='Example: engram-hf patch apply output/tiny alice.safetensors "The list is"')
+def apply(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or repository of the Hub.")],
+    patch: Patch,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 20,
+    scale: Annotated[float, typer.Option(help="What the patch's changes are multiplied by.")] = 1.0,
+    device_map: Annotated[
+        str | None, typer.Option(help='As for from_pretrained: "auto", "cpu+disk", or JSON with an entry for a table.')
+    ] = None,
+) -> None:
+    """Go on from a prompt greedily, without a patch and with it. Nothing is written."""
+    with sentences():
+        places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from engram_hf import add_patch, disable_patches
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, device_map=places)
+        add_patch(model, patch, scale)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+
+        def go_on() -> str:
+            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            return str(tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :]))
+
+        with disable_patches(model):
+            typer.echo(f"without: {go_on()!r}")
+        typer.echo(f"with:    {go_on()!r}")
+
+
+@patches.command("inspect", epilog="Example: engram-hf patch inspect alice.safetensors")
+def inspect_one(patch: Patch, as_json: AsJson = False) -> None:
+    """Show which rows a patch changes, for which hash, and what made it."""
+    with sentences(as_json):
+        from engram_hf.adapters.row_patches import load_patch
+        from engram_hf.commands.patches import patch_as_dict, show_patch
+
+        found = load_patch(patch)
+        if as_json:
+            return typer.echo(json.dumps(patch_as_dict(found), indent=2))
+        show_patch(found)
+
+
+@patches.command(epilog="Example: engram-hf patch compare alice.safetensors bob.safetensors")
+def compare(a: Patch, b: Patch, as_json: AsJson = False) -> None:
+    """Show which rows two patches share, and on which of them their order matters."""
+    with sentences(as_json):
+        from engram_hf.adapters.patch_making import compare_patches
+        from engram_hf.commands.patches import compared_as_dict, show_compared
+
+        compared = compare_patches(a, b)
+        if as_json:
+            return typer.echo(json.dumps(compared_as_dict(compared), indent=2))
+        show_compared(compared)
+
+
 @app.command(epilog="Example: engram-hf explore output/tiny --port 7860")
 def explore(
     model: Annotated[str, typer.Argument(help="Folder, or repository of the Hub.")],

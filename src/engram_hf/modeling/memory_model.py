@@ -59,6 +59,9 @@ from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_patches import (
+    PATCH_DTYPES,
+    PATCH_FILE,
+    PatchedRows,
     RowPatch,
     active_patches,
     add_patch,
@@ -69,6 +72,7 @@ from .table_patches import (
     remove_patch,
     set_patches,
     use_patches,
+    write_patch,
 )
 from .table_placement import (
     AUTOMATIC,
@@ -558,6 +562,24 @@ class ModelWithTables:
         """
         return use_patches(self.named_tables(), names)
 
+    def trained_patch(self) -> RowPatch | None:
+        """The patch that a run trains, with `engram_optimizers(args, train_as_patch="name")`; None where there is none.
+
+        It is as it is now, and later steps do not change it.
+        """
+        tables = self.named_tables()
+        found, name, steps, fingerprint = {}, "", 0, {}
+        for table_name, table in tables.items():
+            if (trained := table.patches.trained) is None:
+                continue
+            name, steps = table.patches.trained_name, 0 if table.changes.run is None else table.changes.run.steps
+            row_ids, rows = trained.row_ids.cpu().clone(), trained.rows.cpu().clone()
+            rows = rows if rows.dtype in PATCH_DTYPES else rows.float()
+            found[table_name] = PatchedRows(row_ids, rows, table.num_rows, base_digest(table, row_ids))
+            ngram_hash = self.hash_of_table(table_name)
+            fingerprint = {} if ngram_hash is None else ngram_hash.fingerprint()
+        return RowPatch(name, found, fingerprint=fingerprint, provenance={"steps": steps}) if found else None
+
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
         rows of all other n-grams stay where they are.
@@ -642,7 +664,8 @@ class ModelWithTables:
         if apart:
             refuse_model_in(tables_to)
         self._warn_unbound()
-        if active := self.active_patches():
+        trained = self.trained_patch()
+        if active := [name for name in self.active_patches() if trained is None or name != trained.name]:
             logger.warning(
                 f"The row patches {', '.join(active)} are not part of what is saved, which is the tables themselves. "
                 "Save a patch with save_patch(patch, file), or make it part of the tables with "
@@ -688,6 +711,8 @@ class ModelWithTables:
                     saved_name = name_of(f"{prefix}{name}", block.number)
                     block.saved_in = (saved[saved_name], saved_name)
                 table.follow_save(by_base.get(name, ()))
+        if trained is not None:
+            write_patch(trained, folder / PATCH_FILE)
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)
         return None

@@ -170,13 +170,21 @@ class EngramTable(nn.Module):
         Raises:
             IndexError, ValueError: as `look_up`; or a table is being trained under a patch.
         """
-        if self.patches.active and self.is_in_training and torch.is_grad_enabled():
-            raise ValueError(
-                f"This table is being trained, and the row patches {', '.join(self.patches.active)} lie over it, so "
-                "what its rows learn would not be read. Train inside of disable_patches(model), or make the patches "
-                "part of the table first, with merge_patch."
-            )
+        if self.is_in_training and torch.is_grad_enabled():
+            self._refuse_to_train_under_patches()
+            return self.look_up(row_ids)
         return self.patches.lay_over(row_ids, self.look_up(row_ids), self.training)
+
+    def _refuse_to_train_under_patches(self) -> None:
+        name = self.patches.trained_name
+        if self.patches.active != ((name,) if name else ()) or self.patches.has_requests:
+            what = f"the patch {name!r}" if name else "this table"
+            todo = "Activate it alone" if name else "Train inside of disable_patches(model)"
+            raise ValueError(
+                f"Rows of {what} are being trained, and the patches that lie over the table are "
+                f"{', '.join(self.patches.active) or 'none'}, so what is learned would not be read. {todo}, or make "
+                "other patches part of the table first, with merge_patch."
+            )
 
     def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look the table's own rows up; as `forward`, without patches.
@@ -421,6 +429,29 @@ class EngramTable(nn.Module):
         self.row_gradients.exchange = exchange
         return self.row_gradients
 
+    def train_as_patch(self, name: str) -> None:
+        """Before training: have it change the rows of a new patch, which is active, and never the table.
+
+        Raises:
+            ValueError: there are patches already.
+        """
+        self.patches.train(name, self.head_dim, self.dtype, self.home)
+
+    def gather_trained(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
+        """As `gather_rows`, with the rows that training has changed, whether they are the table's or a patch's."""
+        rows, trained = self.gather_rows(row_ids, are_read), self.patches.trained
+        if trained is not None:
+            trained.read(row_ids, rows)
+        return rows
+
+    def write_trained(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """As `write_rows`, into the patch that is trained, where there is one."""
+        trained = self.patches.trained
+        if trained is None:
+            self.write_rows(row_ids, rows)
+        else:
+            trained.write(row_ids, rows)
+
     def watch_lookups(self, watch: Watch | None) -> None:
         """Put a context around the reading of every lookup in training; it gets the distinct row ids. None ends it."""
         self._watch = watch
@@ -436,7 +467,7 @@ class EngramTable(nn.Module):
             started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()
-            rows = self.gather_rows(groups.distinct, are_read=started is not None)
+            rows = self.gather_trained(groups.distinct, are_read=started is not None)
         rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
         return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
