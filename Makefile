@@ -45,6 +45,7 @@ check: install ## lint, types, import order, rendered pages
 	$(BIN)/mypy
 	$(BIN)/mlinter --no-progress --no-cache src/engram_hf/modeling
 	$(BIN)/python scripts/maintenance/render_results.py --check
+	$(BIN)/python scripts/experiments/report.py --check
 	$(BIN)/python -m pytest tests/test_import_order.py
 
 test-fast: install ## hash, table and memory layer: under 90 seconds

@@ -127,7 +127,7 @@ def plan(
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"--bandwidth must be above 0, got {bandwidth}.")
         from engram_hf.commands.planning import Rates, plan_as_dict, show_plan
-        from engram_hf.planning import config_of, count_parameters, estimate_memory
+        from engram_hf.planning import config_of, count_parameters, estimate_memory, is_served
 
         config = config_of(model)
         type_of_backbone = dtype or ("bfloat16" if model in PRESETS else None)
@@ -139,7 +139,8 @@ def plan(
         if as_json:
             typer.echo(json.dumps(plan_as_dict(estimate, parameters), indent=2))
         else:
-            show_plan(model, estimate, parameters, batch_size * seq_length, Rates(bandwidth, disk_reads))
+            rates = Rates(bandwidth, disk_reads)
+            show_plan(model, estimate, parameters, batch_size * seq_length, rates, is_served(config))
         if estimate.lacking:
             raise typer.Exit(1)
 

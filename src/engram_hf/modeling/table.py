@@ -202,7 +202,7 @@ class EngramTable(nn.Module):
                     "table: table.requires_grad_(False)."
                 )
             rows = self._read(row_ids)
-        found = torch.cat(rows, dim=-2)  # (..., heads, row width)
+        found = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)  # (..., heads, row width)
         return self.stored_as.decode(found, self.head_dim).flatten(-2)
 
     def _split(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
