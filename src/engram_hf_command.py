@@ -364,6 +364,45 @@ def compare(a: Patch, b: Patch, as_json: AsJson = False) -> None:
         show_compared(compared)
 
 
+@app.command(epilog="Example: engram-hf memorize output/tiny --facts facts.jsonl --output facts.safetensors")
+def memorize(
+    folder: Source,
+    facts: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines such as {"prompt": "The capital of Zorvania is", "target": " Oskar"}, and with '
+            '"paraphrases" and "related", two lists of prompts, if you like.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="File of the row patch.")] = Path("facts.safetensors"),
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text as the model meets it, in which rows are counted and drift is measured: .jsonl, or text with "
+            "empty lines between documents. By default the help topics of Python.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    caution: Annotated[float, typer.Option(help="More of it changes other text less, and fewer facts hold.")] = 100.0,
+    max_steps: Annotated[int, typer.Option(help="Steps of the optimisation at most.")] = 80,
+    as_json: AsJson = False,
+) -> None:
+    """Write facts into the rows of a memory, as a row patch, and say what came of it.
+
+    The model stays as it is. Ends with exit code 1 where a fact is not recalled; the patch is written nevertheless.
+    """
+    with sentences(as_json):
+        from engram_hf.commands.memorizing import memorize_file
+
+        report = memorize_file(folder, facts, output, text, caution=caution, max_steps=max_steps)
+        typer.echo(report.to_json() if as_json else f"{report.markdown()}\n\nwrote {output}")
+        if report.recalled < len(report.facts):
+            raise typer.Exit(1)
+
+
 @app.command(epilog="Example: engram-hf explore output/tiny --port 7860")
 def explore(
     model: Annotated[str, typer.Argument(help="Folder, or repository of the Hub.")],
