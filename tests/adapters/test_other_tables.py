@@ -30,6 +30,7 @@ from foreign import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -50,6 +51,7 @@ from engram_hf import (
     prefetch,
 )
 from engram_hf.adapters.served_embedding import TableOfParts
+from engram_hf.adapters.table_parts import class_and_config
 from engram_hf_command import app
 
 
@@ -204,6 +206,15 @@ def test_arguments_that_are_fields_of_the_config_change_it_as_in_from_pretrained
     for load in (stock, served):
         with pytest.raises(TypeError, match="no_such_field"):
             load(folders, "gemma4", *(["disk"] if load is served else []), no_such_field=1)
+
+
+def test_the_text_class_of_a_quantized_composite_is_quantized_too(tmp_path):
+    folder = publish(qwen_composite(), tmp_path / "model", is_fp8=True)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load_with_tables(folder, "cpu+disk")
+    assert type(ours.config) is type(theirs.config)
+    assert "quantization_config" in class_and_config(AutoConfig.from_pretrained(folder), None)[1].to_dict()
+    assert [hasattr(each, "hf_quantizer") for each in (theirs, ours)] == [True, True]
+    assert torch.equal(logits_of(ours), logits_of(theirs))
 
 
 def test_a_class_without_tables_is_refused_for_a_checkpoint_with_a_memory(tmp_path):
