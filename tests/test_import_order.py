@@ -59,6 +59,7 @@ LEVELS = [
     ["adapters.added_memory"],
     ["adapters.served_model"],
     ["adapters."],
+    ["checkpoints.merging"],
     ["hub.card_facts", "hub.uploading"],
     ["hub.card"],
     ["hub."],
