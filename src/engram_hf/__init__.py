@@ -28,6 +28,7 @@ from .adapters.memory_config import EngramConfig
 from .adapters.memory_saving import load_engram, save_engram
 from .adapters.open_tables import open_tables
 from .adapters.other_tables import engram_tables, load_with_tables, place_tables, prefetch
+from .adapters.patch_making import ComparedRows, compare_patches, extract_patch, merge_patch
 from .adapters.row_patches import (
     active_patches,
     add_patch,
@@ -46,6 +47,7 @@ from .checkpoints.verifying import verify_tables
 from .hub.card import render_card, update_card
 from .hub.card_facts import CardFacts, gather_facts, read_facts
 from .hub.fetching import fetch_blocks
+from .hub.patch_pushing import push_patch
 from .hub.pushing import push_engram
 from .insight.plotting import plot_training
 from .modeling.configuration_engram_moe import EngramMoEConfig
@@ -59,6 +61,7 @@ from .modeling.modeling_engram_moe import (
 from .modeling.table_patches import PatchedRows, RowPatch
 from .planning import count_parameters, estimate_memory
 from .training.callbacks.balancing import LossFreeBalancingCallback
+from .training.callbacks.best_patch import EngramBestPatchCallback
 from .training.callbacks.gate_statistics import EngramGateStatisticsCallback
 from .training.callbacks.prefetching import EngramPrefetchCallback
 from .training.callbacks.reporting import report_to_trackers
@@ -82,6 +85,8 @@ AutoModelForCausalLM.register(EngramMemoryConfig, EngramMemoryForCausalLM)
 
 __all__ = [
     "CardFacts",
+    "ComparedRows",
+    "EngramBestPatchCallback",
     "EngramConfig",
     "EngramGateStatisticsCallback",
     "EngramMemoryConfig",
@@ -107,12 +112,14 @@ __all__ = [
     "add_engram",
     "add_patch",
     "build_token_map",
+    "compare_patches",
     "count_parameters",
     "disable_engram",
     "disable_patches",
     "engram_optimizers",
     "engram_tables",
     "estimate_memory",
+    "extract_patch",
     "fetch_blocks",
     "forget",
     "freeze_backbone",
@@ -127,11 +134,13 @@ __all__ = [
     "memorize",
     "memorize_many",
     "merge_changed_rows",
+    "merge_patch",
     "open_tables",
     "place_tables",
     "plot_training",
     "prefetch",
     "push_engram",
+    "push_patch",
     "quantize_tables",
     "read_facts",
     "record_gates",

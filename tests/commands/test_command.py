@@ -261,6 +261,21 @@ def test_a_wrong_name_is_said_without_asking_the_hub(hub, tmp_path, monkeypatch)
     assert not hub.requests
 
 
+def test_plan_allocates_both_shares_of_the_paper_or_the_one_that_is_asked_for():
+    plain = run("plan", "tiny", "--json").stdout
+    found = json.loads(run("plan", "tiny", "--allocate", "--json").stdout)
+    assert [round(each["memory_share"], 2) for each in found["allocations"]] == [0.21, 0.25]
+    config = EngramMoEConfig.preset("tiny")
+    sizes = [(each["n_routed_experts"], each["engram_vocab_size"]) for each in found.pop("allocations")]
+    assert sizes[1] == (config.n_routed_experts, pytest.approx(config.engram_vocab_size, abs=30))
+    assert found == json.loads(plain)
+    (asked,) = json.loads(run("plan", "tiny", "--allocate", "--share", "40", "--json").stdout)["allocations"]
+    assert asked["memory_share"] == pytest.approx(0.4, abs=0.03)
+    assert f"{sizes[0][1]:,}" in run("plan", "tiny", "--allocate").stdout
+    assert "Add --allocate" in said("plan", "tiny", "--share", "40")
+    assert "Start from a preset" in said("plan", "moe-27b", "--allocate")
+
+
 EXAMPLE = ["plan", "engram-27b", "--device-map", "auto", "--max-memory", '{"0": "24GB", "cpu": "64GB"}']
 
 

@@ -282,7 +282,7 @@ def test_a_table_is_not_trained_under_a_patch():
     for table in model.named_tables().values():
         table.collect_row_gradients()
     model.train()
-    with pytest.raises(ValueError, match="alice lie over it.*disable_patches"):
+    with pytest.raises(ValueError, match="lie over the table are alice.*disable_patches"):
         model(IDS, labels=IDS)
     logits(model)
     with disable_patches(model):

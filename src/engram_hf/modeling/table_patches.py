@@ -250,6 +250,10 @@ class Layer:
         """Bytes that it holds in host memory."""
         return self.row_ids.nbytes + self.rows.nbytes + self._filter.nbytes
 
+    def fixed(self) -> "Layer | None":
+        """The same, for a copy of the model; None where it has no rows."""
+        return self
+
     def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None:
         """Write patched rows over those of a lookup.
 
@@ -293,6 +297,59 @@ class Layer:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_copies": {}}
+
+
+class TrainedRows(Layer):
+    """A patch that is being trained: it grows by the rows that steps move, and the table is never written to."""
+
+    def __init__(self, head_dim: int, dtype: torch.dtype, home: torch.device, first_row_ids: np.ndarray):
+        """
+        Args:
+            head_dim, dtype: of the rows of the table.
+            home: where the table's rows are gathered and updated.
+            first_row_ids: as in `TablePatches`.
+        """
+        self.mode, self.scale, self._first_row_ids = REPLACE, 1.0, first_row_ids
+        self.row_ids = torch.zeros(0, dtype=torch.int64, device=home)
+        self.rows = torch.zeros(0, head_dim, dtype=dtype, device=home)
+        # Made of the rows as they are, for lookups outside of training.
+        self._fixed: Layer | None = None
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.row_ids, self.rows, self._fixed = self.row_ids[:0], self.rows[:0], None
+
+    def read(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write the rows that are known over those of the table, (n, head_dim), by their row ids, (n,)."""
+        if len(self.row_ids):
+            is_known, places = _find(row_ids, self.row_ids)
+            rows[is_known] = self.rows[places[is_known]]
+
+    def write(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keep rows, (n, head_dim), by their row ids, (n,) ascending and distinct."""
+        self._fixed = None
+        if len(self.row_ids):
+            is_known, places = _find(row_ids, self.row_ids)
+            self.rows[places[is_known]] = rows[is_known]
+            row_ids, rows = row_ids[~is_known], rows[~is_known]
+        if len(row_ids):
+            self.row_ids, order = torch.cat([self.row_ids, row_ids]).sort()
+            self.rows = torch.cat([self.rows, rows])[order]
+
+    def fixed(self) -> Layer | None:
+        """The rows as they are now, as those of any patch; None where there are none."""
+        if self._fixed is None and len(self.row_ids):
+            patched = PatchedRows(self.row_ids.cpu().clone(), self.rows.cpu().clone(), 0)
+            self._fixed = Layer(patched, self.mode, self.scale, self._first_row_ids)
+        return self._fixed
+
+    def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None:
+        if (fixed := self.fixed()) is not None:
+            fixed.put(numbers, rows)
+
+    def lay_over_all(self, in_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        fixed = self.fixed()
+        return rows if fixed is None else fixed.lay_over_all(in_table, rows)
 
 
 def _find(in_table: torch.Tensor, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -348,12 +405,36 @@ class TablePatches:
         self._layers: dict[str, Layer] = {}
         # Of the active patches.
         self._overlay: Overlay = ()
+        # Of the patch that training writes to; empty where the table itself is trained.
+        self.trained_name = ""
 
     def add(self, name: str, patched: PatchedRows | None, mode: str, scale: float) -> None:
         """Know a patch from now on. None: it says nothing of this table."""
         self.scales[name] = scale
         if patched is not None and len(patched.row_ids):
             self._layers[name] = Layer(patched, mode, scale, self._first_on_cpu)
+
+    def train(self, name: str, head_dim: int, dtype: torch.dtype, home: torch.device) -> None:
+        """Know a patch without rows, which training gives it.
+
+        Raises:
+            ValueError: there is one of this name, or others lie over the table.
+        """
+        if name in self.scales or self.active:
+            raise ValueError(
+                f"A patch {name!r} is to be trained, and the model has the patches {', '.join(map(repr, self.scales))} "
+                "already. Remove them first, or merge them into the tables."
+            )
+        self.scales[name] = 1.0
+        self.trained_name = name
+        self._layers[name] = TrainedRows(head_dim, dtype, home, self._first_on_cpu)
+        self.activate((name,))
+
+    @property
+    def trained(self) -> "TrainedRows | None":
+        """The patch that is being trained."""
+        found = self._layers.get(self.trained_name) if self.trained_name else None
+        return found if isinstance(found, TrainedRows) else None
 
     def remove(self, name: str) -> None:
         self.activate(tuple(each for each in self.active if each != name))
@@ -431,12 +512,15 @@ class TablePatches:
         return self._copy()
 
     def __reduce__(self):
-        copied = self._copy()
-        return _restore, (copied.first_row_ids, copied.scales, copied._layers, copied.active)
+        return _restore, (self.first_row_ids, dict(self.scales), self._fixed_layers(), self.active)
 
     def _copy(self) -> "TablePatches":
-        # Rows of a patch do not change, so copies share them.
-        return _restore(self.first_row_ids, dict(self.scales), dict(self._layers), self.active)
+        return _restore(self.first_row_ids, dict(self.scales), self._fixed_layers(), self.active)
+
+    def _fixed_layers(self) -> dict[str, Layer]:
+        """For copies, which share the rows, since those of a patch do not change."""
+        fixed = {name: layer.fixed() for name, layer in self._layers.items()}
+        return {name: layer for name, layer in fixed.items() if layer is not None}
 
 
 def _restore(first_row_ids: torch.Tensor, scales: dict, layers: dict, active: Names) -> TablePatches:
