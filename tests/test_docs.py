@@ -158,7 +158,7 @@ def test_the_examples_of_the_guide_to_other_tables_run(scratch, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "guide", [name for name in GUIDES if name not in ("tables.md", "other_tables.md", "results.md")]
+    "guide", [name for name in GUIDES if name not in ("tables.md", "other_tables.md", "results.md", "evidence.md")]
 )
 def test_the_examples_of_the_other_guides_run(guide, scratch):
     run_examples(f"docs/{guide}")

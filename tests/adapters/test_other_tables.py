@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import shutil
@@ -40,7 +41,9 @@ from typer.testing import CliRunner
 from engram_hf import (
     EngramConfig,
     add_engram,
+    count_parameters,
     engram_tables,
+    estimate_memory,
     inspect_checkpoint,
     load_with_tables,
     place_tables,
@@ -164,6 +167,58 @@ def test_a_model_that_somebody_else_loaded_can_be_placed(folders, case):
     with pytest.raises(ValueError, match="has other rows than"):
         place_tables(changed, {CASES[case][1]: "disk"})
     assert type(changed).__module__.startswith("transformers.") and not engram_tables(changed)
+
+
+@pytest.mark.parametrize("case", ["qwen", "gemma3n"])
+def test_a_table_that_was_taken_over_into_memory_goes_to_disk_without_a_save(folders, case, tmp_path):
+    expected, model = logits_of(stock(folders, case)), stock(folders, case)
+    for tier in ("host", "disk", "resident", "disk"):
+        place_tables(model, {CASES[case][1]: tier})
+        assert torch.equal(logits_of(model), expected)
+        assert {each for table in engram_tables(model) for each in table.tiers} == {tier}
+    # Its parts are those of the files, whatever the config says of them.
+    place_tables(model, {CASES[case][1]: "host"})
+    model.save_pretrained(tmp_path / "saved")
+    assert set(tensors_of(tmp_path / "saved")) == set(tensors_of(folders[case]))
+    with torch.no_grad():
+        model.get_submodule(GEMMA_TABLE if case == "gemma3n" else QWEN_TABLE).table.blocks[0][3] += 1
+    with pytest.raises(ValueError, match="has other rows than"):
+        place_tables(model, {CASES[case][1]: "disk"})
+    # A model that comes from no files has the parts of its config.
+    made = drawn(qwen_text() if case == "qwen" else gemma3n_text())
+    expected = logits_of(made)
+    place_tables(made, {CASES[case][1]: "host"})
+    assert torch.equal(logits_of(made), expected)
+    with pytest.raises(ValueError, match="comes from no file"):
+        place_tables(made, {CASES[case][1]: "disk"})
+
+
+def test_arguments_that_are_fields_of_the_config_change_it_as_in_from_pretrained(folders):
+    options = {"use_cache": False, "attn_implementation": "eager", "dtype": torch.float32}
+    theirs, ours = stock(folders, "gemma4", **options), served(folders, "gemma4", "disk", **options)
+    for model in (theirs, ours):
+        assert not model.config.use_cache and model.config._attn_implementation == "eager"
+        assert model.dtype == torch.float32
+    assert ours(input_ids=some_ids()).past_key_values is None
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+    for load in (stock, served):
+        with pytest.raises(TypeError, match="no_such_field"):
+            load(folders, "gemma4", *(["disk"] if load is served else []), no_such_field=1)
+
+
+def test_a_class_without_tables_is_refused_for_a_checkpoint_with_a_memory(tmp_path):
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = add_engram(
+        drawn(LlamaForCausalLM(config), torch.float32), EngramConfig([1], 101, 4, 8, compressed_vocab_size=None)
+    )
+    model.save_pretrained(tmp_path)
+    for model_class in (None, AutoModelForCausalLM):
+        loaded = load_with_tables(tmp_path, "cpu+disk", model_class)
+        assert engram_tables(loaded) and torch.equal(logits_of(loaded), logits_of(model))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has none"):
+        load_with_tables(tmp_path, "cpu+disk", LlamaForCausalLM)
 
 
 def test_a_named_embedding_of_any_model_is_a_table(tmp_path):
@@ -450,6 +505,42 @@ def test_inspecting_shows_tables_and_backbone(folders, case):
     assert found.backbone_nbytes == sum(t.nbytes for n, t in tensors.items() if n not in of_tables)
     ran = CliRunner().invoke(app, ["inspect", str(folders[case])])
     assert ran.exit_code == 0 and "backbone" in ran.output, ran.output
+
+
+@pytest.mark.parametrize("case", ["qwen", "qwen-fp8", "qwen-text-of-composite", "gemma3n", "gemma4-composite"])
+def test_a_plan_has_the_sizes_of_the_loaded_model(folders, case):
+    end = CASES[case][1]
+    for device_map in (None, "cpu+disk", {"": "cpu", end: "disk"}, {"": "cpu", end: "resident"}):
+        estimate, model = estimate_memory(folders[case], device_map), load_with_tables(folders[case], device_map)
+        tables = engram_tables(model)
+        on_disk, nbytes = {"disk"} == set(tables[0].tiers), sum(table.nbytes for table in tables)
+        assert estimate.tables == {"disk" if on_disk else "cpu": nbytes}
+        blocks = {id(block) for table in model.named_tables().values() for block in table.parameters()}
+        backbone = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in blocks]
+        if case != "qwen-fp8":  # whose scales are no part of a plan
+            assert sum(estimate.backbone.values()) == sum(each.nbytes for each in backbone)
+        # Every head of Qwen reads one row of each of two tables; a token of Gemma reads one.
+        reads = 2 * 4 if "qwen" in case else 1
+        assert estimate.rows_per_token == {"disk" if on_disk else "cpu": reads}
+        row_nbytes = sum(table.nbytes for table in tables) // sum(table.rows for table in tables)
+        assert sum(estimate.read_per_token.values()) == reads * row_nbytes
+    assert count_parameters(folders[case]).tables == sum(table.rows * table.head_dim for table in tables)
+    with pytest.raises(ValueError, match="which is no embedding"):
+        estimate_memory(folders[case], {"": "cpu", "...no_such_table": "disk"})
+
+
+def test_a_plan_for_an_accelerator_gives_it_to_the_backbone_and_says_so(folders):
+    free = estimate_memory(folders["qwen"], "cpu+disk")
+    needed = sum(free.backbone.values()) + max(free.step.values())
+    tight = estimate_memory(folders["qwen"], "auto", max_memory={0: needed + 100, "cpu": "1GB"})
+    assert tight.tables == {"host": sum(free.tables.values())} and set(tight.backbone) == {"cuda:0"}
+    assert not tight.lacking
+    limits = json.dumps({"0": needed + 100, "cpu": "1GB"})
+    ran = CliRunner().invoke(app, ["plan", str(folders["qwen"]), "--max-memory", limits])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 0 and "fits." in said and "load_with_tables(" in said, said
+    assert f"with the tables on disk it needs {needed / 1e6:,.3f} MB of memory" in said
+    assert "sparse budget" not in said
 
 
 def test_a_deepseek_v41_is_refused_and_sent_to_open_tables(tmp_path):

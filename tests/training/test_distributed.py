@@ -35,7 +35,7 @@ def launch(out, processes, **options):
     return [torch.load(out / f"result{i}of{processes}.pt") for i in range(processes)]
 
 
-@pytest.mark.parametrize("rule, accumulation", [slow("sgd", 1), ("adam", 2)])
+@pytest.mark.parametrize("rule, accumulation", [slow("sgd", 1), slow("adam", 2)])
 def test_two_processes_train_what_one_does_with_the_joint_batch(tmp_path, rule, accumulation):
     shared = {"gradient_accumulation_steps": accumulation}
     one = launch(tmp_path / "one", 1, rule=rule, trainer={"per_device_train_batch_size": 4, **shared})[0]

@@ -4,7 +4,7 @@ The embedding becomes an instance of a subclass of its own class. The owner's `f
 the gather below it is this file's. Rows, tiers and files are those of every table of this package.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, cast
@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..modeling.disk_files import MappedFile
-from ..modeling.disk_reading import pages_of_rows
 from ..modeling.table import EngramTable
-from ..modeling.table_blocks import DISK, Block
 from ..modeling.table_formats import FloatRows
+from .rows_in_memory import RowsInMemory, addresses_of
+from .same_name import class_of_same_name, without_attributes
 from .table_parts import SCALED, TABLE_CHILD
 
 
@@ -44,9 +43,10 @@ class TableOfParts(EngramTable):
         stored_as = ScaledRows(name) if dtype == SCALED else FloatRows(name)
         super().__init__(rows_of_part, width, block_elements=1, stored_as=stored_as)
         self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
+        self._rows: RowsInMemory | None = None
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up.
+    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look the table's own rows up.
 
         Args:
             row_ids: (...), integers in [0, rows of the table).
@@ -55,23 +55,45 @@ class TableOfParts(EngramTable):
             (..., width) in the type of the table, on the device of `row_ids`.
 
         Raises:
-            IndexError, ValueError: as `EngramTable.forward`.
+            IndexError, ValueError: as `EngramTable.look_up`.
         """
         flat = row_ids.reshape(-1).long()
-        if len(self.block_records) == 1 or (self.is_in_training and torch.is_grad_enabled()):
-            found = super().forward(flat).view(-1, self.head_dim)
+        if self._takes_any_order():
+            found = super().look_up(flat).view(-1, self.head_dim)
         else:
             ascending, order = flat.sort()
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            found = super().forward(ascending).view(-1, self.head_dim).index_select(0, back)
+            found = super().look_up(ascending).view(-1, self.head_dim).index_select(0, back)
         return found.view(*row_ids.shape, self.head_dim)
+
+    def _takes_any_order(self) -> bool:
+        """Whether a lookup goes to no block after the other."""
+        if len(self.block_records) == 1 or (self.is_in_training and torch.is_grad_enabled()):
+            return True
+        return not self.is_resident and not torch.compiler.is_compiling() and self._in_memory() is not None
 
     def bring_pages(self, row_ids: torch.Tensor) -> None:
         """As `EngramTable.bring_pages`, for row ids of the table, in any order. Those that it does not have are passed
         over, since nobody may ever look them up."""
-        if not self.is_resident:
-            flat = row_ids.detach().reshape(-1).cpu().long()
-            super().bring_pages(flat[(flat >= 0) & (flat < self.num_rows)].unique())
+        if self.is_resident:
+            return
+        flat = row_ids.detach().reshape(-1).cpu().long()
+        flat = flat[(flat >= 0) & (flat < self.num_rows)]
+        self._check_files()
+        if (rows := self._in_memory()) is None:
+            super().bring_pages(flat.unique())
+            return
+        for pages, file in rows.pages(rows.find(flat)):
+            self._reader.start(pages, file)
+
+    def _in_memory(self) -> RowsInMemory | None:
+        """All rows as one tensor; None where a block is on an accelerator, or hot rows stand before the blocks."""
+        if self.hot_rows is not None:
+            return None
+        if self._rows is None or self._rows.addresses != addresses_of(self.blocks.parameters()):
+            can_hold = RowsInMemory.can_hold(self.block_records)
+            self._rows = RowsInMemory(self.block_records) if can_hold else None
+        return self._rows
 
     def _row_ids_in_table(self, row_ids: torch.Tensor) -> torch.Tensor:
         return row_ids
@@ -103,38 +125,42 @@ class TableOfParts(EngramTable):
         return list(self._split(on_cpu))
 
     def _check_files(self) -> None:
-        if any(block.tier != DISK for block in self.block_records):
+        self.changes.settle()
+        if (rows := self._in_memory()) is None:
             super()._check_files()
             return
-        # Of many parts a lookup reads few: `_gather` looks whether these still lie under their files.
-        self.changes.settle()
-        for file in {block.source.file for block in self.block_records if block.source is not None}:
+        for file in rows.files:
             file.check_unchanged()
-
-    def _pages_on_disk(self, block_rows: Sequence[torch.Tensor]) -> Iterator[tuple[np.ndarray, MappedFile]]:
-        """All pages of a file at once: asking for those of each part costs more than reading rows that are here."""
-        asked: dict[MappedFile, list[np.ndarray]] = {}
-        for block, rows in zip(self.block_records, block_rows, strict=True):
-            if len(rows) and block.is_on_disk and block.source is not None:
-                block.require_memory()
-                pages = pages_of_rows(block.addresses(rows.numpy()), self.row_nbytes)
-                asked.setdefault(block.source.file, []).append(pages)
-        for file, parts in asked.items():
-            yield parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts)), file
-
-    def _gather(self, block: Block, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        if not rows.numel():
-            return torch.empty((0, self.row_width), dtype=self.stored_as.storage, device=device)
-        if block.is_on_disk:
-            block.mapped_file()
-        return super()._gather(block, rows, device)
 
     @torch.compiler.disable(
         reason="Rows of a table off the device are read outside of the graph. Compile without fullgraph=True, or place "
         'the table on the device: place_tables(model, {"...": "resident"}).'
     )
     def _read(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
-        return super()._read(row_ids)
+        self._check_files()
+        if (rows := self._in_memory()) is None:
+            return super()._read(row_ids)
+        on_cpu = row_ids.detach().cpu()
+        self._check_row_ids(on_cpu)
+        found = rows.find(on_cpu)
+        for pages, file in rows.pages(found):
+            self._reader.read(pages, file)
+        if not row_ids.is_cuda:
+            return [rows.gather(found).to(row_ids.device)]
+        staging = torch.empty((len(on_cpu), self.row_width), dtype=self.dtype, device="cpu", pin_memory=True)
+        return [rows.gather(found, out=staging).to(row_ids.device, non_blocking=True)]
+
+    def place(self, number: int, tier: str, device: torch.device | str | int | None = None) -> None:
+        """As `EngramTable.place`."""
+        self._rows = None
+        super().place(number, tier, device)
+
+    def _apply(self, fn, recurse=True):
+        self._rows = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_rows": None}
 
 
 class ServedEmbedding(nn.Embedding):
@@ -182,22 +208,14 @@ class ServedEmbedding(nn.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol):
-        # The class cannot be found by its name, which is that of the owner's class.
-        return _restore, (owner_of(type(self)),), self.__dict__
-
-
-def _restore(owner: Any) -> nn.Embedding:
-    """An embedding without its attributes, which copying and unpickling bring."""
-    made = served_class(owner)
-    return made.__new__(made)
+        return without_attributes, (served_class, owner_of(type(self))), self.__dict__
 
 
 @cache
 def served_class(owner: Any) -> Any:
     """The class of an embedding whose rows come from a table, made of its own class; one for each class."""
     bases = (ServedEmbedding,) if owner is nn.Embedding else (owner, ServedEmbedding)
-    names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, "__doc__": owner.__doc__}
-    return type(owner.__name__, bases, {**names, "owner": owner})
+    return class_of_same_name(owner, bases, owner=owner)
 
 
 def owner_of(served: type[nn.Embedding]) -> type[nn.Embedding]:

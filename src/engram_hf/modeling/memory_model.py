@@ -5,7 +5,8 @@ transformers loads and saves the backbone, and never sees a block. Blocks are op
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -51,12 +52,28 @@ from .configuration_checks import check_source
 from .configuration_engram_moe import PRESETS
 from .configuration_memory import TABLE_DTYPES
 from .disk_reading import PageReader
-from .ids_hashing import NgramHash, check_fingerprint
+from .ids_hashing import NgramHash, check_fingerprint, differing_parts
 from .memory_layer import EngramLayer
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
+from .table_patches import (
+    PATCH_DTYPES,
+    PATCH_FILE,
+    PatchedRows,
+    RowPatch,
+    active_patches,
+    add_patch,
+    base_digest,
+    check_patch,
+    disable_patches,
+    read_patch,
+    remove_patch,
+    set_patches,
+    use_patches,
+    write_patch,
+)
 from .table_placement import (
     AUTOMATIC,
     Place,
@@ -507,6 +524,108 @@ class ModelWithTables:
         for layer in layers:
             layer.table.bring_pages(row_ids[layer.layer_idx])
 
+    # Row patches (table_patches.py).
+
+    def hash_of_table(self, table_name: str) -> NgramHash | None:
+        """The hash that finds the rows of a table, by its name inside the base model; None where the model's own code
+        finds them.
+
+        Raises:
+            ValueError: no tokenizer is bound yet.
+        """
+        hashes = self._hashes()
+        if len(hashes) > 1:
+            # Memories that were added by name: tables are `<layer>.engram.<name>.table`.
+            of_name = {name.rpartition(".")[2]: module for name, module in self.base_model.named_modules()}
+            hashes = [each for each in hashes if each is of_name.get(table_name.split(".")[-2])]
+        found = hashes[0] if hashes else None
+        if found is not None and not found.is_confirmed:
+            raise ValueError(
+                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer)."
+            )
+        return found
+
+    def add_patch(self, patch: RowPatch | str | Path, scale: float = 1.0) -> None:
+        """Lay a row patch over the tables, on whatever tier they are. It is active at once, behind those that are.
+
+        Args:
+            patch: the patch, or a file of it.
+            scale: what the difference to the table's own rows is multiplied by.
+
+        Raises:
+            ValueError: it is one of another hash, table or width; there is one of this name; the file is damaged.
+        """
+        patch = read_patch(patch) if isinstance(patch, str | Path) else patch
+        tables = self.named_tables()
+        check_patch(patch, tables)
+        for name, each in patch.tables.items():
+            ngram_hash = self.hash_of_table(name)
+            differing = differing_parts(patch.fingerprint, {} if ngram_hash is None else ngram_hash.fingerprint())
+            if differing:
+                raise ValueError(
+                    f"The patch {patch.name!r} was made for another hash than that of {name}: it differs in "
+                    f"{', '.join(differing)}. Use the patch with the model that it was made for."
+                )
+            if each.base_digest and each.base_digest != base_digest(tables[name], each.row_ids):
+                logger.warning(
+                    f"{name} has other rows than the table that the patch {patch.name!r} was made for. What the patch "
+                    "says may not fit them."
+                )
+        add_patch(tables, patch, scale)
+
+    def remove_patch(self, name: str) -> None:
+        """Forget a row patch.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        remove_patch(self.named_tables(), name)
+
+    def set_patches(self, names: Sequence[str]) -> None:
+        """Choose the row patches that lie over the tables from now on, in this order; none for the plain tables.
+
+        Raises:
+            ValueError: there is none of a name, or a name is there twice.
+        """
+        set_patches(self.named_tables(), names)
+
+    def active_patches(self) -> list[str]:
+        """Names of the row patches that lie over the tables, in their order."""
+        return active_patches(self.named_tables())
+
+    def disable_patches(self) -> AbstractContextManager[None]:
+        """A context in which the tables are plain."""
+        return disable_patches(self.named_tables())
+
+    def use_patches(self, names: Sequence[str | Sequence[str] | None]) -> AbstractContextManager[None]:
+        """A context in which each sequence of a batch sees its own row patches and no others.
+
+        Args:
+            names: one per sequence: a name, a list of names in their order, or None for the plain tables.
+
+        Raises:
+            ValueError: there is none of a name.
+        """
+        return use_patches(self.named_tables(), names)
+
+    def trained_patch(self) -> RowPatch | None:
+        """The patch that a run trains, with `engram_optimizers(args, train_as_patch="name")`; None where there is none.
+
+        It is as it is now, and later steps do not change it.
+        """
+        tables = self.named_tables()
+        found, name, steps, fingerprint = {}, "", 0, {}
+        for table_name, table in tables.items():
+            if (trained := table.patches.trained) is None:
+                continue
+            name, steps = table.patches.trained_name, 0 if table.changes.run is None else table.changes.run.steps
+            row_ids, rows = trained.row_ids.cpu().clone(), trained.rows.cpu().clone()
+            rows = rows if rows.dtype in PATCH_DTYPES else rows.float()
+            found[table_name] = PatchedRows(row_ids, rows, table.num_rows, base_digest(table, row_ids))
+            ngram_hash = self.hash_of_table(table_name)
+            fingerprint = {} if ngram_hash is None else ngram_hash.fingerprint()
+        return RowPatch(name, found, fingerprint=fingerprint, provenance={"steps": steps}) if found else None
+
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
         rows of all other n-grams stay where they are.
@@ -596,6 +715,13 @@ class ModelWithTables:
         if apart:
             refuse_model_in(tables_to)
         self._warn_unbound()
+        trained = self.trained_patch()
+        if active := [name for name in self.active_patches() if trained is None or name != trained.name]:
+            logger.warning(
+                f"The row patches {', '.join(active)} are not part of what is saved, which is the tables themselves. "
+                "Save a patch with save_patch(patch, file), or make it part of the tables with "
+                "engram_hf.merge_patch(model, patch, folder)."
+            )
         run = next((table.changes.run for table in tables.values() if table.changes.run is not None), None)
         is_checkpoint = run is not None and state_dict is None and not apart and run.has_checkpoint(folder)
         with_code = with_code and self._has_code
@@ -636,6 +762,8 @@ class ModelWithTables:
                     saved_name = name_of(f"{prefix}{name}", block.number)
                     block.saved_in = (saved[saved_name], saved_name)
                 table.follow_save(by_base.get(name, ()))
+        if trained is not None:
+            write_patch(trained, folder / PATCH_FILE)
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)
         return None

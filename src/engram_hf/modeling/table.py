@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, Prefetches, pages_of_rows
@@ -45,6 +44,7 @@ from .table_changes import (
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
+from .table_patches import TablePatches, is_traced
 from .table_ranks import BASE, CHANGED, SAVED, PendingRows, RankFile, RowCut, RowService, TableRanks
 
 
@@ -118,6 +118,7 @@ class EngramTable(nn.Module):
         # No buffers: what averages or casts the buffers of a model must not change where a head begins.
         self.head_offsets = torch.tensor(self._offsets_on_cpu, device="cpu")
         self.head_rows = torch.tensor(self._rows_on_cpu, device="cpu")
+        self.patches = TablePatches(self._row_ids_in_table(torch.zeros_like(self.head_rows)))
         self._loaded: list[Block] = []
         self.register_load_state_dict_post_hook(_write_arrived_rows)
 
@@ -180,7 +181,7 @@ class EngramTable(nn.Module):
         return self.head_rows.cumsum(0) - self.head_rows
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up.
+        """Look rows up, with the row patches that lie over the table.
 
         Args:
             row_ids: (..., heads) int64, each in [0, rows of its head).
@@ -188,6 +189,28 @@ class EngramTable(nn.Module):
         Returns:
             (..., heads * head_dim) in the dtype of the table (float32 where rows are quantized), on the device of
             `row_ids`.
+
+        Raises:
+            IndexError, ValueError: as `look_up`; or a table is being trained under a patch.
+        """
+        if self.is_in_training and torch.is_grad_enabled():
+            self._refuse_to_train_under_patches()
+            return self.look_up(row_ids)
+        return self.patches.lay_over(row_ids, self.look_up(row_ids), self.training)
+
+    def _refuse_to_train_under_patches(self) -> None:
+        name = self.patches.trained_name
+        if self.patches.active != ((name,) if name else ()) or self.patches.has_requests:
+            what = f"the patch {name!r}" if name else "this table"
+            todo = "Activate it alone" if name else "Train inside of disable_patches(model)"
+            raise ValueError(
+                f"Rows of {what} are being trained, and the patches that lie over the table are "
+                f"{', '.join(self.patches.active) or 'none'}, so what is learned would not be read. {todo}, or make "
+                "other patches part of the table first, with merge_patch."
+            )
+
+    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look the table's own rows up; as `forward`, without patches.
 
         Raises:
             IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
@@ -208,7 +231,7 @@ class EngramTable(nn.Module):
         else:
             self._refuse_dense_gradients()
             rows = self._read(row_ids)
-        found = torch.cat(rows, dim=-2)  # (..., heads, row width)
+        found = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)  # (..., heads, row width)
         return self.stored_as.decode(found, self.head_dim).flatten(-2)
 
     def _refuse_dense_gradients(self) -> None:
@@ -507,6 +530,35 @@ class EngramTable(nn.Module):
         self.row_gradients.exchange = exchange
         return self.row_gradients
 
+    def train_as_patch(self, name: str) -> None:
+        """Before training: have it change the rows of a new patch, which is active, and never the table.
+
+        Raises:
+            ValueError: there are patches already.
+            NotImplementedError: the table is cut over ranks.
+        """
+        if self.ranks is not None:
+            raise NotImplementedError(
+                "A patch of a table that is cut over ranks cannot be trained. Leave out train_as_patch, or load the "
+                'model without engram_ranks="shard".'
+            )
+        self.patches.train(name, self.head_dim, self.dtype, self.home)
+
+    def gather_trained(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
+        """As `gather_held`, with the rows that training has changed, whether they are the table's or a patch's."""
+        rows, trained = self.gather_held(row_ids, are_read), self.patches.trained
+        if trained is not None:
+            trained.read(row_ids, rows)
+        return rows
+
+    def write_trained(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """As `write_rows`, into the patch that is trained, where there is one."""
+        trained = self.patches.trained
+        if trained is None:
+            self.write_rows(row_ids, rows)
+        else:
+            trained.write(row_ids, rows)
+
     def watch_lookups(self, watch: Watch | None) -> None:
         """Put a context around the reading of every lookup in training; it gets the distinct row ids. None ends it."""
         self._watch = watch
@@ -536,7 +588,7 @@ class EngramTable(nn.Module):
             started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()
-            return groups, self.gather_held(groups.distinct, are_read=started is not None)
+            return groups, self.gather_trained(groups.distinct, are_read=started is not None)
 
     def _row_ids_in_table(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Row ids of a lookup, as `forward` takes them, to row ids of the table, of the same shape."""
@@ -850,11 +902,6 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     if table.ranks is not None:
         # All ranks load the same, and one that is done must not get rows of one that is not.
         table.ranks.service.after_step(table.ranks)
-
-
-def is_traced(row_ids: torch.Tensor) -> bool:
-    """Whether torch makes a graph of this call, by `torch.jit.trace`, `make_fx` or an export."""
-    return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
 def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:

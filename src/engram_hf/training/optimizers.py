@@ -62,6 +62,7 @@ def engram_optimizers(
     backbone: str = "adamw",
     work_folder: str | Path | None = None,
     state_dtype: torch.dtype | None = None,
+    train_as_patch: str | None = None,
 ) -> tuple[type, dict]:
     """Make the value of Trainer's `optimizer_cls_and_kwargs` that trains tables row by row, on any tier.
 
@@ -77,6 +78,8 @@ def engram_optimizers(
         work_folder: folder for the training copies of tables on disk, and for the state of their rows.
         state_dtype: type of the state that a row optimizer keeps per weight. None means bfloat16 for bfloat16 tables,
             and float32 for others.
+        train_as_patch: name of a new row patch. Rows are trained in it, and the tables are never written to. Each
+            checkpoint holds the patch in `patch.safetensors`; a table on disk needs no copy.
 
     Raises:
         ValueError: a value that is not listed here.
@@ -102,6 +105,7 @@ def engram_optimizers(
         "backbone": backbone,
         "work_folder": work_folder,
         "state_dtype": state_dtype,
+        "train_as_patch": train_as_patch,
     }
 
 
@@ -126,12 +130,21 @@ class EngramOptimizerFactory:
         backbone: str,
         work_folder: str | Path | None,
         state_dtype: torch.dtype | None,
+        train_as_patch: str | None = None,
     ) -> "EngramOptimizer":
         refuse_unsupported(args, backbone)
         tables = find_tables(model)
         frozen = [name for name, table in tables.items() if table.row_format is not None]
         if frozen:
             logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
+        if train_as_patch is not None:
+            if args.load_best_model_at_end:
+                raise ValueError(
+                    "load_best_model_at_end loads tables, and train_as_patch leaves them as they are. Leave it out, "
+                    "and keep the best patch with EngramBestPatchCallback(file)."
+                )
+            for table in tables.values():
+                table.train_as_patch(train_as_patch)
         # A checkpoint of an adapted model holds the adapter alone.
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):

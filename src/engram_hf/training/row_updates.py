@@ -70,7 +70,9 @@ class RowUpdates:
                 f"{type(rule).__name__} keeps no state, by which checkpoints know the rows that were touched. Name one "
                 "in its `wide` or `narrow`, such as a count of steps."
             )
-        self.name, self.table, self.rule, self.seed, self.saves_rows = name, table, rule, seed, saves_rows
+        self.name, self.table, self.rule, self.seed = name, table, rule, seed
+        # A patch that is trained is in no file of the model.
+        self.saves_rows = saves_rows or table.patches.trained is not None
         # Steps that have moved a row.
         self.steps = 0
         self.run = TrainingRun() if run is None else run
@@ -93,7 +95,8 @@ class RowUpdates:
                     f"{name} is on disk, and the files of a checkpoint are never written. Name a folder for the "
                     "training copy, engram_optimizers(args, work_folder=...), or place the table in host memory."
                 )
-            open_training_copy(table, work_folder)
+            if table.patches.trained is None:
+                open_training_copy(table, work_folder)
             self.work_file = WorkFile(work_folder, shapes)
             self.stores = {key: self.work_file.tensor(key) for key in shapes}
         else:
@@ -134,11 +137,11 @@ class RowUpdates:
         at_once = part_bytes // (4 * self.table.head_dim) + 1
         for part, ids, moving in zip(held.split(at_once), row_ids.split(at_once), gradients.split(at_once)):
             # The forward has just read them.
-            rows = self.table.gather_held(part, are_read=True)
+            rows = self.table.gather_trained(part, are_read=True)
             moved = rows.to(moving.dtype)
             gathered = {name: _gather(store, part, moving.dtype) for name, store in self.stores.items()}
             self.rule.update(moved, moving, self._by_name(gathered), lr)
-            self.table.write_rows(part, self._round(moved, rows.dtype, ids, "rows"))
+            self.table.write_trained(part, self._round(moved, rows.dtype, ids, "rows"))
             for name, values in gathered.items():
                 kept = self.stores[name]
                 put_rows(kept, part, self._round(values, kept.dtype, ids, name), is_mapped=self.work_file is not None)
@@ -214,7 +217,7 @@ class RowUpdates:
 
     def _rows_on_cpu(self, row_ids: torch.Tensor) -> torch.Tensor:
         pieces = row_ids.split(max(1, PIECE_BYTES // self.table.row_nbytes))
-        return torch.cat([self.table.gather_rows(piece.to(self.table.home)).cpu() for piece in pieces])
+        return torch.cat([self.table.gather_trained(piece.to(self.table.home)).cpu() for piece in pieces])
 
     def checked(self, saved: Any) -> dict:
         """What `state_dict` has returned, once it is known to be the state of this table's rows.
@@ -288,8 +291,10 @@ class RowUpdates:
             saved = {**saved, **{name: saved[name][are_held.to(saved[name].device)] for name in self.stores}}
             row_ids = self.table.held_ids(row_ids[are_held])
         if self.saves_rows:
+            if self.table.patches.trained is not None:
+                self.table.patches.trained.clear()
             for part, rows in _pieces(row_ids, saved["rows"]):
-                self.table.write_rows(part.to(self.table.home), rows.to(self.table.home, self.table.dtype))
+                self.table.write_trained(part.to(self.table.home), rows.to(self.table.home, self.table.dtype))
         was_used, self.steps = self.steps > 0, saved["steps"]
         for name, store in self.stores.items():
             if was_used:
