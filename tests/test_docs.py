@@ -217,6 +217,13 @@ def test_the_readme_is_short():
     assert max(map(len, lines)) <= 400
 
 
+def test_the_guide_of_ranks_has_the_table_that_its_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "maintenance"))
+    from render_ranks import with_table
+
+    assert read("docs/ranks.md") == with_table(read("docs/ranks.md")), "run: python scripts/maintenance/render_ranks.py"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_examples_are_short(document):
     for _, text, line in examples(document):
