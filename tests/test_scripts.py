@@ -331,6 +331,7 @@ SMALL = {
     "bench_other_tables.py": ["--rows-of-head", "40000"],
     "bench_reads.py": ["--gib", "1", "--rounds", "1"],
     "bench_rows.py": ["--rows", "3000"],
+    "bench_patches.py": ["--turns", "2", "--rows-of-head", "4096", "--users", "9"],
     "bench_trace.py": ["--tokens", "40", "--rounds", "1"],
 }
 

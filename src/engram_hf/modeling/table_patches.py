@@ -448,10 +448,20 @@ class TablePatches:
     def _overlay_of(self, names: Names) -> Overlay:
         return tuple(self._layers[name] for name in names if name in self._layers)
 
+    def hits(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Which of the row ids of a lookup, (..., heads), are patched by the active patches: bool, of this shape."""
+        in_table = row_ids.cpu().long() + self.first_row_ids
+        found = torch.zeros(in_table.shape, dtype=torch.bool)
+        for layer in self._overlay:
+            if (fixed := layer.fixed()) is not None:
+                found |= torch.isin(in_table, fixed.row_ids)
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes that the patches of this table hold in host memory."""
-        return sum(layer.nbytes for layer in self._layers.values())
+        fixed = (layer.fixed() for layer in self._layers.values())
+        return sum(layer.nbytes for layer in fixed if layer is not None)
 
     def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor, is_training: bool = False) -> torch.Tensor:
         """The rows of a lookup under the patches that are to be seen.
