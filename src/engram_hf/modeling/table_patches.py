@@ -398,6 +398,7 @@ class TablePatches:
         self.active: Names = ()
         self.first_row_ids = first_row_ids if first_row_ids.any() else first_row_ids[:1]
         self._first_on_cpu = self.first_row_ids.numpy()
+        self._first_copies: dict[torch.device, torch.Tensor] = {}
         # Whether somebody, in whatever thread, asks with patches for each sequence.
         self.has_requests = False
         self._open_requests = 0
@@ -477,7 +478,7 @@ class TablePatches:
 
     def _lay_over(self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
-            in_table = row_ids.long() + self.first_row_ids.to(row_ids.device)
+            in_table = row_ids.long() + self._first_on(row_ids.device)
             found = rows.view(*row_ids.shape, -1)
             for layer in overlay:
                 found = layer.lay_over_all(in_table, found)
@@ -486,6 +487,14 @@ class TablePatches:
         for layer in overlay:
             layer.put(numbers, rows)
         return rows
+
+    def _first_on(self, device: torch.device) -> torch.Tensor:
+        found = self._first_copies.get(device)
+        if found is None:
+            found = self.first_row_ids.to(device)
+            if device.type != "meta" and not torch.compiler.is_compiling():
+                self._first_copies[device] = found
+        return found
 
     def count_requests(self, more: int) -> None:
         """One more, or one less, context of `use_patches` is open."""
