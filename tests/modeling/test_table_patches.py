@@ -539,7 +539,7 @@ def test_other_files_are_no_patches(tmp_path):
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="is no row patch"):
         load_patch(path)
-    for text in ("[]", "{", json.dumps({"version": 99}), json.dumps({"version": 1}), "[" * 10**5):
+    for text in ("[]", "{", json.dumps({"version": 1}), "[" * 10**5):
         save_file({"a": torch.zeros(2)}, path, metadata={"engram_patch": text})
         with pytest.raises(ValueError, match="is damaged"):
             load_patch(path)

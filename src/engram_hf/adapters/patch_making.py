@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.utils import logging
 
-from ..checkpoints.checking import Part, backbone_config, check_loadable, read_config
+from ..checkpoints.checking import Part, check_loadable, read_config
 from ..checkpoints.rewriting import open_folder, rewrite_blocks
 from ..modeling.checkpoint_loading import (
     PROGRESS_BYTES,
@@ -31,14 +33,19 @@ from ..modeling.table_blocks import RESIDENT, Block
 from ..modeling.table_changes import rows_of_pieces
 from ..modeling.table_patches import (
     PATCH_DTYPES,
+    PATCH_FILE,
     REPLACE,
     PatchedRows,
     RowPatch,
     base_digest,
     check_patch,
+    check_scale,
+    describe_patch_in,
     patched_rows,
 )
+from .memory_files import MemoryFiles
 from .row_patches import load_patch, save_patch, with_tables
+from .served_model import ModelWithServedTables
 
 
 PIECE_BYTES = 2**24
@@ -51,13 +58,13 @@ class OpenTables:
 
     where: for messages.
     tables: by their names inside the base model.
-    fingerprint: of the hash; empty where the model's own code finds its rows.
+    fingerprints: name of a table to that of its hash; empty where the model's own code finds its rows.
     backbone: file name to SHA-256 of the files without tables, as a folder promises them; empty for a model.
     """
 
     where: str
     tables: dict[str, EngramTable]
-    fingerprint: dict[str, str]
+    fingerprints: dict[str, dict[str, str]]
     backbone: dict[str, str]
 
 
@@ -71,20 +78,24 @@ def open_any(model_or_folder: nn.Module | str | Path) -> OpenTables:
     if isinstance(model_or_folder, nn.Module):
         whole = with_tables(model_or_folder)
         tables = whole.named_tables()
-        hashes = [whole.hash_of_table(name) for name in tables]
-        fingerprints = [{} if each is None else each.fingerprint() for each in hashes]
-        if any(each != fingerprints[0] for each in fingerprints):
-            raise ValueError("A patch belongs to one memory, and this model has several. Take the others out first.")
-        return OpenTables(f"this {type(whole).__name__}", tables, fingerprints[0], {})
+        hashes = {name: whole.hash_of_table(name) for name in tables}
+        fingerprints = {name: {} if each is None else each.fingerprint() for name, each in hashes.items()}
+        return OpenTables(f"this {type(whole).__name__}", tables, fingerprints, {})
     folder = Path(model_or_folder)
     checkpoint = find_checkpoint(str(folder), {"local_files_only": True}) if folder.is_dir() else None
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} is not a folder with the safetensors files of a model.")
+    if not checkpoint.blocks():
+        raise ValueError(
+            f"{folder} holds no blocks of an EngramMoE or of an added memory. A table of another model is part of its "
+            "backbone: load the model with load_with_tables, and write rows with table.write_rows before it is saved."
+        )
     config = read_config(folder)
     places = read_headers(checkpoint)
     tables = check_loadable([Part(checkpoint, places)], config)
-    if not tables:
-        raise ValueError(f"{folder} holds no tables, so it has no rows to patch.")
+    if isinstance(config, MemoryFiles):
+        names = _names_in_base_model(config, str(folder))
+        tables = {names[name]: table for name, table in tables.items()}
     sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, config))
     for name, table in tables.items():
         table.open_blocks(sources[name], [RESIDENT] * len(sources[name]), ["cpu"] * len(sources[name]))
@@ -93,7 +104,32 @@ def open_any(model_or_folder: nn.Module | str | Path) -> OpenTables:
     table_files = {checkpoint.file_of[tensor].name for tensor in checkpoint.blocks().values()}
     digests = checkpoint.metadata.get("sha256", {})
     backbone = {name: each for name, each in digests.items() if name not in table_files}
-    return OpenTables(str(folder), tables, dict(config.engram_fingerprint or {}), backbone)
+    return OpenTables(str(folder), tables, {name: _fingerprint(config, name) for name in tables}, backbone)
+
+
+def _fingerprint(config: Any, table_name: str) -> dict[str, str]:
+    """That of the hash of a table, by its name inside the base model."""
+    if isinstance(config, MemoryFiles):
+        # `<layer>.engram.<name>.table`
+        return dict(config.description.memories[table_name.split(".")[-2]].fingerprint or {})
+    return dict(config.engram_fingerprint or {})
+
+
+def _names_in_base_model(config: MemoryFiles, where: str) -> dict[str, str]:
+    """Name of a table in the files of a model with memories to its name inside the base model.
+
+    Raises:
+        ValueError: the files hold a memory alone, whose tables have a name in no model.
+    """
+    if config.description.is_alone:
+        raise ValueError(
+            f"{where} holds a memory alone. Put it into its model with load_engram(model, folder), and give the model."
+        )
+    kind = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    prefix = f"{getattr(kind, 'base_model_prefix', '')}."
+    # A class without a head is its own base model, and the name of its decoder does not begin so.
+    prefix = prefix if f"{config.description.facts.decoder}.".startswith(prefix) else ""
+    return {name: name.removeprefix(prefix) for name in config.tables()}
 
 
 def pieces_of(block: Block) -> Iterator[tuple[int, torch.Tensor]]:
@@ -143,7 +179,8 @@ def extract_patch(
             f"{old.where} has the tables {shapes[0]}, and {new.where} has {shapes[1]}. A patch can only be made of two "
             "states of one model."
         )
-    check_fingerprint(old.fingerprint, new.fingerprint, new.where)
+    for table_name, fingerprint in old.fingerprints.items():
+        check_fingerprint(fingerprint, new.fingerprints[table_name], new.where)
     changed_files = [each for each in old.backbone if new.backbone.get(each, old.backbone[each]) != old.backbone[each]]
     if changed_files:
         logger.warning(
@@ -159,11 +196,22 @@ def extract_patch(
             patched = _differing_rows(table, new.tables[table_name], progress.update)
             if len(patched.row_ids):
                 found[table_name] = patched
+    if not found and (trained := _trained_in(after)):
+        raise ValueError(
+            f"The tables of {new.where} are as they were: the run trains the patch {trained!r} and never writes to "
+            "them. Save it with save_patch(model.trained_patch(), file)."
+        )
     if not found:
         raise ValueError(f"All rows of {old.where} and {new.where} are equal, so there is no patch to make.")
     if name is None:
         name = "patch" if isinstance(after, nn.Module) else Path(after).resolve().name
-    patch = RowPatch(name, found, REPLACE, new.fingerprint, {"before": old.where, "after": new.where})
+    fingerprint = new.fingerprints[next(iter(found))]
+    if any(new.fingerprints[each] != fingerprint for each in found):
+        raise ValueError(
+            f"{new.where} has changed rows of several memories ({', '.join(found)}), and a patch belongs to one. Take "
+            "the others out first, with remove_engram."
+        )
+    patch = RowPatch(name, found, REPLACE, fingerprint, {"before": old.where, "after": new.where})
     save_patch(patch, target)
     return patch
 
@@ -181,16 +229,29 @@ def _differing_rows(before: EngramTable, after: EngramTable, on_bytes) -> Patche
     return PatchedRows(torch.cat(row_ids), torch.cat(rows), before.num_rows, digest.hexdigest())
 
 
-def merge_patch(model_or_folder: nn.Module | str | Path, patch: RowPatch | str | Path, target: str | Path) -> Path:
+def _trained_in(model_or_folder: nn.Module | str | Path) -> str | None:
+    """The name of the patch that a model, or the run that a folder is from, trains."""
+    if isinstance(model_or_folder, nn.Module):
+        trained = with_tables(model_or_folder).trained_patch()
+        return None if trained is None else trained.name
+    beside = describe_patch_in(Path(model_or_folder))
+    return None if beside is None or not beside[1] else beside[0]
+
+
+def merge_patch(
+    model_or_folder: nn.Module | str | Path, patch: RowPatch | str | Path, target: str | Path, scale: float = 1.0
+) -> Path:
     """Write a model whose tables have the rows of a patch. It computes what the overlay computes, bit for bit.
 
-    Quantized tables are the exception: their new rows are quantized.
+    Quantized tables are the exception: their new rows are quantized. Tables of other models (`load_with_tables`) are
+    refused, since they are part of their backbone.
 
     Args:
         model_or_folder: a model, whose active patches are left out; or its folder, of which one block after the other
             is read.
         patch: a patch, or where `load_patch` finds it.
-        target: folder for the model, without weights yet.
+        target: folder for the model, without weights yet. A patch that lies beside the model is not copied.
+        scale: as for `add_patch`.
 
     Returns:
         `target`.
@@ -205,30 +266,37 @@ def merge_patch(model_or_folder: nn.Module | str | Path, patch: RowPatch | str |
         >>> model = AutoModelForCausalLM.from_pretrained(merge_patch("output/tiny", file, "output/alice"))
     """
     given = load_patch(patch) if isinstance(patch, str | Path) else patch
+    check_scale(scale)
     target = Path(target)
     if not isinstance(model_or_folder, nn.Module):
-        return _merge_folder(Path(model_or_folder), given, target)
+        return _merge_folder(Path(model_or_folder), given, target, scale)
     whole = with_tables(model_or_folder)
+    if isinstance(whole, ModelWithServedTables):
+        raise ValueError(
+            f"Tables of {type(whole).__name__} are part of its backbone, and merge_patch writes blocks of an EngramMoE "
+            "or of an added memory. Keep the patch beside the model, or write rows with table.write_rows and save it."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that files are linked and not copied.
     saved = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=target.parent))
     try:
         with whole.disable_patches():
             whole.save_pretrained(saved)
-        return _merge_folder(saved, given, target)
+        return _merge_folder(saved, given, target, scale)
     finally:
         shutil.rmtree(saved, ignore_errors=True)
 
 
-def _merge_folder(source: Path, patch: RowPatch, target: Path) -> Path:
-    part, config = open_folder(source, target)
+def _merge_folder(source: Path, patch: RowPatch, target: Path, scale: float) -> Path:
     opened = open_any(source)
+    part, config = open_folder(source, target)
     check_patch(patch, opened.tables)
-    if differing := differing_parts(patch.fingerprint, opened.fingerprint):
-        raise ValueError(
-            f"The patch {patch.name!r} was made for another hash than that of {source}: it differs in "
-            f"{', '.join(differing)}. Use the patch with the model that it was made for."
-        )
+    for name in patch.tables:
+        if differing := differing_parts(patch.fingerprint, opened.fingerprints[name]):
+            raise ValueError(
+                f"The patch {patch.name!r} was made for another hash than that of {name} of {source}: it differs in "
+                f"{', '.join(differing)}. Use the patch with the model that it was made for."
+            )
     checkpoint, places = part.checkpoint, part.places
     if any(open_changes(name, checkpoint, places) is not None for name in opened.tables):
         raise ValueError(
@@ -241,7 +309,7 @@ def _merge_folder(source: Path, patch: RowPatch, target: Path) -> Path:
                 f"{name} of {source} has other rows than the table that the patch {patch.name!r} was made for. What "
                 "the patch says may not fit them."
             )
-    tensors = match_blocks(opened.tables, checkpoint, places, backbone_config(config))
+    tensors = match_blocks(opened.tables, checkpoint, places, config)
     owners = {tensor: (name, i) for name, names in tensors.items() for i, tensor in enumerate(names)}
 
     def merged(file: TableFile, tensor: str) -> TensorContent | None:
@@ -255,14 +323,20 @@ def _merge_folder(source: Path, patch: RowPatch, target: Path) -> Path:
         if start == end:
             return None
         wanted = each.row_ids[start:end] - block.first_row
-        return _with_patch(table, file, tensor, wanted, each.rows[start:end], patch.mode)
+        return _with_patch(table, file, tensor, wanted, each.rows[start:end], patch.mode, scale)
 
-    rewrite_blocks(checkpoint, config, source, target, merged)
+    rewrite_blocks(checkpoint, config, source, target, merged, left_out=(PATCH_FILE,))
     return target
 
 
 def _with_patch(
-    table: EngramTable, file: TableFile, tensor: str, wanted: torch.Tensor, given: torch.Tensor, mode: str
+    table: EngramTable,
+    file: TableFile,
+    tensor: str,
+    wanted: torch.Tensor,
+    given: torch.Tensor,
+    mode: str,
+    scale: float,
 ) -> TensorContent:
     """A block with the rows of a patch, (n, head_dim), at `wanted`, (n,) ascending and counted from its first."""
     place = file.places[tensor]
@@ -272,7 +346,7 @@ def _with_patch(
             start, end = torch.searchsorted(wanted, torch.tensor([first, first + len(part)])).tolist()
             if start < end:
                 rows = table.stored_as.decode(part[wanted[start:end] - first], table.head_dim)
-                new = patched_rows(rows, given[start:end], mode, 1.0)
+                new = patched_rows(rows, given[start:end], mode, scale)
                 part[wanted[start:end] - first] = table.stored_as.encode(new)
             yield memoryview(part.view(-1).view(torch.uint8).numpy().data)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.utils import cached_file
 
@@ -27,12 +28,13 @@ from ..modeling.table_patches import (
 
 
 def with_tables(model: nn.Module) -> Any:
-    """The model itself, inside of PEFT's.
+    """The model itself, inside of PEFT's and of what runs it in several processes.
 
     Raises:
         ValueError: it has no tables.
     """
-    whole: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = extract_model_from_parallel(cast(Any, model), keep_torch_compile=False)
+    whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     if not hasattr(whole, "add_patch") or not whole.named_tables():
         raise ValueError(
             f"{type(whole).__name__} has no tables, so it has no rows to patch. It needs an EngramMoE with a memory, a "
@@ -78,7 +80,7 @@ def make_patch(
         raise ValueError("A patch belongs to one memory, and these tables belong to several. Make one patch for each.")
     found = {}
     for each, (row_ids, given) in rows.items():
-        on_cpu = row_ids.detach().cpu()
+        on_cpu = row_ids.detach().cpu() if isinstance(row_ids, torch.Tensor) else row_ids
         found[each] = PatchedRows(on_cpu, given, tables[each].num_rows)
     patch = RowPatch(name, found, mode, fingerprints[0] if fingerprints else {}, provenance or {})
     check_patch(patch, tables)
@@ -94,7 +96,7 @@ def save_patch(patch: RowPatch, file: str | Path) -> Path:
         the file.
 
     Raises:
-        ValueError: the patch is not sound.
+        ValueError: the patch is not sound; the name is that of a file without this ending.
         OSError: no space or no permission; what was there stays.
 
     Example:
@@ -103,6 +105,10 @@ def save_patch(patch: RowPatch, file: str | Path) -> Path:
     """
     path = Path(file)
     if path.suffix != ".safetensors":
+        if path.is_file():
+            raise ValueError(
+                f"{path} is a file, and a patch is written to a folder or to a file *.safetensors. Name one of these."
+            )
         path.mkdir(parents=True, exist_ok=True)
         path = path / PATCH_FILE
     write_patch(patch, path)

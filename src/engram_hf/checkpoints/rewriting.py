@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def rewrite_blocks(
     target: Path,
     content_of: Callable[[TableFile, str], TensorContent | None],
     config_content: dict | None = None,
+    left_out: Collection[str] = (),
 ) -> None:
     """Write a checkpoint with other blocks. Whatever else the folder holds is copied or linked.
 
@@ -102,6 +103,7 @@ def rewrite_blocks(
         target: folder to write.
         content_of: for a block of a file, what takes its place; None keeps it.
         config_content: of config.json, where it is another one.
+        left_out: names of files that are neither copied nor linked.
 
     Raises:
         ValueError: a file holds tables and other tensors; a file that is read is not what the index promises; or a
@@ -109,7 +111,7 @@ def rewrite_blocks(
         OSError: no space or no permission in the target.
     """
     files = sorted(set(checkpoint.file_of.values()))
-    beside = files_beside(source, {path.name for path in files} | {INDEX_FILE}, target)
+    beside = files_beside(source, {path.name for path in files} | {INDEX_FILE, *left_out}, target)
     with publishing(target), staging(target) as stage:
         table_map: dict[str, str] = {}
         digests: dict[str, str] = {}

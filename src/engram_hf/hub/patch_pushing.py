@@ -143,14 +143,19 @@ def _section(patch: RowPatch, file: Path, repo_id: str, base_model: Any) -> str:
         repo_id=repo_id,
         base_model=base_model if isinstance(base_model, str) else ", ".join(base_model or []),
         nbytes=file.stat().st_size,
-        name=json.dumps(patch.name),
+        # The same text in JSON and in Python.
+        name=Code(json.dumps(patch.name, ensure_ascii=False)),
         file=PATCH_FILE,
         sha256=file_digest(file),
     )
 
 
-def _in_line(value: Any) -> Any:
-    """Text as a part of its line: it starts no block, column, comment or tag."""
-    if isinstance(value, str):
-        return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|")
-    return value
+class Code(str):
+    """Text of one line inside a block of code, where nothing is escaped."""
+
+
+def _in_line(value: Any) -> str:
+    """A value as a part of its line: it starts no block, column, comment or tag."""
+    if isinstance(value, Code):
+        return value
+    return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")

@@ -60,19 +60,19 @@ from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_patches import (
     PATCH_DTYPES,
-    PATCH_FILE,
     PatchedRows,
     RowPatch,
     active_patches,
     add_patch,
     base_digest,
     check_patch,
+    describe_patch_in,
     disable_patches,
     read_patch,
     remove_patch,
+    save_trained_patch,
     set_patches,
     use_patches,
-    write_patch,
 )
 from .table_placement import (
     AUTOMATIC,
@@ -274,6 +274,11 @@ class ModelWithTables:
         model._confirm_hash(where)
         service = None if engram_ranks is None else start_ranks()
         model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows, service)
+        if (beside := describe_patch_in(Path(where))) is not None:
+            logger.warning(
+                f"{where} holds the row patch {beside[0]!r} beside the model, and loading the model leaves it out. To "
+                f"use it: add_patch(model, {where!r})."
+            )
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -762,8 +767,7 @@ class ModelWithTables:
                     saved_name = name_of(f"{prefix}{name}", block.number)
                     block.saved_in = (saved[saved_name], saved_name)
                 table.follow_save(by_base.get(name, ()))
-        if trained is not None:
-            write_patch(trained, folder / PATCH_FILE)
+        save_trained_patch(trained, folder)
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)
         return None

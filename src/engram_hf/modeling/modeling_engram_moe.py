@@ -528,6 +528,11 @@ class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, 
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    def generate(self, *args, engram_patches: Sequence[str | Sequence[str] | None] | None = None, **kwargs):
+        """As in transformers; `engram_patches` are this model's. An assistant reads its own tables without patches."""
+        with nullcontext() if engram_patches is None else self.use_patches(engram_patches):
+            return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, engram_input_ids=None, is_first_iteration=False, **kwargs
     ):

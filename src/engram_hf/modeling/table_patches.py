@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +41,8 @@ ROW_IDS, ROWS = "patch.row_ids", "patch.rows"
 # Places of the filter for each patched row. The share of lookups that pass it by chance is at most one in as many.
 PLACES_PER_ROW = 64
 LONGEST_NAME = 200
+# In the provenance of a patch that a save of its model has written, and a later save may remove.
+SAVED_WITH_MODEL = "saved_with_model"
 
 
 class PatchableTable(Protocol):
@@ -117,9 +119,19 @@ class RowPatch:
             return f"its mode must be one of {', '.join(MODES)}, got {self.mode!r:.80}"
         if not isinstance(self.provenance, dict) or not isinstance(self.fingerprint, dict):
             return "fingerprint and provenance must be dicts"
-        if not all(isinstance(part, str) for part in self.fingerprint.values()):
+        if not all(isinstance(part, str) for part in (*self.fingerprint, *self.fingerprint.values())):
             return "its fingerprint must map text to text"
-        for table, (row_ids, rows, table_rows, digest) in self.tables.items():
+        if (wrong := _what_json_cannot_hold(self.provenance)) is not None:
+            return f"its provenance must be what JSON holds, such as text and numbers under names, and {wrong}"
+        if not isinstance(self.tables, dict) or not all(isinstance(table, str) for table in self.tables):
+            return f"its tables must be a dict of names to PatchedRows, got {type(self.tables).__name__}"
+        for table, patched in self.tables.items():
+            if not isinstance(patched, PatchedRows):
+                return f"what it holds of {table} must be PatchedRows, got {type(patched).__name__}"
+            row_ids, rows, table_rows, digest = patched
+            if not isinstance(row_ids, torch.Tensor) or not isinstance(rows, torch.Tensor):
+                names = f"{type(row_ids).__name__} and {type(rows).__name__}"
+                return f"row_ids and rows of {table} must be tensors, got {names}"
             if row_ids.dtype != torch.int64 or row_ids.ndim != 1:
                 return f"row_ids of {table} are {tuple(row_ids.shape)} {row_ids.dtype}, and must be (n,) torch.int64"
             if rows.ndim != 2 or len(rows) != len(row_ids) or rows.dtype not in PATCH_DTYPES:
@@ -138,6 +150,27 @@ class RowPatch:
         return None
 
 
+def _what_json_cannot_hold(value: Any) -> str | None:
+    """What is wrong with a value that is to be written as JSON, and to be read as it was; None where nothing is."""
+    if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
+        return f"one of its names is {wrong[0]!r:.80}"
+    if isinstance(value, dict | list | tuple):
+        inside = value.values() if isinstance(value, dict) else value
+        return next((found for each in inside if (found := _what_json_cannot_hold(each)) is not None), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"it has {value}"
+    return None if value is None or isinstance(value, str | int | float) else f"it has a {type(value).__name__}"
+
+
+def check_scale(scale: Any) -> None:
+    """
+    Raises:
+        ValueError: a patch cannot be multiplied by it.
+    """
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"The scale of a patch must be a finite number, got {scale!r:.80}.")
+
+
 # The file.
 
 
@@ -152,10 +185,15 @@ def write_patch(patch: RowPatch, file: str | Path) -> str:
         OSError: no space or no permission.
     """
     patch.check(f"The patch {patch.name!r}")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
+    memory = set()
     for table, each in patch.tables.items():
-        tensors[f"{table}.{ROW_IDS}"] = each.row_ids.detach().cpu().contiguous()
-        tensors[f"{table}.{ROWS}"] = each.rows.detach().cpu().contiguous()
+        for end, given in ((ROW_IDS, each.row_ids), (ROWS, each.rows)):
+            tensor = given.detach().cpu().contiguous()
+            # safetensors refuses tensors that share memory, such as the same row ids for two tables.
+            is_shared = tensor.untyped_storage().data_ptr() in memory
+            tensors[f"{table}.{end}"] = tensor = tensor.clone() if is_shared else tensor
+            memory.add(tensor.untyped_storage().data_ptr())
     facts = {
         "version": FORMAT_VERSION,
         "name": patch.name,
@@ -174,21 +212,14 @@ def read_patch(file: str | Path) -> RowPatch:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds no patch.
+        ValueError: the file is damaged, of a later version, or holds no patch.
     """
     path = Path(file) / PATCH_FILE if Path(file).is_dir() else Path(file)
     read_header(path)
     with safe_open(path, "pt") as opened:
-        text, names = (opened.metadata() or {}).get(METADATA), list(opened.keys())
+        facts, names = _facts_of(opened.metadata(), path), list(opened.keys())
         tensors = {name: opened.get_tensor(name) for name in names}
-    if text is None:
-        raise ValueError(f"{path} is no row patch: its metadata has no {METADATA}. Write one with save_patch.")
     try:
-        facts = json.loads(text)
-        if not isinstance(facts, dict) or type(facts.get("version")) is not int:
-            raise ValueError("it has no version")
-        if facts["version"] > FORMAT_VERSION:
-            raise ValueError(f"it is of version {facts['version']}, and this release reads {FORMAT_VERSION}; update it")
         if facts.pop("sha256", None) != _digest(facts, tensors):
             raise ValueError("its digest is another one than that of its content")
         tables = {
@@ -200,6 +231,49 @@ def read_patch(file: str | Path) -> RowPatch:
         raise ValueError(f"The patch {path} is damaged: {error}. Download or copy it again.") from error
     patch.check(f"The patch {path}")
     return patch
+
+
+def _facts_of(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
+    """What the metadata of a file say of its patch.
+
+    Raises:
+        ValueError: they are damaged, of a later version, or not those of a patch.
+    """
+    text = (metadata or {}).get(METADATA)
+    if text is None:
+        raise ValueError(f"{path} is no row patch: its metadata has no {METADATA}. Write one with save_patch.")
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The patch {path} is damaged: {error}. Download or copy it again.") from error
+    if not isinstance(facts, dict) or type(facts.get("version")) is not int:
+        raise ValueError(f"The patch {path} is damaged: it has no version. Download or copy it again.")
+    if facts["version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"The patch {path} is of version {facts['version']}, and this release reads versions up to "
+            f"{FORMAT_VERSION}. Update engram-hf, or take the code of a later checkpoint."
+        )
+    return facts
+
+
+def describe_patch_in(folder: Path) -> tuple[str, bool] | None:
+    """Of the patch in a folder: its name, and whether a save of a model wrote it; None where none can be read."""
+    path = folder / PATCH_FILE
+    try:
+        read_header(path)
+        with safe_open(path, "pt") as opened:
+            facts = _facts_of(opened.metadata(), path)
+        return str(facts["name"]), SAVED_WITH_MODEL in facts["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_trained_patch(patch: RowPatch | None, folder: Path) -> None:
+    """Write the patch that a model trains beside the model. Without one, remove what an earlier save has left."""
+    if patch is not None:
+        write_patch(replace(patch, provenance={**patch.provenance, SAVED_WITH_MODEL: True}), folder / PATCH_FILE)
+    elif (found := describe_patch_in(folder)) is not None and found[1]:
+        (folder / PATCH_FILE).unlink()
 
 
 def _digest(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -596,8 +670,7 @@ def add_patch(tables: Tables, patch: RowPatch, scale: float) -> None:
             f"The model has a patch {patch.name!r} already. Take it out with remove_patch(model, {patch.name!r}), or "
             "give the new one another name."
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"The scale of a patch must be a finite number, got {scale}.")
+    check_scale(scale)
     for name, table in tables.items():
         table.patches.add(patch.name, patch.tables.get(name), patch.mode, float(scale))
     set_patches(tables, [*active_patches(tables), patch.name])

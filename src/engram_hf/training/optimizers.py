@@ -82,7 +82,7 @@ def engram_optimizers(
             checkpoint holds the patch in `patch.safetensors`; a table on disk needs no copy.
 
     Raises:
-        ValueError: a value that is not listed here.
+        ValueError: a value that is not listed here. Trainer raises it where train_as_patch meets several memories.
 
     Example:
         >>> args = TrainingArguments("output", learning_rate=4e-4)
@@ -143,6 +143,7 @@ class EngramOptimizerFactory:
                     "load_best_model_at_end loads tables, and train_as_patch leaves them as they are. Leave it out, "
                     "and keep the best patch with EngramBestPatchCallback(file)."
                 )
+            refuse_several_memories(model)
             for table in tables.values():
                 table.train_as_patch(train_as_patch)
         # A checkpoint of an adapted model holds the adapter alone.
@@ -217,6 +218,21 @@ def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
     if backbone == "muon" and optim.startswith(LOW_RANK):
         raise ValueError(
             f'backbone="muon" and optim={optim!r} both train the matrices of the backbone. Choose one of them.'
+        )
+
+
+def refuse_several_memories(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a patch belongs to one memory, and the tables of the model belong to several.
+    """
+    whole: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    hashes = [whole.hash_of_table(name) for name in whole.named_tables()]
+    fingerprints = [{} if each is None else each.fingerprint() for each in hashes]
+    if any(each != fingerprints[0] for each in fingerprints):
+        raise ValueError(
+            f"train_as_patch trains the rows of one memory, and this model has tables of several: "
+            f"{', '.join(whole.named_tables())}. Take the others out first, with remove_engram(model, name)."
         )
 
 

@@ -242,10 +242,16 @@ class RowUpdates:
         wanted = {name: (len(row_ids), *store.shape[1:]) for name, store in self.stores.items()}
         if self.saves_rows:
             wanted["rows"] = (len(row_ids), self.table.row_width)
+            if saved.get("rows") is None:
+                raise ValueError(
+                    f"The checkpoint holds no rows of {self.name} in its optimizer's state: its run trained the table "
+                    "itself, and this one trains a patch or an adapter. Resume without train_as_patch and without the "
+                    "adapter, or start a new run from the checkpoint's weights."
+                )
         elif saved.get("rows") is not None:
             raise ValueError(
-                f"The checkpoint holds rows of {self.name} in its optimizer's state, as checkpoints of adapters do. "
-                "Resume with the adapter, or start a new run from the merged model."
+                f"The checkpoint holds rows of {self.name} in its optimizer's state, as checkpoints of patches and "
+                "of adapters do. Resume with train_as_patch or the adapter, or start a new run from the merged model."
             )
         for name, shape in wanted.items():
             tensor = saved.get(name)

@@ -1,8 +1,10 @@
 """Keeping the best patch of a run that trains one."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from accelerate.utils import extract_model_from_parallel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 
@@ -51,9 +53,11 @@ class EngramBestPatchCallback(TrainerCallback, ExportableState):
                 f"EngramBestPatchCallback follows {self.metric!r}, and the evaluation gave "
                 f"{', '.join(sorted(metrics or {}))}. Name one of them: EngramBestPatchCallback(target, metric=...)."
             )
+        if math.isnan(value):
+            return
         if self.best is not None and (value <= self.best if self.greater_is_better else value >= self.best):
             return
-        whole: Any = model
+        whole: Any = extract_model_from_parallel(cast(Any, model), keep_torch_compile=False)
         whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         patch = whole.trained_patch() if hasattr(whole, "trained_patch") else None
         if patch is None:
