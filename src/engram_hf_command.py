@@ -292,18 +292,17 @@ def extract(
         typer.echo(f"wrote {patch.num_rows:,} rows of {len(patch.tables)} tables to {target}")
 
 
-def _merge_patch(source: Path, patch: str, target: Path) -> None:
-    with sentences():
-        from engram_hf.adapters.patch_making import merge_patch
-
-        merge_patch(source, patch, target)
-        typer.echo(f"wrote {target}")
+Scale = Annotated[float, typer.Option(help="What the patch's changes are multiplied by.")]
 
 
 @patches.command("merge", epilog="Example: engram-hf patch merge output/tiny alice.safetensors output/alice")
-def merge_one(source: Source, patch: Patch, target: Target) -> None:
+def merge_one(source: Source, patch: Patch, target: Target, scale: Scale = 1.0) -> None:
     """Write a checkpoint whose tables have the rows of a patch. The source stays as it is."""
-    _merge_patch(source, patch, target)
+    with sentences():
+        from engram_hf.adapters.patch_making import merge_patch
+
+        merge_patch(source, patch, target, scale)
+        typer.echo(f"wrote {target}")
 
 
 @patches.command(epilog='Example: engram-hf patch apply output/tiny alice.safetensors "The list is"')
@@ -312,7 +311,7 @@ def apply(
     patch: Patch,
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 20,
-    scale: Annotated[float, typer.Option(help="What the patch's changes are multiplied by.")] = 1.0,
+    scale: Scale = 1.0,
     device_map: Annotated[
         str | None, typer.Option(help='As for from_pretrained: "auto", "cpu+disk", or JSON with an entry for a table.')
     ] = None,
