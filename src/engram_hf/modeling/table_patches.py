@@ -398,6 +398,7 @@ class TablePatches:
         self.active: Names = ()
         self.first_row_ids = first_row_ids if first_row_ids.any() else first_row_ids[:1]
         self._first_on_cpu = self.first_row_ids.numpy()
+        self._first_copies: dict[torch.device, torch.Tensor] = {}
         # Whether somebody, in whatever thread, asks with patches for each sequence.
         self.has_requests = False
         self._open_requests = 0
@@ -448,10 +449,20 @@ class TablePatches:
     def _overlay_of(self, names: Names) -> Overlay:
         return tuple(self._layers[name] for name in names if name in self._layers)
 
+    def hits(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Which of the row ids of a lookup, (..., heads), are patched by the active patches: bool, of this shape."""
+        in_table = row_ids.cpu().long() + self.first_row_ids
+        found = torch.zeros(in_table.shape, dtype=torch.bool)
+        for layer in self._overlay:
+            if (fixed := layer.fixed()) is not None:
+                found |= torch.isin(in_table, fixed.row_ids)
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes that the patches of this table hold in host memory."""
-        return sum(layer.nbytes for layer in self._layers.values())
+        fixed = (layer.fixed() for layer in self._layers.values())
+        return sum(layer.nbytes for layer in fixed if layer is not None)
 
     def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor, is_training: bool = False) -> torch.Tensor:
         """The rows of a lookup under the patches that are to be seen.
@@ -467,7 +478,7 @@ class TablePatches:
 
     def _lay_over(self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
-            in_table = row_ids.long() + self.first_row_ids.to(row_ids.device)
+            in_table = row_ids.long() + self._first_on(row_ids.device)
             found = rows.view(*row_ids.shape, -1)
             for layer in overlay:
                 found = layer.lay_over_all(in_table, found)
@@ -476,6 +487,14 @@ class TablePatches:
         for layer in overlay:
             layer.put(numbers, rows)
         return rows
+
+    def _first_on(self, device: torch.device) -> torch.Tensor:
+        found = self._first_copies.get(device)
+        if found is None:
+            found = self.first_row_ids.to(device)
+            if device.type != "meta" and not torch.compiler.is_compiling():
+                self._first_copies[device] = found
+        return found
 
     def count_requests(self, more: int) -> None:
         """One more, or one less, context of `use_patches` is open."""
