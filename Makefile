@@ -45,6 +45,7 @@ check: install ## lint, types, import order, rendered pages
 	$(BIN)/mypy
 	$(BIN)/mlinter --no-progress --no-cache src/engram_hf/modeling
 	$(BIN)/python scripts/maintenance/render_results.py --check
+	$(BIN)/python scripts/experiments/report.py --check
 	$(BIN)/python -m pytest tests/test_import_order.py
 
 test-fast: install ## hash, table and memory layer: under 90 seconds
@@ -73,6 +74,7 @@ bench: install ## every benchmark, about an hour; figures go to scripts/benchmar
 	$(BENCH)/bench_checkpoints.py
 	$(BENCH)/bench_callbacks.py
 	$(BENCH)/bench_trace.py
+	$(BENCH)/bench_patches.py
 	$(BENCH)/bench_other_tables.py
 	$(BENCH)/bench_added_memory.py
 	$(BENCH)/bench_gpu.py

@@ -62,7 +62,7 @@ with torch.no_grad():
     ("auto", "build"),
     [
         ("AutoModelForCausalLM", tiny_model),
-        ("AutoModel", lambda: tiny_model().model),
+        slow("AutoModel", lambda: tiny_model().model),
         slow("AutoModelForSequenceClassification", lambda: EngramMoEForSequenceClassification(tiny_config()).eval()),
         slow("AutoModelForTokenClassification", lambda: EngramMoEForTokenClassification(tiny_config()).eval()),
     ],

@@ -15,9 +15,8 @@ Each run is printed as it ends. All figures go to scripts/benchmarks/results/com
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
-
-import torch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,11 +25,13 @@ from helpers.text import DATASET_HELP
 from helpers.tiny_recipe import (
     PRESETS,
     STEPS,
+    freeze_tables,
     held_out_loss,
     make_config,
     make_model,
     make_trainer,
     prepare_text,
+    without_memory,
 )
 
 from engram_hf import EngramMoEConfig
@@ -38,26 +39,6 @@ from engram_hf.planning import count_parameters
 
 
 ENGRAM, MOE, ZERO_TABLES = "EngramMoE", "MoE, equal parameters", "EngramMoE, tables of zeros"
-
-
-def without_memory(preset: str, tokenizer) -> EngramMoEConfig:
-    """The mixture of experts whose parameters, total and active, are as equal as whole experts and channels allow."""
-    engram = make_config(preset, tokenizer)
-    wanted = count_parameters(engram)
-    expert_layers = engram.num_hidden_layers - engram.first_k_dense_replace
-    # Of an expert: three matrices and its row of the router.
-    parameters_of_expert = engram.hidden_size * (3 * engram.moe_intermediate_size + 1)
-    n_routed_experts = engram.n_routed_experts + round(wanted.tables / (expert_layers * parameters_of_expert))
-    fields = {"engram_layer_ids": [], "n_routed_experts": n_routed_experts}
-    missing = wanted.active - count_parameters(make_config(preset, tokenizer, **fields)).active
-    width = engram.intermediate_size + round(missing / (3 * engram.hidden_size * engram.first_k_dense_replace))
-    return make_config(preset, tokenizer, **fields, intermediate_size=width)
-
-
-def freeze_at_zero(model) -> None:
-    for table in model.base_model.tables():
-        for block in table.blocks:
-            torch.nn.init.zeros_(block).requires_grad_(False)
 
 
 def table_of(configs: dict[str, EngramMoEConfig], losses: dict[str, list[float]]) -> Table:
@@ -94,7 +75,11 @@ def main():
 
     tokenizer, train, held_out = prepare_text(arguments.dataset, arguments.preset)
     engram = make_config(arguments.preset, tokenizer)
-    configs = {ENGRAM: engram, MOE: without_memory(arguments.preset, tokenizer), ZERO_TABLES: engram}
+    configs = {
+        ENGRAM: engram,
+        MOE: without_memory(partial(make_config, arguments.preset, tokenizer)),
+        ZERO_TABLES: engram,
+    }
     wanted, control = count_parameters(engram), count_parameters(configs[MOE])
     print(
         f"The MoE has {configs[MOE].n_routed_experts} routed experts instead of {engram.n_routed_experts}: against "
@@ -108,7 +93,7 @@ def main():
         for name in configs:
             model = make_model(configs[name], tokenizer, seed)
             if name == ZERO_TABLES:
-                freeze_at_zero(model)
+                freeze_tables(model, at_zero=True)
             trainer = make_trainer(model, train, held_out, Path("output/compare"), steps, seed)
             seconds = trainer.train().metrics["train_runtime"]
             losses[name].append(held_out_loss(trainer))

@@ -110,7 +110,8 @@ def own_commit() -> str:
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if commit.returncode:
         return "unknown"
-    changed = [*git, "status", "--porcelain", "--", "src", "scripts", f":!{FOLDER.relative_to(ROOT)}"]
+    results = [f":!{folder}/*" for folder in ("scripts/benchmarks/results", "scripts/experiments/results")]
+    changed = [*git, "status", "--porcelain", "--untracked-files=all", "--", "src", "scripts", *results]
     is_changed = bool(subprocess.run(changed, capture_output=True, text=True).stdout.strip())
     return commit.stdout.strip() + " with changes" * is_changed
 

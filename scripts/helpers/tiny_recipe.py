@@ -4,8 +4,10 @@ The shape follows the paper's Engram-27B (arXiv 2601.07372): the first layer is 
 quarter of the sparse budget is in its tables, and tables have five times the learning rate.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import Trainer, set_seed
 
@@ -16,6 +18,7 @@ from engram_hf import (
     EngramPrefetchCallback,
     EngramRowStatisticsCallback,
     LossFreeBalancingCallback,
+    count_parameters,
 )
 from helpers.recipe import make_arguments, row_trainer
 from helpers.text import gather_documents, load_documents, packed_dataset, split_documents, train_tokenizer
@@ -96,6 +99,36 @@ def make_config(preset: str, tokenizer, **overrides) -> EngramMoEConfig:
         "eos_token_id": tokenizer.eos_token_id,
     }
     return EngramMoEConfig(**{**fields, **PRESETS[preset], **overrides})
+
+
+def parameters_of_expert(config: EngramMoEConfig) -> int:
+    """Three matrices, and its row of the router."""
+    return config.hidden_size * (3 * config.moe_intermediate_size + 1)
+
+
+def without_memory(make: Callable[..., EngramMoEConfig]) -> EngramMoEConfig:
+    """The mixture of experts whose parameters, total and active, are as equal as whole experts and channels allow.
+
+    Args:
+        make: makes the config with a memory; it takes fields that are changed.
+    """
+    engram = make()
+    wanted = count_parameters(engram)
+    expert_layers = engram.num_hidden_layers - engram.first_k_dense_replace
+    n_routed_experts = engram.n_routed_experts + round(wanted.tables / (expert_layers * parameters_of_expert(engram)))
+    fields = {"engram_layer_ids": [], "n_routed_experts": n_routed_experts}
+    missing = wanted.active - count_parameters(make(**fields)).active
+    width = engram.intermediate_size + round(missing / (3 * engram.hidden_size * engram.first_k_dense_replace))
+    return make(**fields, intermediate_size=width)
+
+
+def freeze_tables(model: EngramMoEForCausalLM, at_zero: bool) -> None:
+    """Tables that cannot learn: zeros, or rows as they were drawn."""
+    for table in model.base_model.tables():
+        for block in table.blocks:
+            block.requires_grad_(False)
+            if at_zero:
+                torch.nn.init.zeros_(block)
 
 
 def make_model(config: EngramMoEConfig, tokenizer, seed: int) -> EngramMoEForCausalLM:

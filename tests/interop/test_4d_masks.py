@@ -231,6 +231,7 @@ def test_a_prefix_that_sees_itself_in_both_directions_is_no_error(model, as_mask
     assert_same_logits(gates, model(ids, output_engram_gates=True).engram_gates[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_forward_is_right_or_refused_too():
     torch._dynamo.reset()

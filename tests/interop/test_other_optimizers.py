@@ -462,6 +462,7 @@ def test_a_run_that_clips_by_value_equals_a_dense_one(tmp_path):
         torch.testing.assert_close(ours[name], weight, rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.slow
 def test_rows_and_optimizer_of_different_runs_are_refused(tmp_path):
     """Two runs of one base have tables of the same shapes."""
     tiny_model(tiny_config(engram_vocab_size=2003)).save_pretrained(tmp_path / "base")

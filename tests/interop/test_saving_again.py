@@ -47,7 +47,7 @@ def assert_same_tensors(model, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["rows", "whole"])
+@pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["rows", "whole"])
 def run(request, tmp_path_factory):
     """(folder of a finished run with two checkpoints, the tensors it ended with, whether rows were trained)."""
     folder = tmp_path_factory.mktemp("run")

@@ -102,6 +102,7 @@ def test_ids_outside_the_vocabulary_are_refused():
         model(ids, engram_input_ids=torch.full_like(ids, 10**6))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_embeddings_alone_compile_in_one_graph():
     model = tiny_model(tiny_config())

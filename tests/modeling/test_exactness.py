@@ -241,6 +241,7 @@ def test_decoding_with_a_static_cache_is_compiled_once(model):
         assert_same_logits(logits, expected[:, place : place + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [None, slow(False)])
@@ -252,6 +253,7 @@ def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backend):
     if backend == "inductor" and shape != SHAPES[0]:

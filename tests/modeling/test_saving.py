@@ -98,6 +98,7 @@ def test_a_model_saved_over_its_own_checkpoint_stays_usable(tmp_path, device_map
     assert not list(tmp_path.glob(".saving*"))
 
 
+@pytest.mark.slow
 def test_saving_holds_no_more_than_a_block_in_memory(tmp_path):
     # Blocks of 16 MB, 16 of them in each of two tables.
     config = tiny_config(engram_vocab_size=64_000, engram_n_heads=8, engram_head_dim=64)

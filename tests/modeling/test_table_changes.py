@@ -145,6 +145,7 @@ def freeze(model):
         table.requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_resuming_leaves_tables_on_disk(folder, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in tiny_ids(8, 9)]
     arguments = TrainingArguments(tmp_path / "run", max_steps=4, save_steps=2, report_to=[], use_cpu=True)

@@ -529,6 +529,7 @@ def test_a_forward_that_is_made_again_is_counted_once(tmp_path, is_reentrant):
     assert sum(lines(trainer)[0]["engram/gate_histogram/layer_0"]) == tokens * 2
 
 
+@pytest.mark.slow
 def test_statistics_survive_a_resume_into_another_folder(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -87,7 +87,7 @@ def test_tables_move_at_all(tmp_path):
         assert not any(torch.equal(a, b) for a, b in zip(ours.blocks, theirs.blocks, strict=True))
 
 
-@pytest.mark.parametrize("rule", ["adam", "rowwise_adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("rule", ["adam", "rowwise_adam", slow("adagrad"), slow("sgd")])
 @pytest.mark.parametrize("elements", [500, slow(10**9)])
 def test_a_run_equals_the_dense_rule(tmp_path, rule, elements):
     check_same(tmp_path, rule, tiny_config(engram_block_elements=elements))
@@ -115,7 +115,7 @@ WAYS = {
 
 
 # What the others show together, or once more.
-TOGETHER = ("accumulation", "clipping", "reentrant checkpointing")
+TOGETHER = ("accumulation", "clipping", "reentrant checkpointing", "schedule", "sgd")
 
 
 @pytest.mark.parametrize("way", [slow(way) if way in TOGETHER else way for way in WAYS])
@@ -214,7 +214,7 @@ def test_the_norm_that_is_logged_counts_rows_and_clipping_reaches_them(tmp_path)
     assert trainer.state.log_history[0]["grad_norm"] < 0.99 * norms[0][0]
 
 
-CASES = [("adam", "float32"), ("rowwise_adam", "bfloat16"), slow("adagrad", "float32"), slow("sgd", "float32")]
+CASES = [slow("adam", "float32"), ("rowwise_adam", "bfloat16"), slow("adagrad", "float32"), slow("sgd", "float32")]
 CASES += [
     slow("adam", "bfloat16"),
     slow("rowwise_adam", "float32"),

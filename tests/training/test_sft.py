@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import slow
 from sft import sft_trainer
 from tiny import tiny_config, tiny_model
 
@@ -34,7 +35,7 @@ def train(folder, tokenizer, dense, **changes):
     return model, history, batches
 
 
-@pytest.mark.parametrize("way", [{}, {"packing": True}, {"padding_free": True}])
+@pytest.mark.parametrize("way", [slow({}), slow({"packing": True}), {"padding_free": True}])
 def test_sft_trains_rows_like_the_dense_rule(tmp_path, tokenizer, way):
     ours, history, batches = train(tmp_path, tokenizer, dense=False, **way)
     theirs, expected, _ = train(tmp_path, tokenizer, dense=True, **way)

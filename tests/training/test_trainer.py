@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import slow
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import Trainer, TrainingArguments
@@ -17,7 +18,7 @@ def trainer(model, folder, **arguments):
     return Trainer(model, args, train_dataset=data, callbacks=[LossFreeBalancingCallback()])
 
 
-@pytest.mark.parametrize("elements", [500, 10**9])
+@pytest.mark.parametrize("elements", [slow(500), 10**9])
 def test_accumulated_small_batches_train_like_one_large_batch(tmp_path, elements):
     config = tiny_config(engram_block_elements=elements)
     models = [tiny_model(config) for _ in range(2)]

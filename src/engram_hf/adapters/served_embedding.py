@@ -45,8 +45,8 @@ class TableOfParts(EngramTable):
         self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
         self._rows: RowsInMemory | None = None
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up.
+    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look the table's own rows up.
 
         Args:
             row_ids: (...), integers in [0, rows of the table).
@@ -55,15 +55,15 @@ class TableOfParts(EngramTable):
             (..., width) in the type of the table, on the device of `row_ids`.
 
         Raises:
-            IndexError, ValueError: as `EngramTable.forward`.
+            IndexError, ValueError: as `EngramTable.look_up`.
         """
         flat = row_ids.reshape(-1).long()
         if self._takes_any_order():
-            found = super().forward(flat).view(-1, self.head_dim)
+            found = super().look_up(flat).view(-1, self.head_dim)
         else:
             ascending, order = flat.sort()
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            found = super().forward(ascending).view(-1, self.head_dim).index_select(0, back)
+            found = super().look_up(ascending).view(-1, self.head_dim).index_select(0, back)
         return found.view(*row_ids.shape, self.head_dim)
 
     def _takes_any_order(self) -> bool:
@@ -75,7 +75,8 @@ class TableOfParts(EngramTable):
     def bring_pages(self, row_ids: torch.Tensor) -> None:
         """As `EngramTable.bring_pages`, for row ids of the table, in any order. Those that it does not have are passed
         over, since nobody may ever look them up."""
-        if self.is_resident:
+        # Over ranks, the owner of a row reads it when it is asked.
+        if self.is_resident or self.ranks is not None:
             return
         flat = row_ids.detach().reshape(-1).cpu().long()
         flat = flat[(flat >= 0) & (flat < self.num_rows)]

@@ -1,0 +1,288 @@
+"""One run of an experiment: train an arm with a seed on one thread, measure it, write a small JSON file.
+
+A run saves checkpoints. Killed at any point, it goes on from the newest one that is whole, to the same loss, bit by
+bit.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from engram_hf import LossFreeBalancingCallback, count_parameters
+from engram_hf.insight.text_rows import TextRow, losses_of_rows
+from helpers.experiments import CONTROLS, SCALES, TUNING_SEED, Arm, maker
+from helpers.experiments_text import ExperimentText
+from helpers.recipe import row_trainer
+from helpers.results import ROOT, own_commit, own_hardware, own_versions
+from helpers.tiny_recipe import ROWS_PER_STEP, SEQ_LENGTH, freeze_tables, make_model
+
+
+RESULTS = ROOT / "scripts" / "experiments" / "results"
+WORK = ROOT / "output" / "experiments"
+# Of the learning rate, for the first arm of each family. Tables have five times the rate.
+RATES = (2e-3, 4e-3, 8e-3)
+TUNING_STEPS = 120
+# Points of a loss curve. A checkpoint is saved at every second one.
+CURVE_POINTS = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """rate: None for the one that was tuned. is_tuning: a short run whose loss is not reported."""
+
+    arm: Arm
+    seed: int
+    scale: str = "tiny"
+    rate: float | None = None
+
+    @property
+    def is_tuning(self) -> bool:
+        return self.rate is not None
+
+    @property
+    def name(self) -> str:
+        if self.is_tuning:
+            return f"{self.scale}-tuning-{self.arm.family}-{self.rate:g}"
+        return f"{self.scale}-{self.arm.name}-seed{self.seed}"
+
+
+def tuning_runs(family: str, scale: str) -> list[Run]:
+    """Runs of the arm that a family is named after, one per rate."""
+    first = next(arm for arm in CONTROLS if arm.name == family)
+    return [Run(first, TUNING_SEED, scale, rate) for rate in RATES]
+
+
+def steps_of(run: Run, text: ExperimentText) -> int:
+    tokens = min(SCALES[run.scale].tokens, text.most_tokens or SCALES[run.scale].tokens)
+    steps = math.ceil(tokens / (ROWS_PER_STEP * SEQ_LENGTH))
+    return min(steps, TUNING_STEPS) if run.is_tuning else steps
+
+
+class CpuSeconds(TrainerCallback):
+    """Writes the CPU time of the run into its log, over all processes that worked on it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        known = [line["cpu_seconds"] for line in state.log_history if "cpu_seconds" in line]
+        self.before, self.start = known[-1] if known else 0.0, time.process_time()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # The history keeps a copy that was made before.
+        state.log_history[-1]["cpu_seconds"] = self.total()
+
+    def total(self) -> float:
+        return self.before + time.process_time() - self.start
+
+
+class ShuffledRows(TrainerCallback):
+    """At each step every head reads other rows: the row ids are turned by a number that the seed and the step give."""
+
+    def __init__(self, model, seed: int):
+        self.model, self.seed = model, seed
+        for layer_id, layer in zip(model.config.engram_layer_ids, model.base_model.memory_layers()):
+            primes = [rows for order in model.base_model.ngram_hash.primes(layer_id) for rows in order]
+            layer.engram.table.register_buffer("rows_of_turned_head", torch.tensor(primes), persistent=False)
+            layer.engram.table.register_forward_pre_hook(self.turn)
+        self.step = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def turn(self, table, args: tuple) -> tuple:
+        rows = table.rows_of_turned_head
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        turns = torch.randint(2**31, rows.shape, generator=generator).to(rows.device)  # (heads,)
+        return ((args[0] + turns) % rows, *args[1:])
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole. A run that was killed while it saved leaves one without its last file."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(found):
+        try:
+            # Trainer writes this file last.
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[bool]:
+    """Whether this process alone works on a run. The lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def write_json(path: Path, content: dict) -> None:
+    """A file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    unfinished.replace(path)
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict]:
+    """Finished runs by name.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}). Remove it and run its experiment again.") from error
+    return found
+
+
+def tuned_rate(family: str, scale: str, results: dict[str, dict]) -> float:
+    """The rate of the lowest loss.
+
+    Raises:
+        ValueError: a rate was not tried yet.
+    """
+    losses = {}
+    for rate in RATES:
+        name = f"{scale}-tuning-{family}-{rate:g}"
+        if name not in results:
+            raise ValueError(f"The rate {rate:g} was not tried for {family}: {name}.json is missing. Tune it first.")
+        losses[rate] = results[name]["loss"]
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def build(run: Run, text: ExperimentText, folder: Path):
+    """The model of a run before its first step. One whose tables are on disk reads them from `<folder>/start`."""
+    scale = SCALES[run.scale]
+    model = make_model(run.arm.config(maker(scale, text.tokenizer)), text.tokenizer, run.seed)
+    if run.arm.tables in ("zero", "random"):
+        freeze_tables(model, at_zero=run.arm.tables == "zero")
+    if run.arm.is_without_gate:
+        for layer in model.base_model.memory_layers():
+            # A key of zeros scores 0, and the gate of 0 is one half.
+            torch.nn.init.zeros_(layer.engram.key_norm.weight).requires_grad_(False)
+    return on_disk(model, folder / "start") if run.arm.is_on_disk else model
+
+
+def on_disk(model, folder: Path):
+    """The same model with its tables in files. A run that goes on needs the very files that it began with."""
+    if not folder.exists():
+        unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    tables = dict.fromkeys(model.named_tables(), "disk")
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu", **tables})
+
+
+def held_out_losses(model, rows: list[TextRow]) -> dict[str, Any]:
+    """Loss per token over all documents, and for each document its loss summed over its tokens."""
+    nats, tokens = losses_of_rows(model, rows)
+    return {
+        "loss": float(nats.sum() / tokens.sum()),
+        "nats": [round(value, 3) for value in nats.tolist()],
+        "tokens": tokens.tolist(),
+    }
+
+
+def train(run: Run, text: ExperimentText, work: Path = WORK, results: Path = RESULTS) -> dict | None:
+    """Train a run to its end and write its JSON file, or return None where another process works on it.
+
+    The trained model stays in `<work>/models/<name>`, for experiments that measure models of others.
+    """
+    # A checkpoint of other text is another run's.
+    path, folder = results / f"{run.name}.json", work / "runs" / f"{run.name}-{text.digest}"
+    with only_one(folder) as is_mine:
+        if not is_mine:
+            return None
+        if path.exists():
+            return json.loads(path.read_text())
+        commit = own_commit()
+        rate = run.rate or tuned_rate(run.arm.family, run.scale, read_results(results))
+        steps = steps_of(run, text)
+        model = build(run, text, folder)
+        trainer, cpu = make_trainer(run, model, text, folder, steps, rate)
+        trainer.train(resume_from_checkpoint=found) if (found := newest_checkpoint(folder)) else trainer.train()
+        held_out = text.tuning if run.is_tuning else text.held_out
+        measured = held_out_losses(model, held_out)
+        count = count_parameters(model.config)
+        history = [line for line in trainer.state.log_history if "loss" in line]
+        content = {
+            "name": run.name,
+            "arm": run.arm.name,
+            "family": run.arm.family,
+            "scale": run.scale,
+            "seed": run.seed,
+            "learning_rate": rate,
+            "steps": steps,
+            "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
+            "text": text.digest,
+            "parameters": {"total": count.total, "active": count.active, "tables": count.tables},
+            "loss": measured["loss"],
+            "curve": [[line["step"], round(line["loss"], 4)] for line in history],
+            "cpu_hours": round(cpu.total() / 3600, 4),
+            "threads": torch.get_num_threads(),
+            "hardware": own_hardware(),
+            "versions": own_versions(),
+            "commit": commit,
+            "config": model.config.to_diff_dict(),
+        }
+        if not run.is_tuning:
+            content["documents"] = {"nats": measured["nats"], "tokens": measured["tokens"]}
+            kept = work / "models" / run.name
+            model.save_pretrained(kept)
+            text.tokenizer.save_pretrained(kept)
+        write_json(path, content)
+        for leftover in (*folder.glob("checkpoint-*"), folder / "start", folder / "work"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return content
+
+
+def make_trainer(run: Run, model, text: ExperimentText, folder: Path, steps: int, rate: float):
+    """The stock Trainer that saves checkpoints, and the callback that counts CPU time."""
+    points = max(steps // CURVE_POINTS, 1)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=ROWS_PER_STEP,
+        learning_rate=rate,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(steps // 20, 1),
+        logging_steps=points,
+        save_steps=2 * points,
+        save_total_limit=2,
+        # The order of the text and nothing else: it is that of the seed in every arm.
+        seed=run.seed,
+        data_seed=run.seed,
+        bf16=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    cpu = CpuSeconds()
+    callbacks: list[TrainerCallback] = [cpu]
+    if model.config.first_k_dense_replace < model.config.num_hidden_layers:
+        callbacks.append(LossFreeBalancingCallback())
+    if run.arm.tables == "shuffled":
+        callbacks.append(ShuffledRows(model, run.seed))
+    work_folder = folder / "work" if run.arm.is_on_disk else None
+    return row_trainer(model, arguments, text.train, work_folder, callbacks=callbacks), cpu

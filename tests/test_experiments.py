@@ -1,0 +1,588 @@
+"""The experiments: held-out text stays apart, a killed run ends as it would have, the page is what the files give."""
+
+import gzip
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+pytest.importorskip("datasets")
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    for folder in (SCRIPTS, SCRIPTS / "experiments"):
+        monkeypatch.syspath_prepend(str(folder))
+
+
+def in_base64(number: int) -> str:
+    digits = BASE64[number % 64]
+    while number := number // 64:
+        digits = BASE64[number % 64] + digits
+    return digits
+
+
+def write_dictionary(folder: Path, name: str, articles: dict[str, str]) -> Path:
+    """Files as `dictfmt` writes them: headwords, and the places of their articles."""
+    content, lines = b"", ["00-database-info\tA\tB"]
+    for headword, text in articles.items():
+        own = text.encode()
+        lines.append(f"{headword}\t{in_base64(len(content))}\t{in_base64(len(own))}")
+        content += own
+    (folder / f"{name}.dict.dz").write_bytes(gzip.compress(content))
+    index = folder / f"{name}.index"
+    index.write_text("\n".join(lines) + "\n")
+    return index
+
+
+WN = """koumiss
+    n 1: a drink of milk; made by
+         nomads [syn: {koumiss},
+         {kumis}]
+    v 1: drink it
+"""
+GCIDE = """Lapis \\La"pis\\, n.; pl. {Lapides}. [L.]
+   A stone of C[ae]sar.
+   [1913 Webster]
+
+   {Lapis calaminaris} [NL.] (Min.) Calamine.
+   [PJC]
+"""
+FOLDOC = "HSM\n\n   1. <storage> {Hierarchical Storage\n   Management}.\n\n   (2001-05-09)\n"
+ELEMENTS = "\nhelium\nSymbol: He\nAtomic number: 2\nAtomic weight: 4.0026\nA gas.\nIt is\nlight.\n"
+JARGON = "abend\n /a'bend/, n.\n\n    [ABnormal END] A {crash} of a\n    program.\n"
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("wn", WN, ("koumiss", ["a drink of milk; made by nomads", "drink it"])),
+        (
+            "gcide",
+            GCIDE,
+            ("Lapis", ["n.; pl. Lapides. A stone of Caesar.", "Lapis calaminaris [NL.] (Min.) Calamine."]),
+        ),
+        ("foldoc", FOLDOC, ("HSM", ["1. <storage> Hierarchical Storage Management."])),
+        (
+            "elements",
+            ELEMENTS,
+            ("helium", ["Symbol: He", "Atomic number: 2", "Atomic weight: 4.0026", "A gas. It is light."]),
+        ),
+        ("jargon", JARGON, ("abend", ["[ABnormal END] A crash of a program."])),
+    ],
+)
+def test_an_article_loses_its_markup_and_nothing_else(name, text, expected, tmp_path):
+    from helpers.dictionaries import CLEANERS, read_dictionary
+
+    # The first article lies far behind, and two headwords share it.
+    index = write_dictionary(tmp_path, name, {"first": "x" * 5000, "word": text})
+    index.write_text(index.read_text() + index.read_text().splitlines()[-1].replace("word", "synonym") + "\n")
+    articles = [tuple(article) for article in read_dictionary(index, CLEANERS[name])]
+    assert articles[-1:] == [expected] and articles.count(expected) == 1
+
+
+def test_a_damaged_dictionary_is_refused(tmp_path):
+    from helpers.dictionaries import CLEANERS, read_dictionary
+
+    index = write_dictionary(tmp_path, "wn", {"koumiss": WN})
+    whole = index.read_text()
+    for broken, message in (
+        (whole + "lost\tBA\t9/\n", "names an article that ends at byte"),
+        (whole + "lost\tB?\tB\n", "is no digit of base 64"),
+        (whole + "lost\n", "A headword, an offset and a length must stand in it"),
+    ):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            read_dictionary(index, CLEANERS["wn"])
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join("".join(draw.choices("abcdefghij", k=6)) for _ in range(count))
+
+
+def some_entries(count: int = 600, seed: int = 0) -> list:
+    """Entries of every kind, of which some copy sentences of others."""
+    from helpers.knowledge import Entry
+
+    draw = random.Random(seed)
+    sentences = [words(draw, 12) for _ in range(count)]
+    entries = []
+    for number in range(count):
+        parts = [words(draw, 10), draw.choice(sentences), words(draw, 3)]
+        entries.append(Entry("gcide", words(draw, 1), parts))
+        entries.append(Entry("wn", words(draw, 1), [f"{words(draw, 9)}"]))
+        letters = "".join(draw.choices("ABCDEFG", k=3))
+        expansion = " ".join(letter + words(draw, 1) for letter in letters)
+        entries.append(Entry("foldoc", letters, [f"<topic> {expansion}. {words(draw, 6)}"]))
+        if number < 100:
+            facts = [f"Symbol: {words(draw, 1)[:2].title()}", f"Atomic number: {number}"]
+            entries.append(Entry("elements", words(draw, 1), [*facts, words(draw, 8)]))
+    return entries
+
+
+def test_held_out_articles_share_no_eight_words_with_those_that_are_trained_on():
+    from helpers.knowledge import drop_repeated, split_entries
+
+    train, held_out = split_entries(drop_repeated(some_entries()))
+    assert len(held_out) > 40 and len(train) > 5 * len(held_out)
+    trained = " | ".join(" ".join(re.findall(r"\w+", entry.text.lower())) for entry in train)
+    for entry in held_out:
+        own = re.findall(r"\w+", entry.text.lower())
+        assert not any(" ".join(own[start : start + 8]) in trained for start in range(len(own) - 7)), entry
+    names = {entry.name.lower() for entry in train}
+    assert not any(entry.name.lower() in names for entry in held_out if entry.source != "elements")
+
+
+def test_a_sense_that_synonyms_share_is_trained_on_once():
+    from helpers.knowledge import Entry, drop_repeated
+
+    sense = "a drink that nomads of the steppe make of the milk of mares"
+    first, second = Entry("wn", "koumiss", [sense, "short"]), Entry("wn", "kumis", [sense, "short"])
+    assert [(entry.name, entry.parts) for entry in drop_repeated([first, second])] == [("koumiss", [sense, "short"])]
+
+
+def test_a_fact_is_asked_in_the_words_of_its_article_and_never_of_one_that_is_not_there():
+    from helpers.knowledge import choose_facts, drop_repeated, split_entries
+
+    train, held_out = split_entries(drop_repeated(some_entries()))
+    for entries in (train, held_out):
+        facts = choose_facts(entries)
+        assert {fact.kind for fact in facts} == {"definition", "acronym", "symbol", "number"}
+        texts = {entry.text for entry in entries if entry.is_asked}
+        for fact in facts:
+            said = fact.prompt + fact.choices[fact.answer]
+            assert any(text.startswith(said) for text in texts), fact
+            assert len(set(fact.choices)) == 4
+            assert not any(
+                text.startswith(fact.prompt + wrong)
+                for text in texts
+                for wrong in fact.choices
+                if wrong != fact.choices[fact.answer] and (fact.prompt + wrong) in texts
+            )
+
+
+def follow(prompt: str) -> str:
+    """The answer to a question about variables, by doing what the lines say."""
+    known: dict[str, str] = {}
+    *lines, asked = prompt.split("\n")
+    for line in lines:
+        name, _, value = line.partition(" = ")
+        known[name] = known.get(value, value)
+    return known[asked.removesuffix(" =")]
+
+
+def test_every_answer_to_a_reading_question_stands_in_its_prompt_beside_the_wrong_ones():
+    from helpers.knowledge import choose_reading, drop_repeated, split_entries
+
+    _, held_out = split_entries(drop_repeated(some_entries(2000)))
+    for entry in held_out[:40]:
+        # Words as the questions want them.
+        entry.name = entry.name[:6]
+    facts = choose_reading(held_out)
+    assert {fact.kind for fact in facts} == {"needle", "variables", "copying", "given"}
+    for fact in facts:
+        right = fact.choices[fact.answer].strip()
+        assert all(choice.strip() in fact.prompt for choice in fact.choices) and len(set(fact.choices)) == 4
+        if fact.kind == "variables":
+            assert follow(fact.prompt) == right
+        else:
+            # The text before the answer is asked again at the end.
+            last = fact.prompt.split("\n")[-1]
+            assert f"{last} {right}" in fact.prompt[: -len(last)], fact
+
+
+def gather(*arguments) -> None:
+    import gather_knowledge
+
+    old, sys.argv = sys.argv, ["gather_knowledge.py", *map(str, arguments)]
+    try:
+        gather_knowledge.main()
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture
+def notes(tmp_path) -> Path:
+    draw = random.Random(1)
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(150):
+        (folder / f"{number:03}.txt").write_text("\n\n".join(words(draw, 30) for _ in range(3)))
+    return folder
+
+
+def test_any_data_set_becomes_a_corpus_the_same_at_each_time(notes, tmp_path, capsys):
+    gather("--dataset", notes, "--output", tmp_path / "a")
+    printed = capsys.readouterr().out
+    gather("--dataset", notes, "--output", tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["files"]["train.jsonl"] in printed and "characters" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "notes"]
+
+
+def test_gathering_that_fails_leaves_the_earlier_corpus(notes, tmp_path, monkeypatch):
+    import gather_knowledge
+
+    gather("--dataset", notes, "--output", tmp_path / "a")
+    before = (tmp_path / "a" / "train.jsonl").read_bytes()
+
+    def fail(*_):
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(gather_knowledge, "sizes", fail)
+    with pytest.raises(SystemExit, match="the disk is full"):
+        gather("--dataset", notes, "--output", tmp_path / "a")
+    assert (tmp_path / "a" / "train.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "notes"]
+    with pytest.raises(SystemExit, match="holds files of something else"):
+        gather("--dataset", notes, "--output", notes)
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer) -> Path:
+    """A folder with a stock model without a memory, and its tokenizer."""
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **fields)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def text(notes, tmp_path, monkeypatch):
+    """Four steps of text, for models that are smaller than those of the experiments."""
+    from helpers import experiments
+    from helpers.experiments_text import prepare
+
+    fields = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
+    fields |= {"moe_intermediate_size": 8, "n_routed_experts": 8, "engram_vocab_size": 211}
+    monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 4 * 2048, fields))
+    gather("--dataset", notes, "--output", tmp_path / "knowledge")
+    made = prepare(4 * 2048, 600, tmp_path / "knowledge")
+    made.most_tokens, made.held_out = 4 * 2048, made.held_out[:8]
+    return made
+
+
+def test_every_arm_reads_the_same_tokens_and_a_second_call_reads_what_was_kept(text, tmp_path):
+    from helpers.experiments_text import prepare
+
+    again = prepare(4 * 2048, 600, tmp_path / "knowledge")
+    assert torch.equal(again.train.ids, text.train.ids) and again.digest == text.digest
+    assert text.train.ids.shape[1] == 128
+
+
+def score_of(model, tokenizer, question: dict) -> int:
+    """The place of the likeliest choice by its letters, token by token."""
+    found = []
+    for choice in question["choices"]:
+        ids = tokenizer(question["prompt"] + choice, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        start = len(tokenizer(question["prompt"], add_special_tokens=False)["input_ids"])
+        scores = model(ids).logits[0].log_softmax(-1)
+        total = sum(float(scores[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+        found.append(total / len(choice))
+    return max(range(len(found)), key=found.__getitem__)
+
+
+@torch.no_grad()
+def test_a_question_is_answered_by_the_likeliest_letters(tokenizer):
+    from helpers.known_answers import score
+
+    model = tiny_model(tiny_config(vocab_size=len(tokenizer)))
+    draw = random.Random(3)
+    questions = []
+    for number in range(12):
+        choices = [" " + words(draw, draw.randrange(1, 4)) for _ in range(4)]
+        questions.append({"kind": f"k{number % 2}", "prompt": words(draw, 4), "choices": choices, "answer": number % 4})
+    expected: dict[str, str] = {}
+    for question in questions:
+        is_right = score_of(model, tokenizer, question) == question["answer"]
+        expected[question["kind"]] = expected.get(question["kind"], "") + str(int(is_right))
+    assert score(model, tokenizer, questions) == expected
+    assert {digit for digits in expected.values() for digit in digits} == {"0", "1"}
+
+
+def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None):
+    """Train an arm in a folder of its own; optionally stop it at a step, as a kill does."""
+    from helpers import experiment_runs
+    from helpers.experiments import CONTROLS, MEMORY_SIZES, ON_DISK
+
+    results = folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    for family in ("engram", "moe", "dense"):
+        for rate in experiment_runs.RATES:
+            name = f"tiny-tuning-{family}-{rate:g}.json"
+            (results / name).write_text(json.dumps({"loss": abs(rate - 4e-3)}))
+    arms = [*CONTROLS, MEMORY_SIZES[-1], ON_DISK]
+    arm = next(arm for arm in arms if arm.name == arm_name)
+    run = experiment_runs.Run(arm, 0)
+    if dies_at is None:
+        return experiment_runs.train(run, text, folder, results)
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == dies_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment_runs.CpuSeconds, "on_step_begin", die, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            experiment_runs.train(run, text, folder, results)
+    assert not (results / f"{run.name}.json").exists()
+    # A kill in the middle of a save leaves a checkpoint without its last file.
+    broken = folder / "runs" / f"{run.name}-{text.digest}" / "checkpoint-99"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_st')
+
+
+def test_a_rerun_and_a_run_that_was_killed_give_the_same_loss_to_the_last_digit(text, tmp_path, monkeypatch):
+    from helpers import experiment_runs
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = train_in(tmp_path / "whole", text, "shuffled-hash")
+        train_in(tmp_path / "killed", text, "shuffled-hash", 3, monkeypatch)
+        begun: list[int] = []
+        record = lambda self, args, state, control, **kwargs: begun.append(state.global_step)  # noqa: E731
+        monkeypatch.setattr(experiment_runs.CpuSeconds, "on_step_begin", record, raising=False)
+        killed = train_in(tmp_path / "killed", text, "shuffled-hash")
+    finally:
+        torch.set_num_threads(threads)
+    # It went on from the checkpoint of the second step.
+    assert begun == [2, 3]
+    assert killed["loss"] == whole["loss"] and killed["documents"] == whole["documents"]
+    assert killed["curve"] == whole["curve"] and len(whole["curve"]) == 4
+    assert whole["steps"] == 4 and whole["learning_rate"] == 4e-3 and whole["cpu_hours"] > 0
+    # The second call reads the file of the first.
+    assert train_in(tmp_path / "whole", text, "shuffled-hash") == whole
+
+
+def test_a_table_on_disk_learns_what_a_table_in_memory_learns_also_after_a_kill(text, tmp_path, monkeypatch):
+    memory = train_in(tmp_path / "memory", text, "rows-10x")
+    train_in(tmp_path / "disk", text, "rows-10x-disk", 3, monkeypatch)
+    disk = train_in(tmp_path / "disk", text, "rows-10x-disk")
+    assert disk["loss"] == memory["loss"] and disk["curve"] == memory["curve"]
+    left = {path.name for path in (tmp_path / "disk" / "runs").rglob("*")}
+    assert not left & {"start", "work", "checkpoint-2"}
+
+
+def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, notes, tmp_path, monkeypatch):
+    from helpers import pretrained_runs
+    from helpers.pretrained_runs import BASE, RATES, PretrainedRun, train_pretrained
+
+    gather("--dataset", notes, "--output", tmp_path / "knowledge")
+    held_out = tmp_path / "knowledge" / "held_out.jsonl"
+    # Some of what is held out is code.
+    lines = held_out.read_text().splitlines()
+    held_out.write_text("\n".join([*lines, *(line.replace('"dataset"', '"python"') for line in lines[:3])]) + "\n")
+    question = {"kind": "given", "prompt": "abc", "choices": [" a", " b", " c", " d"], "answer": 1}
+    for task in ("facts_trained", "facts_held_out", "reading"):
+        (tmp_path / "knowledge" / f"{task}.jsonl").write_text(json.dumps(question) + "\n")
+    monkeypatch.setattr(pretrained_runs, "LAYERS", [1])
+    monkeypatch.setattr(pretrained_runs, "STEPS", 3)
+    found = {}
+    for way in (BASE, *RATES):
+        for rate in RATES.get(way, ()):
+            name = PretrainedRun(way, 1000, rate).name
+            (tmp_path / "results").mkdir(exist_ok=True)
+            (tmp_path / "results" / f"{name}.json").write_text(json.dumps({"loss": rate}))
+        run = PretrainedRun(way, 0)
+        found[way] = train_pretrained(run, tmp_path / "knowledge", tmp_path, tmp_path / "results", base)
+    losses = {way: (content["loss"], content["other"]["loss"]) for way, content in found.items()}
+    assert len(set(losses.values())) == 4
+    assert found["base"]["steps"] == 0 and found["memory"]["learning_rate"] == RATES["memory"][0]
+    learning = {way: content["learning"] for way, content in found.items()}
+    assert learning["lora"] < learning["full"] == learning["base"]
+    assert set(found["memory"]["answers"]["reading"]) == {"on", "silenced"} and set(
+        found["lora"]["answers"]["reading"]
+    ) == {"on"}
+    from helpers.evidence_page import SECTIONS
+
+    section = SECTIONS["pretrained"]("tiny", {content["name"]: content for content in found.values()})
+    assert f"{found['lora']['loss']:.4f}" in section.parts[0] and len(section.files) == 4
+
+
+# Pages.
+
+
+def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[str, dict]:
+    """Results of all experiments: EngramMoE is better by `gain`, more rows are better, and shares make a U."""
+    from helpers.evidence_page import ON, SILENT
+    from helpers.experiment_measures import name_of
+    from helpers.experiment_runs import Run
+    from helpers.experiments import ALLOCATIONS, ENGRAM, EXPERIMENTS, MEMORY_SIZES, MOE, ROW_FACTORS, SHARES
+
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(16, 128, 60)
+    of_articles = 4 * tokens + draw.normal(0, 20, 60)
+    found = {}
+    for experiment in EXPERIMENTS:
+        for arm, seed in experiment.runs:
+            if seed >= seeds:
+                continue
+            loss = 0.01 * seed + (0 if arm is ENGRAM else gain)
+            if arm in MEMORY_SIZES:
+                loss = 0.01 * seed - 0.03 * np.log10(ROW_FACTORS[MEMORY_SIZES.index(arm)])
+            elif arm in ALLOCATIONS:
+                # As high as the MoE at a share of 1.
+                loss += bend * ((SHARES[ALLOCATIONS.index(arm)] - 0.77) ** 2 - 0.23**2)
+            nats = of_articles + tokens * loss + draw.normal(0, 0.05, 60)
+            run = Run(arm, seed)
+            found[run.name] = {
+                "name": run.name, "arm": arm.name, "seed": seed, "learning_rate": 4e-3, "steps": 5, "tokens": 9,
+                "text": "t", "threads": 1, "parameters": {"total": 1, "active": 1, "tables": 1}, "curve": [[1, 5.0]],
+                "loss": float(nats.sum() / tokens.sum()), "cpu_hours": 0.25, "hardware": "h", "commit": "c",
+                "versions": {"torch": "2"}, "documents": {"nats": nats.tolist(), "tokens": tokens.tolist()},
+            }  # fmt: skip
+            if arm in (ENGRAM, MOE):
+                shares = {ON: {"facts_trained": "1110" * 50, "reading": "1010" * 50, "facts_held_out": "1000" * 50}}
+                if arm is ENGRAM:
+                    shares[SILENT] = {**shares[ON], "facts_trained": "1000" * 45 + "1100" * 5}
+                answers = {task: {name: {"kind": own[task]} for name, own in shares.items()} for task in shares[ON]}
+                name = name_of("facts", run)
+                found[name] = {"name": name, "answers": answers, "cpu_hours": 0.01}
+    return found
+
+
+def uneven(results: dict[str, dict]) -> dict[str, dict]:
+    """The sign of every difference to EngramMoE turns with the seed."""
+    for content in results.values():
+        if content.get("arm") == "engram" and content["seed"] == 1:
+            documents = content["documents"]
+            documents["nats"] = [nats + 0.08 * tokens for nats, tokens in zip(*documents.values())]
+            content["loss"] += 0.08
+    return results
+
+
+def test_verdicts_follow_the_figures():
+    from helpers.evidence_page import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW, section_of
+    from helpers.experiments import EXPERIMENTS
+
+    experiments = {experiment.name: experiment for experiment in EXPERIMENTS}
+
+    def verdict(name: str, results: dict) -> str:
+        return section_of(experiments[name], "tiny", results).verdict
+
+    good = made_results()
+    assert [verdict(name, good) for name in ("controls", "facts", "rows", "allocation")] == [HOLDS] * 4
+    assert "-0.03" in section_of(experiments["rows"], "tiny", good).here
+    assert verdict("controls", made_results(gain=-0.02)) == FAILS
+    assert verdict("controls", uneven(made_results())) == OPEN
+    assert verdict("controls", made_results(seeds=1)) == TOO_FEW
+    assert verdict("allocation", made_results(bend=0.0)) == OPEN
+    assert verdict("allocation", made_results(bend=-1.0)) == FAILS
+    swapped = made_results()
+    for content in swapped.values():
+        if "answers" in content:
+            tasks = content["answers"]
+            tasks["facts_trained"], tasks["reading"] = tasks["reading"], tasks["facts_trained"]
+    assert verdict("facts", swapped) == FAILS
+    assert {verdict(name, {}) for name in experiments} == {NOT_RUN}
+
+
+def test_an_interval_is_that_of_articles_drawn_anew():
+    from helpers.evidence_statistics import difference
+
+    draw = np.random.default_rng(1)
+    tokens = draw.integers(5, 50, 40)
+    better, worse = draw.normal(3, 1, 40) * tokens, draw.normal(3.3, 1, 40) * tokens
+    runs = [{"name": "a", "documents": {"nats": own.tolist(), "tokens": tokens.tolist()}} for own in (better, worse)]
+    found = difference([runs[0]], [runs[1]])
+    drawn = []
+    for _ in range(4000):
+        some = draw.integers(0, 40, 40)
+        drawn.append((better[some].sum() - worse[some].sum()) / tokens[some].sum())
+    assert found.value == pytest.approx((better.sum() - worse.sum()) / tokens.sum())
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.05)
+    runs[1]["documents"]["tokens"] = tokens[::-1].tolist()
+    with pytest.raises(ValueError, match="have read different articles"):
+        difference([runs[0]], [runs[1]])
+
+
+def report(*arguments: str) -> None:
+    import report as script
+
+    old, sys.argv = sys.argv, ["report.py", *arguments]
+    try:
+        script.main()
+    finally:
+        sys.argv = old
+
+
+def test_the_page_of_evidence_is_what_the_files_give():
+    report("--check")
+
+
+def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_found(tmp_path, monkeypatch):
+    import report as script
+    from helpers import evidence_statistics
+
+    monkeypatch.setattr(evidence_statistics, "DRAWS", 100)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, content in made_results().items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name, path in (("RESULTS", folder), ("PAGE", tmp_path / "evidence.md"), ("README", tmp_path / "README.md")):
+        monkeypatch.setattr(script, name, path)
+    report()
+    report("--check")
+    pages = {name: (tmp_path / name).read_text() for name in ("evidence.md", "README.md")}
+    for name, page in pages.items():
+        assert page.count("| **holds** |") == 4
+        (tmp_path / name).write_text(page.replace("**holds**", "**does not hold**", 1))
+        with pytest.raises(SystemExit, match=f"{name} is not what the JSON files give"):
+            report("--check")
+        (tmp_path / name).write_text(page)
+    assert len(list((tmp_path / "evidence").glob("*.png"))) == 5
+    one = folder / "tiny-moe-seed2.json"
+    content = one.read_text()
+    one.unlink()
+    with pytest.raises(SystemExit, match="is not what the JSON files give"):
+        report("--check")
+    one.write_text(content.replace('"text": "t"', '"text": "other"'))
+    with pytest.raises(SystemExit, match="Runs of scale tiny differ in text"):
+        report("--check")
+    one.write_text("{")
+    with pytest.raises(SystemExit, match="tiny-moe-seed2.json is no JSON"):
+        report("--check")
+
+
+def test_arms_differ_in_what_they_say_and_in_nothing_else():
+    from helpers.experiments import ALLOCATIONS, CONTROLS, ENGRAM, EXPERIMENTS, SCALES, SHARES, maker
+
+    from engram_hf import count_parameters
+
+    tokens = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for scale in SCALES.values():
+        make = maker(scale, tokens)
+        reference = count_parameters(ENGRAM.config(make))
+        for arm in CONTROLS:
+            count = count_parameters(arm.config(make))
+            assert count.active == pytest.approx(reference.active, rel=0.005), arm.name
+            if arm.family != "dense":
+                assert count.total == pytest.approx(reference.total, rel=0.01), arm.name
+        for share, arm in zip(SHARES, ALLOCATIONS):
+            count = count_parameters(arm.config(make))
+            assert count.total == pytest.approx(reference.total, rel=0.01), arm.name
+            config = arm.config(make)
+            experts = count.routed_experts * (1 - config.num_experts_per_tok / config.n_routed_experts)
+            assert experts / (experts + count.tables) == pytest.approx(share, abs=0.03), arm.name
+    names = [(arm.name, seed) for experiment in EXPERIMENTS for arm, seed in experiment.runs]
+    arms = {arm.name: arm for experiment in EXPERIMENTS for arm, _ in experiment.runs}
+    assert all(arms[arm.name] is arm for experiment in EXPERIMENTS for arm, _ in experiment.runs)
+    assert len(set(names)) == 18 + 9 + 10 + 9
