@@ -74,6 +74,7 @@ bench: install ## every benchmark, about an hour; figures go to scripts/benchmar
 	$(BENCH)/bench_checkpoints.py
 	$(BENCH)/bench_callbacks.py
 	$(BENCH)/bench_trace.py
+	$(BENCH)/bench_patches.py
 	$(BENCH)/bench_other_tables.py
 	$(BENCH)/bench_added_memory.py
 	$(BENCH)/bench_gpu.py

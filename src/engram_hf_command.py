@@ -135,7 +135,7 @@ def plan(
         if share and not allocate:
             raise ValueError("--share says what --allocate gives to tables. Add --allocate.")
         from engram_hf.commands.planning import Rates, allocations_as_list, plan_as_dict, show_allocations, show_plan
-        from engram_hf.planning import PAPER_SHARES, config_of, count_parameters, estimate_memory
+        from engram_hf.planning import PAPER_SHARES, config_of, count_parameters, estimate_memory, is_served
 
         config = config_of(model)
         type_of_backbone = dtype or ("bfloat16" if model in PRESETS else None)
@@ -149,7 +149,8 @@ def plan(
         if as_json:
             typer.echo(json.dumps({**plan_as_dict(estimate, parameters), **allocations}, indent=2))
         else:
-            show_plan(model, estimate, parameters, batch_size * seq_length, Rates(bandwidth, disk_reads))
+            rates = Rates(bandwidth, disk_reads)
+            show_plan(model, estimate, parameters, batch_size * seq_length, rates, is_served(config))
             for found in allocations.values():
                 show_allocations(found)
         if estimate.lacking:
@@ -269,6 +270,137 @@ def merge(source: Source, target: Target) -> None:
 
         merge_changed_rows(source, target)
         typer.echo(f"wrote {target}")
+
+
+patches = typer.Typer(no_args_is_help=True, help="Make, merge and look at row patches: changed rows as a small file.")
+app.add_typer(patches, name="patch")
+Patch = Annotated[str, typer.Argument(help="File or folder of a patch, or repository of the Hub.")]
+
+
+@patches.command(epilog="Example: engram-hf patch extract output/tiny output/run/checkpoint-500 alice.safetensors")
+def extract(
+    before: Source,
+    after: Annotated[Path, typer.Argument(help="The same model after training.", exists=True, file_okay=False)],
+    target: Annotated[Path, typer.Argument(help="File for the patch, *.safetensors, or a folder for it.")],
+    name: Annotated[str | None, typer.Option(help="Of the patch; by default that of the folder.")] = None,
+) -> None:
+    """Write the rows in which two checkpoints differ as a patch for the first one, block by block."""
+    with sentences():
+        from engram_hf.adapters.patch_making import extract_patch
+
+        patch = extract_patch(before, after, target, name)
+        typer.echo(f"wrote {patch.num_rows:,} rows of {len(patch.tables)} tables to {target}")
+
+
+def _merge_patch(source: Path, patch: str, target: Path) -> None:
+    with sentences():
+        from engram_hf.adapters.patch_making import merge_patch
+
+        merge_patch(source, patch, target)
+        typer.echo(f"wrote {target}")
+
+
+@patches.command("merge", epilog="Example: engram-hf patch merge output/tiny alice.safetensors output/alice")
+def merge_one(source: Source, patch: Patch, target: Target) -> None:
+    """Write a checkpoint whose tables have the rows of a patch. The source stays as it is."""
+    _merge_patch(source, patch, target)
+
+
+@patches.command(epilog='Example: engram-hf patch apply output/tiny alice.safetensors "The list is"')
+def apply(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or repository of the Hub.")],
+    patch: Patch,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 20,
+    scale: Annotated[float, typer.Option(help="What the patch's changes are multiplied by.")] = 1.0,
+    device_map: Annotated[
+        str | None, typer.Option(help='As for from_pretrained: "auto", "cpu+disk", or JSON with an entry for a table.')
+    ] = None,
+) -> None:
+    """Go on from a prompt greedily, without a patch and with it. Nothing is written."""
+    with sentences():
+        places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from engram_hf import add_patch, disable_patches
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, device_map=places)
+        add_patch(model, patch, scale)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+
+        def go_on() -> str:
+            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            return str(tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :]))
+
+        with disable_patches(model):
+            typer.echo(f"without: {go_on()!r}")
+        typer.echo(f"with:    {go_on()!r}")
+
+
+@patches.command("inspect", epilog="Example: engram-hf patch inspect alice.safetensors")
+def inspect_one(patch: Patch, as_json: AsJson = False) -> None:
+    """Show which rows a patch changes, for which hash, and what made it."""
+    with sentences(as_json):
+        from engram_hf.adapters.row_patches import load_patch
+        from engram_hf.commands.patches import patch_as_dict, show_patch
+
+        found = load_patch(patch)
+        if as_json:
+            return typer.echo(json.dumps(patch_as_dict(found), indent=2))
+        show_patch(found)
+
+
+@patches.command(epilog="Example: engram-hf patch compare alice.safetensors bob.safetensors")
+def compare(a: Patch, b: Patch, as_json: AsJson = False) -> None:
+    """Show which rows two patches share, and on which of them their order matters."""
+    with sentences(as_json):
+        from engram_hf.adapters.patch_making import compare_patches
+        from engram_hf.commands.patches import compared_as_dict, show_compared
+
+        compared = compare_patches(a, b)
+        if as_json:
+            return typer.echo(json.dumps(compared_as_dict(compared), indent=2))
+        show_compared(compared)
+
+
+@app.command(epilog="Example: engram-hf memorize output/tiny --facts facts.jsonl --output facts.safetensors")
+def memorize(
+    folder: Source,
+    facts: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines such as {"prompt": "The capital of Zorvania is", "target": " Oskar"}, and with '
+            '"paraphrases" and "related", two lists of prompts, if you like.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="File of the row patch.")] = Path("facts.safetensors"),
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text as the model meets it, in which rows are counted and drift is measured: .jsonl, or text with "
+            "empty lines between documents. By default the help topics of Python.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    caution: Annotated[float, typer.Option(help="More of it changes other text less, and fewer facts hold.")] = 100.0,
+    max_steps: Annotated[int, typer.Option(help="Steps of the optimisation at most.")] = 80,
+    as_json: AsJson = False,
+) -> None:
+    """Write facts into the rows of a memory, as a row patch, and say what came of it.
+
+    The model stays as it is. Ends with exit code 1 where a fact is not recalled; the patch is written nevertheless.
+    """
+    with sentences(as_json):
+        from engram_hf.commands.memorizing import memorize_file
+
+        report = memorize_file(folder, facts, output, text, caution=caution, max_steps=max_steps)
+        typer.echo(report.to_json() if as_json else f"{report.markdown()}\n\nwrote {output}")
+        if report.recalled < len(report.facts):
+            raise typer.Exit(1)
 
 
 @app.command(epilog="Example: engram-hf explore output/tiny --port 7860")

@@ -2,8 +2,8 @@
 
 They find what a reader has at hand: a model with its tokenizer in `output/tiny`, which is what `make demo` leaves, a
 checkpoint of a run, somebody else's model in `backbone` and a memory for it in `config`, a model with a table of its
-own in `gemma_folder`, and the names `model`, `tokenizer`, `args`, `data`, `trainer` and `folder`. Examples that need a
-network are marked `+SKIP`.
+own in `gemma_folder`, a row patch called "alice" in `patch`, and the names `model`, `tokenizer`, `args`, `data`,
+`trainer` and `folder`. Examples that need a network are marked `+SKIP`.
 """
 
 import doctest
@@ -69,8 +69,10 @@ def test_an_example_prints_what_it_says(name, saved, tokenizer, tmp_path, monkey
     model = AutoModelForCausalLM.from_pretrained("output/tiny")
     data = [{"input_ids": list(range(10)), "labels": list(range(10))}]
     args = TrainingArguments("output/new", max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+    table = next(iter(model.named_tables()))
     given = {
         "model": model,
+        "patch": engram_hf.make_patch(model, "alice", {table: (torch.tensor([3, 5, 8]), torch.ones(3, 16))}),
         "tokenizer": tokenizer,
         "torch": torch,
         "data": data,

@@ -19,15 +19,16 @@ LEVELS = [
     ],
     ["modeling.configuration_memory", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.configuration_engram_moe"],
-    ["modeling.disk_reading", "modeling.table_blocks"],
-    ["modeling.table_changes"],
+    ["modeling.disk_reading", "modeling.table_blocks", "modeling.table_ranks"],
+    ["modeling.table_changes", "modeling.table_patches"],
     ["modeling.table"],
     ["modeling.memory_layer", "modeling.table_placement", "modeling.checkpoint_loading"],
     ["modeling.checkpoint_saving"],
     ["modeling.memory_model"],
     ["modeling.modeling_engram_moe"],
-    ["adapters.memory_config", "adapters.table_parts", "adapters.rows_in_memory"],
-    ["adapters.memory_files", "adapters.served_embedding"],
+    ["adapters.memory_config", "adapters.table_parts", "adapters.rows_in_memory", "adapters.same_name"],
+    ["adapters.memory_files", "adapters.served_embedding", "adapters.taking_over"],
+    ["adapters.served_prefetch"],
     ["planning", "counting"],
     [
         "insight.memory_layers",
@@ -56,7 +57,10 @@ LEVELS = [
     ["adapters.memory_hooks"],
     ["adapters.memory_class"],
     ["adapters.added_memory"],
+    ["adapters.served_model", "adapters.row_patches", "adapters.facts"],
+    ["adapters.fact_reports"],
     ["adapters."],
+    ["checkpoints.merging"],
     ["hub.card_facts", "hub.uploading"],
     ["hub.card"],
     ["hub."],
@@ -77,9 +81,10 @@ BROUGHT_BY_TORCH_AND_TRANSFORMERS = {
 
 
 def level_of(module: str) -> int:
-    for level, names in enumerate(LEVELS):
-        if any(module == name or (name.endswith(".") and module.startswith(name)) for name in names):
-            return level
+    for is_it in (str.__eq__, lambda module, name: name.endswith(".") and module.startswith(name)):
+        for level, names in enumerate(LEVELS):
+            if any(is_it(module, name) for name in names):
+                return level
     raise AssertionError(f"{module} has no level: add it to LEVELS, where it belongs")
 
 

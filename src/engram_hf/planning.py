@@ -19,9 +19,22 @@ from accelerate.utils import convert_file_size_to_int, get_balanced_memory
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .adapters.memory_files import read_memory_config
+from .adapters.served_embedding import TableOfParts, serve
+from .adapters.table_parts import (
+    MODEL_TYPES,
+    NGRAM_TABLE,
+    SCALED,
+    TABLE_CHILD,
+    embeddings_of,
+    known_tables,
+    split_places,
+    tied_weights,
+)
+from .modeling.checkpoint_loading import find_file
 from .modeling.configuration_checks import check_source
 from .modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
-from .modeling.table import tables_without_blocks
+from .modeling.disk_safetensors import read_json
+from .modeling.table import EngramTable, tables_without_blocks
 from .modeling.table_blocks import BLOCK_KEY, DISK, HOST, Block
 from .modeling.table_placement import (
     AUTOMATIC,
@@ -62,7 +75,8 @@ class ParameterCount:
 
 
 def config_of(model: PreTrainedConfig | str | os.PathLike, **arguments) -> Any:
-    """The config of a preset, a folder or a repository: that of an EngramMoE, or of a model with an added memory.
+    """The config of a preset, a folder or a repository: that of an EngramMoE, of a model with an added memory, or of
+    somebody else's model with lookup tables.
 
     Args:
         model: its name; a config is returned as it is. The folder `tiny` is `./tiny`, since `tiny` is a preset.
@@ -77,7 +91,9 @@ def config_of(model: PreTrainedConfig | str | os.PathLike, **arguments) -> Any:
     if model in PRESETS:
         return EngramMoEConfig.preset(str(model))
     check_source(model, PRESETS)
-    if read_memory_config(str(model), **arguments) is not None:
+    path = find_file(str(model), "config.json", arguments)
+    is_other = path is not None and read_json(path).get("model_type") in MODEL_TYPES
+    if is_other or read_memory_config(str(model), **arguments) is not None:
         return AutoConfig.from_pretrained(model, **arguments)
     return EngramMoEConfig.from_pretrained(model, **arguments)
 
@@ -91,10 +107,10 @@ def count_parameters(config: PreTrainedConfig | str | os.PathLike) -> ParameterC
     """
     own: Any = copy.deepcopy(config_of(config))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own)
+        model, named = _model_of(own)
     sizes = {n: p.numel() for n, p in model.named_parameters() if not _is_norm(n) and BLOCK_KEY.match(n) is None}
     # Blocks of quantized rows hold bytes, of numbers and scales; the numbers are those of a plain table.
-    tables = sum(table.num_rows * table.head_dim for table in model.named_tables().values())
+    tables = sum(table.num_rows * table.head_dim for table in named.values())
     total = sum(sizes.values()) + tables
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     ends = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
@@ -105,6 +121,35 @@ def count_parameters(config: PreTrainedConfig | str | os.PathLike) -> ParameterC
     experts = experts or getattr(text, "num_local_experts", None) or getattr(text, "n_routed_experts", None)
     unused = routed - routed * chosen // experts if experts else 0
     return ParameterCount(total, total - tables - vocabulary - unused, tables, routed)
+
+
+def is_served(config: PreTrainedConfig) -> bool:
+    """Whether a model is somebody else's, with lookup tables that `load_with_tables` serves."""
+    return config.model_type in MODEL_TYPES
+
+
+def _model_of(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, EngramTable]]:
+    """A model as it is loaded, with its tables by name; to be called on the meta device."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if not is_served(config):
+        return model, model.named_tables()
+    tables: dict[str, EngramTable] = {}
+    for name in known_tables(embeddings_of(model)):
+        module = model.get_submodule(name)
+        # Rows are served as they are stored, whatever the type of the backbone.
+        table = TableOfParts([module.num_embeddings], module.embedding_dim, _type_of_rows(config, name))
+        serve(module, table)
+        tables[f"{name}.{TABLE_CHILD}"] = table
+    return model, tables
+
+
+def _type_of_rows(config: PreTrainedConfig, table: str) -> torch.dtype:
+    """Type of the rows of somebody else's table, as far as a config says it."""
+    quantized = getattr(config, "quantization_config", None) or {}
+    if f".{table}".endswith(NGRAM_TABLE) and quantized.get("quant_method") == "fp8":
+        return SCALED
+    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 # The shares of the sparse budget that the paper's best models have in tables (section 3.1 and table 1).
@@ -224,15 +269,14 @@ def estimate_memory(
     """
     config = config_of(config_or_path)
     dtype = _floating_type(dtype if dtype not in (None, "auto") else (getattr(config, "dtype", None) or torch.float32))
-    backbone_map, entries = split_device_map(device_map)
+    with torch.device("meta"):
+        model, tables = _model_of(config, dtype)
+    prefix = f"{model.base_model_prefix}."
+    backbone_map, entries = _split(device_map, model, config)
     if max_memory is not None:
         _check_limits(max_memory, backbone_map)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tables = model.named_tables()
     blocks = {name: [block.nbytes for block in table.blocks] for name, table in tables.items()}
-    prefix = f"{model.base_model_prefix}."
-    entries = resolve_entries(entries, blocks, prefix)
+    entries = resolve_entries(entries, blocks, "" if is_served(config) else prefix)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sizes = {
         name: _nbytes(name, tensor, model)
@@ -241,7 +285,8 @@ def estimate_memory(
     }
     check_backbone_keys(backbone_map, tensors, prefix, blocks)
 
-    step = max(_moments(model, dtype, batch_size * seq_length))
+    layers = [] if is_served(config) else model.engram_memory().layers
+    step = max(_moments(model, layers, dtype, batch_size * seq_length))
     limits, usable = None, None
     if backbone_map in AUTOMATIC:
         limits = memory_limits(None) if max_memory is None else _bytes_of(max_memory)
@@ -254,7 +299,8 @@ def estimate_memory(
     default = {}
     for name in blocks:
         layer = f"{prefix}{name.removesuffix('table')}value_proj.weight"
-        default[name] = place_of_layer(values[layer], main_device)
+        of_layer = _device_in(backbone_map, name) if is_served(config) else values[layer]
+        default[name] = place_of_layer(of_layer, main_device)
     left = None
     if usable is not None:
         used: dict[object, int] = {}
@@ -278,7 +324,7 @@ def estimate_memory(
             is_resident = place.tier not in (HOST, DISK)
             where = str(as_device(place.device)) if is_resident else place.tier
             where = "cpu" if where == HOST and main_device.type == "cpu" else where
-            _add_block(estimate, where, block, on_disk)
+            _add_block(estimate, where, block, _reads_per_token(model, name, block), on_disk)
     for device in {main_device, *(device for device in devices if device.type == main_device.type)}:
         _add(estimate.step, str(device), step)
     if limits is not None:
@@ -328,7 +374,7 @@ def _bytes_of(max_memory: Mapping) -> dict[object, int]:
 def _automatic_map(config: PreTrainedConfig, dtype: torch.dtype, kind: str, limits: Mapping[object, int]) -> Mapping:
     """The map that loading makes of "auto" and its like; tables have no part in it."""
     with torch.device("meta"), tables_without_blocks():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model, _ = _model_of(config, dtype)
     options = {"no_split_module_classes": list(model._no_split_modules)}
     with _without_warnings():
         if kind != "sequential":
@@ -350,13 +396,30 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _add_block(estimate: MemoryEstimate, where: str, block: Block, is_table_on_disk: bool) -> None:
+def _split(device_map, model: Any, config: PreTrainedConfig) -> tuple[Any, Mapping]:
+    """The part of a map that is about the backbone, and entries under the names of tables or their ends."""
+    if not is_served(config):
+        return split_device_map(device_map)
+    backbone_map, entries = split_places(device_map, embeddings_of(model), tied_weights(model))
+    return backbone_map, {
+        (name if name is None else f"{name}.{TABLE_CHILD}", number): value for (name, number), value in entries.items()
+    }
+
+
+def _reads_per_token(model: Any, table: str, block: Block) -> int:
+    """Rows of a block that a token reads: one for each hash head, or one by its id."""
+    name = table.removesuffix(f".{TABLE_CHILD}")
+    if f".{name}".endswith(NGRAM_TABLE):
+        return model.get_submodule(name.rpartition(".")[0]).ngram_heads
+    return len(block.rows_of_head)
+
+
+def _add_block(estimate: MemoryEstimate, where: str, block: Block, reads: int, is_table_on_disk: bool) -> None:
     nbytes = block.parameter.nbytes
     _add(estimate.tables, where, nbytes)
     if where in (HOST, DISK, "cpu"):
-        heads = len(block.rows_of_head)
-        _add(estimate.rows_per_token, where, heads)
-        _add(estimate.read_per_token, where, heads * nbytes // block.num_rows)
+        _add(estimate.rows_per_token, where, reads)
+        _add(estimate.read_per_token, where, reads * nbytes // block.num_rows)
     if block.parameter.requires_grad:
         _add(estimate.optimizer, DISK if is_table_on_disk else where, _row_state_bytes(block.parameter))
         if where == DISK:
@@ -395,18 +458,19 @@ def _add(bytes_of: dict, where: object, nbytes: int) -> None:
 
 def _backbone_devices(device_map, sizes: Mapping[str, int]) -> dict[str, str]:
     """The device, or "disk", of each tensor of the backbone."""
-    values: dict[str, str] = {}
+    return {name: _device_in(device_map, name) for name in sizes}
+
+
+def _device_in(device_map, name: str) -> str:
     if not isinstance(device_map, Mapping):
         device_map = {"": "cpu" if device_map is None else device_map}
-    for name in sizes:
-        value = place_in_map(device_map, name, "cpu")
-        values[name] = value if value == DISK else str(as_device(value))
-    return values
+    value = place_in_map(device_map, name, "cpu")
+    return value if value == DISK else str(as_device(value))
 
 
-def _moments(model: Any, dtype: torch.dtype, tokens: int) -> Iterator[int]:
-    """Bytes of what lies beside the residual streams at the widest points of a forward."""
-    config, layers = model.config.get_text_config(), model.engram_memory().layers
+def _moments(model: Any, layers: list[Any], dtype: torch.dtype, tokens: int) -> Iterator[int]:
+    """Bytes of what lies beside the residual streams at the widest points of a forward; `layers` of memory."""
+    config = model.config.get_text_config()
     streams = tokens * config.hidden_size * getattr(config, "hc_mult", 1) * dtype.itemsize
     # Logits, and their copy in float32 for the loss.
     yield streams + tokens * config.vocab_size * (dtype.itemsize + 4)
@@ -416,5 +480,7 @@ def _moments(model: Any, dtype: torch.dtype, tokens: int) -> Iterator[int]:
         yield 3 * streams + tokens * (layers[0].value_proj.in_features * (4 + dtype.itemsize) + scores)
     # Gate, up and product of the widest feed-forward layer.
     routed = (getattr(config, "num_experts_per_tok", None) or 0) * (getattr(config, "moe_intermediate_size", None) or 0)
-    widest = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, routed)
+    # Gemma 3n has a width for each layer.
+    widths = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    widest = max(*(widths if isinstance(widths, list) else [widths]), routed)
     yield 2 * streams + 3 * tokens * widest * dtype.itemsize

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import shutil
@@ -29,6 +30,7 @@ from foreign import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -40,13 +42,16 @@ from typer.testing import CliRunner
 from engram_hf import (
     EngramConfig,
     add_engram,
+    count_parameters,
     engram_tables,
+    estimate_memory,
     inspect_checkpoint,
     load_with_tables,
     place_tables,
     prefetch,
 )
 from engram_hf.adapters.served_embedding import TableOfParts
+from engram_hf.adapters.table_parts import class_and_config
 from engram_hf_command import app
 
 
@@ -164,6 +169,66 @@ def test_a_model_that_somebody_else_loaded_can_be_placed(folders, case):
     with pytest.raises(ValueError, match="has other rows than"):
         place_tables(changed, {CASES[case][1]: "disk"})
     assert type(changed).__module__.startswith("transformers.") and not engram_tables(changed)
+
+
+@pytest.mark.parametrize("case", ["qwen", "gemma3n"])
+def test_a_table_that_was_taken_over_into_memory_goes_to_disk_without_a_save(folders, case, tmp_path):
+    expected, model = logits_of(stock(folders, case)), stock(folders, case)
+    for tier in ("host", "disk", "resident", "disk"):
+        place_tables(model, {CASES[case][1]: tier})
+        assert torch.equal(logits_of(model), expected)
+        assert {each for table in engram_tables(model) for each in table.tiers} == {tier}
+    # Its parts are those of the files, whatever the config says of them.
+    place_tables(model, {CASES[case][1]: "host"})
+    model.save_pretrained(tmp_path / "saved")
+    assert set(tensors_of(tmp_path / "saved")) == set(tensors_of(folders[case]))
+    with torch.no_grad():
+        model.get_submodule(GEMMA_TABLE if case == "gemma3n" else QWEN_TABLE).table.blocks[0][3] += 1
+    with pytest.raises(ValueError, match="has other rows than"):
+        place_tables(model, {CASES[case][1]: "disk"})
+    # A model that comes from no files has the parts of its config.
+    made = drawn(qwen_text() if case == "qwen" else gemma3n_text())
+    expected = logits_of(made)
+    place_tables(made, {CASES[case][1]: "host"})
+    assert torch.equal(logits_of(made), expected)
+    with pytest.raises(ValueError, match="comes from no file"):
+        place_tables(made, {CASES[case][1]: "disk"})
+
+
+def test_arguments_that_are_fields_of_the_config_change_it_as_in_from_pretrained(folders):
+    options = {"use_cache": False, "attn_implementation": "eager", "dtype": torch.float32}
+    theirs, ours = stock(folders, "gemma4", **options), served(folders, "gemma4", "disk", **options)
+    for model in (theirs, ours):
+        assert not model.config.use_cache and model.config._attn_implementation == "eager"
+        assert model.dtype == torch.float32
+    assert ours(input_ids=some_ids()).past_key_values is None
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+    for load in (stock, served):
+        with pytest.raises(TypeError, match="no_such_field"):
+            load(folders, "gemma4", *(["disk"] if load is served else []), no_such_field=1)
+
+
+def test_the_text_class_of_a_quantized_composite_is_quantized_too(tmp_path):
+    folder = publish(qwen_composite(), tmp_path / "model", is_fp8=True)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load_with_tables(folder, "cpu+disk")
+    assert type(ours.config) is type(theirs.config)
+    assert "quantization_config" in class_and_config(AutoConfig.from_pretrained(folder), None)[1].to_dict()
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+
+
+def test_a_class_without_tables_is_refused_for_a_checkpoint_with_a_memory(tmp_path):
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = add_engram(
+        drawn(LlamaForCausalLM(config), torch.float32), EngramConfig([1], 101, 4, 8, compressed_vocab_size=None)
+    )
+    model.save_pretrained(tmp_path)
+    for model_class in (None, AutoModelForCausalLM):
+        loaded = load_with_tables(tmp_path, "cpu+disk", model_class)
+        assert engram_tables(loaded) and torch.equal(logits_of(loaded), logits_of(model))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has none"):
+        load_with_tables(tmp_path, "cpu+disk", LlamaForCausalLM)
 
 
 def test_a_named_embedding_of_any_model_is_a_table(tmp_path):
@@ -336,14 +401,18 @@ def test_forwards_prefetch_exactly_the_rows_that_they_read(folders, case, monkey
     model, ids = served(folders, case, "disk"), some_ids(4)
     ids[1, :3] = 0
     mask = (ids != 0).long()
-    for work in (
-        lambda: model(input_ids=ids, attention_mask=mask),
-        lambda: model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False),
-    ):
-        with monkeypatch.context() as patch:
-            spy = Spy(patch)
-            work()
-            assert spy.late and spy.early == spy.late
+    with monkeypatch.context() as patch:
+        spy = Spy(patch)
+        model(input_ids=ids, attention_mask=mask)
+        of_prompt = spy.early
+        assert spy.late and spy.early == spy.late
+    with monkeypatch.context() as patch:
+        spy = Spy(patch)
+        model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        # For one token a lookup follows at once in the first table, which therefore is not asked early.
+        first = id(next(iter(model.named_tables().values())))
+        assert of_prompt < spy.late and spy.early <= spy.late
+        assert spy.early == {each for each in spy.late if each[0] != first or each in of_prompt}
     with monkeypatch.context() as patch:
         spy = Spy(patch)
         prefetch(model, ids, mask)
@@ -366,11 +435,18 @@ def test_loading_opens_headers_and_reads_no_row(tmp_path):
     folder = publish(qwen_text(ngram_vocab_size_base=300_007), tmp_path / "large")
     nbytes = sum(t.nbytes for name, t in tensors_of(folder).items() if "ngram_embedding" in name)
     code = f"""
-import sys
+import os, sys
+from pathlib import Path
 from engram_hf import load_with_tables
-from engram_hf.modeling.disk_files import MappedFile
+for path in Path({str(folder)!r}).glob("*.safetensors"):
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def read_bytes():
+    return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
+before = read_bytes()
 model = load_with_tables({str(folder)!r}, "cpu+disk")
-files = {{b.source.file for t in model.named_tables().values() for b in t.block_records}}
+read = read_bytes() - before
 rss = [line for line in open("/proc/self/smaps").read().split("\\n")]
 mapped, inside = 0, False
 for line in rss:
@@ -378,12 +454,14 @@ for line in rss:
         inside = {str(folder)!r} in line
     elif inside and line.startswith("Rss:"):
         mapped += int(line.split()[1]) * 1024
-print(mapped)
+print(mapped, read)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    mapped = int(done.stdout.strip().splitlines()[-1])
+    mapped, read = map(int, done.stdout.strip().splitlines()[-1].split())
     # The backbone lies in the same files, and is far smaller than a hundredth of them.
     assert mapped < 0.02 * nbytes + 2 * 66_000 * 2, (mapped, nbytes)
+    # The kernel reads ahead where headers and the backbone begin, in each of two files; a folder in memory reads none.
+    assert read < 0.02 * nbytes + 2 * 2**20, (read, nbytes)
 
 
 def test_a_file_that_changes_under_an_open_table_is_an_error(folders, tmp_path):
@@ -450,6 +528,42 @@ def test_inspecting_shows_tables_and_backbone(folders, case):
     assert found.backbone_nbytes == sum(t.nbytes for n, t in tensors.items() if n not in of_tables)
     ran = CliRunner().invoke(app, ["inspect", str(folders[case])])
     assert ran.exit_code == 0 and "backbone" in ran.output, ran.output
+
+
+@pytest.mark.parametrize("case", ["qwen", "qwen-fp8", "qwen-text-of-composite", "gemma3n", "gemma4-composite"])
+def test_a_plan_has_the_sizes_of_the_loaded_model(folders, case):
+    end = CASES[case][1]
+    for device_map in (None, "cpu+disk", {"": "cpu", end: "disk"}, {"": "cpu", end: "resident"}):
+        estimate, model = estimate_memory(folders[case], device_map), load_with_tables(folders[case], device_map)
+        tables = engram_tables(model)
+        on_disk, nbytes = {"disk"} == set(tables[0].tiers), sum(table.nbytes for table in tables)
+        assert estimate.tables == {"disk" if on_disk else "cpu": nbytes}
+        blocks = {id(block) for table in model.named_tables().values() for block in table.parameters()}
+        backbone = [each for each in (*model.parameters(), *model.buffers()) if id(each) not in blocks]
+        if case != "qwen-fp8":  # whose scales are no part of a plan
+            assert sum(estimate.backbone.values()) == sum(each.nbytes for each in backbone)
+        # Every head of Qwen reads one row of each of two tables; a token of Gemma reads one.
+        reads = 2 * 4 if "qwen" in case else 1
+        assert estimate.rows_per_token == {"disk" if on_disk else "cpu": reads}
+        row_nbytes = sum(table.nbytes for table in tables) // sum(table.rows for table in tables)
+        assert sum(estimate.read_per_token.values()) == reads * row_nbytes
+    assert count_parameters(folders[case]).tables == sum(table.rows * table.head_dim for table in tables)
+    with pytest.raises(ValueError, match="which is no embedding"):
+        estimate_memory(folders[case], {"": "cpu", "...no_such_table": "disk"})
+
+
+def test_a_plan_for_an_accelerator_gives_it_to_the_backbone_and_says_so(folders):
+    free = estimate_memory(folders["qwen"], "cpu+disk")
+    needed = sum(free.backbone.values()) + max(free.step.values())
+    tight = estimate_memory(folders["qwen"], "auto", max_memory={0: needed + 100, "cpu": "1GB"})
+    assert tight.tables == {"host": sum(free.tables.values())} and set(tight.backbone) == {"cuda:0"}
+    assert not tight.lacking
+    limits = json.dumps({"0": needed + 100, "cpu": "1GB"})
+    ran = CliRunner().invoke(app, ["plan", str(folders["qwen"]), "--max-memory", limits])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 0 and "fits." in said and "load_with_tables(" in said, said
+    assert f"with the tables on disk it needs {needed / 1e6:,.3f} MB of memory" in said
+    assert "sparse budget" not in said
 
 
 def test_a_deepseek_v41_is_refused_and_sent_to_open_tables(tmp_path):

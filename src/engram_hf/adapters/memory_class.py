@@ -44,6 +44,7 @@ from .memory_hooks import (
     read_memory,
     show_gates,
 )
+from .same_name import class_of_same_name, without_attributes
 
 
 # Stands where a number is in the config of every other class of transformers.
@@ -224,27 +225,14 @@ class ModelWithMemory(WithoutContinuousBatching, ModelWithTables):
         check_tensors(cast(Description, _DESCRIPTION.get()).modules(), places, checkpoint.where)
 
     def __reduce_ex__(self, protocol):
-        # The class cannot be found by its name, which is that of the model's own class.
-        return _restore, (self.stock_class,), self.__dict__
-
-
-def _restore(stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """A model of the class with a memory, without its attributes, which copying and unpickling bring."""
-    made = class_with_memory(cast(Any, stock))
-    return made.__new__(made)
+        return without_attributes, (class_with_memory, self.stock_class), self.__dict__
 
 
 @cache
 def class_with_memory(stock: Any) -> Any:
     """The class of a model with a memory, made of the model's own class; one for each class."""
-    names = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "config_class": stock.config_class,
-        "stock_class": stock,
-    }
-    return type(stock.__name__, (ModelWithMemory, stock), names)
+    bases = (ModelWithMemory, stock)
+    return class_of_same_name(stock, bases, config_class=stock.config_class, stock_class=stock)
 
 
 def stock_class(model: nn.Module) -> type:

@@ -16,6 +16,7 @@ from torch import nn
 from ..modeling.table import EngramTable
 from ..modeling.table_formats import FloatRows
 from .rows_in_memory import RowsInMemory, addresses_of
+from .same_name import class_of_same_name, without_attributes
 from .table_parts import SCALED, TABLE_CHILD
 
 
@@ -44,8 +45,8 @@ class TableOfParts(EngramTable):
         self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
         self._rows: RowsInMemory | None = None
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up.
+    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Look the table's own rows up.
 
         Args:
             row_ids: (...), integers in [0, rows of the table).
@@ -54,15 +55,15 @@ class TableOfParts(EngramTable):
             (..., width) in the type of the table, on the device of `row_ids`.
 
         Raises:
-            IndexError, ValueError: as `EngramTable.forward`.
+            IndexError, ValueError: as `EngramTable.look_up`.
         """
         flat = row_ids.reshape(-1).long()
         if self._takes_any_order():
-            found = super().forward(flat).view(-1, self.head_dim)
+            found = super().look_up(flat).view(-1, self.head_dim)
         else:
             ascending, order = flat.sort()
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            found = super().forward(ascending).view(-1, self.head_dim).index_select(0, back)
+            found = super().look_up(ascending).view(-1, self.head_dim).index_select(0, back)
         return found.view(*row_ids.shape, self.head_dim)
 
     def _takes_any_order(self) -> bool:
@@ -207,22 +208,14 @@ class ServedEmbedding(nn.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol):
-        # The class cannot be found by its name, which is that of the owner's class.
-        return _restore, (owner_of(type(self)),), self.__dict__
-
-
-def _restore(owner: Any) -> nn.Embedding:
-    """An embedding without its attributes, which copying and unpickling bring."""
-    made = served_class(owner)
-    return made.__new__(made)
+        return without_attributes, (served_class, owner_of(type(self))), self.__dict__
 
 
 @cache
 def served_class(owner: Any) -> Any:
     """The class of an embedding whose rows come from a table, made of its own class; one for each class."""
     bases = (ServedEmbedding,) if owner is nn.Embedding else (owner, ServedEmbedding)
-    names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, "__doc__": owner.__doc__}
-    return type(owner.__name__, bases, {**names, "owner": owner})
+    return class_of_same_name(owner, bases, owner=owner)
 
 
 def owner_of(served: type[nn.Embedding]) -> type[nn.Embedding]:

@@ -10,15 +10,16 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.models.auto.auto_factory import _get_model_class
 
-from ..modeling.checkpoint_loading import Checkpoint
-from ..modeling.configuration_checks import shorten
+from ..modeling.checkpoint_loading import HUB_ARGUMENTS, Checkpoint, find_checkpoint
+from ..modeling.configuration_checks import refuse_v41, shorten
 from ..modeling.disk_safetensors import TensorPlace
-from ..modeling.table_blocks import parse_block_name
+from ..modeling.table_blocks import DISK, HOST, parse_block_name
+from ..modeling.table_placement import ANY_BEGINNING, split_device_map
 
 
 # Ends of the names of modules that are lookup tables in the models of transformers: Qwen's n-grams, and the per-layer
@@ -36,6 +37,11 @@ MODEL_TYPES = (
 LAYOUT = "table_parts"
 SCALED = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, SCALED)
+
+
+# Arguments of `from_pretrained` by which config.json is found, and those that are not for the config.
+OF_CONFIG_FILE = (*HUB_ARGUMENTS, "trust_remote_code", "code_revision")
+OF_LOADING = ("dtype", "torch_dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,29 @@ class TableParts:
         return self.tensors if self.saved_as is None else self.saved_as
 
 
+def config_and_arguments(where: str, config: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config of a model and the arguments that are left for `from_pretrained`, as the Auto classes find them:
+    arguments that are fields of the config, such as `use_cache`, change it.
+
+    Args:
+        where: folder or repository.
+        config: given in place of its own: a config, or where one is; or None.
+        arguments: of `from_pretrained`.
+
+    Raises:
+        NotImplementedError: it is a DeepSeek-V4.1.
+    """
+    if isinstance(config, PreTrainedConfig):
+        return config, dict(arguments)
+    hub = {name: arguments[name] for name in OF_CONFIG_FILE if arguments.get(name) is not None}
+    refuse_v41(PreTrainedConfig.get_config_dict(config or where, **hub)[0].get("model_type"), where)
+    # Loading itself notes these in the config.
+    kept = {name: arguments[name] for name in OF_LOADING if arguments.get(name) is not None}
+    changes = {name: value for name, value in arguments.items() if name not in (*OF_CONFIG_FILE, *OF_LOADING)}
+    found, unused = AutoConfig.from_pretrained(config or where, return_unused_kwargs=True, **hub, **changes)
+    return found, {**hub, **kept, **unused}
+
+
 def class_and_config(config: Any, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], Any]:
     """The class that AutoModelForCausalLM takes for a config, or the given one, and the config of this class."""
     if model_class is None:
@@ -74,7 +103,11 @@ def class_and_config(config: Any, model_class: type[PreTrainedModel] | None) -> 
         model_class = cast(type[PreTrainedModel], _get_model_class(config, mapping))
     wanted: Any = getattr(model_class, "stock_class", model_class)
     if wanted.config_class is not None and not isinstance(config, wanted.config_class):
+        quantized = getattr(config, "quantization_config", None)
         config = config.get_text_config()
+        if quantized is not None:
+            # As the Auto classes do: a checkpoint names its quantization in the config of the whole.
+            config.quantization_config = quantized
     return wanted, config
 
 
@@ -99,7 +132,9 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str], key_mapping: di
     transforms = get_model_conversion_mapping(model, key_mapping, None)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    state, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    # Not its state_dict, whose making unpacks the weights of bitsandbytes.
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    prefix, found = model.base_model_prefix, {}
     for name in sorted(names, key=dot_natural_key):
         renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
@@ -200,3 +235,69 @@ def _block_of(name: str, table: str):
 
 def _is_of_run(name: str, table: str) -> bool:
     return name.startswith(f"{table}.{TABLE_CHILD}.")
+
+
+def tied_weights(model: Any) -> set[str]:
+    """The tensors of a model that share memory with another one."""
+    keys = model.all_tied_weights_keys
+    return {*keys, *keys.values()}
+
+
+def split_places(
+    device_map: Any, embeddings: Mapping[str, nn.Embedding], tied: Iterable[str]
+) -> tuple[Any, dict[tuple[str | None, int | None], Any]]:
+    """The part of a `device_map` that transformers understands, and the entries of tables.
+
+    Args:
+        device_map: as for `load_with_tables`.
+        embeddings: of the model, by name.
+        tied: tensors that share memory with another one.
+
+    Returns:
+        the map without these entries, and (name of an embedding or None for every table, None) to the value.
+
+    Raises:
+        ValueError: a key names no embedding, or one that is tied.
+    """
+    if not isinstance(device_map, Mapping):
+        return split_device_map(device_map)
+    known, tied = set(known_tables(embeddings)), set(tied)
+    backbone: dict[str, Any] = {}
+    entries: dict[tuple[str | None, int | None], Any] = {}
+    for key, value in device_map.items():
+        if key.startswith(ANY_BEGINNING):
+            end = f".{key.removeprefix(ANY_BEGINNING).lstrip('.')}"
+            found = [name for name in embeddings if f".{name}".endswith(end)]
+            if not found:
+                raise ValueError(
+                    f"device_map names {key}, which is no embedding. Those of this model are: {', '.join(embeddings)}."
+                )
+        else:
+            is_plain = key not in known and (value not in (DISK, HOST, "cpu") or f"{key}.weight" in tied)
+            found = [key] if key in embeddings and not (is_plain and value not in (DISK, HOST)) else []
+        for name in found:
+            if f"{name}.weight" in tied:
+                raise ValueError(
+                    f"{name} is tied to another weight, such as the head, which reads all of it in every step; it "
+                    "cannot be a table. Leave it out of device_map."
+                )
+            entries[name, None] = value
+        if not found:
+            backbone[key] = value
+    backbone_map, strange = split_device_map(backbone or None)
+    if strange:
+        raise ValueError(
+            f"device_map names {next(iter(strange))[0]}, which is no embedding. Those of this model are: "
+            f"{', '.join(embeddings)}."
+        )
+    return backbone_map, entries
+
+
+def checkpoint_of(where: str, arguments: Mapping[str, Any]) -> Checkpoint:
+    checkpoint = find_checkpoint(where, arguments)
+    if checkpoint is None:
+        raise ValueError(
+            f"{where} has no safetensors files, and tables are served from these alone. Load it with from_pretrained, "
+            "save it with save_pretrained, and load that folder."
+        )
+    return checkpoint

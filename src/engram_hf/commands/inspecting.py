@@ -39,7 +39,10 @@ def show_inspection(found: Inspection) -> None:
         files = sorted({block.file for block in own.blocks})
         typer.echo(f"{own.name} in {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else ""))
     typer.echo(f"backbone {size(found.backbone_nbytes)}, tables {size(found.tables_nbytes)}")
-    typer.echo("tables take this much memory where they are resident or in host memory, and next to none on disk")
+    typer.echo(
+        "tables take this much memory where they are resident or in host memory, and next to none on disk; then the "
+        f"weights need {size(found.backbone_nbytes)} where the model computes (engram-hf plan adds the step)"
+    )
     if isinstance(found.compressed_vocab_size, int):
         merged = 1 - found.compressed_vocab_size / found.vocab_size
         typer.echo(

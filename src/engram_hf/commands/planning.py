@@ -44,7 +44,9 @@ def plan_as_dict(estimate: MemoryEstimate, parameters: ParameterCount) -> dict[s
     return {**vars(estimate), "parameters": {**vars(parameters), "memory_share": parameters.memory_share}}
 
 
-def show_plan(model: str, estimate: MemoryEstimate, parameters: ParameterCount, tokens: int, rates: Rates) -> None:
+def show_plan(
+    model: str, estimate: MemoryEstimate, parameters: ParameterCount, tokens: int, rates: Rates, is_served: bool
+) -> None:
     """Print a plan.
 
     Args:
@@ -52,6 +54,7 @@ def show_plan(model: str, estimate: MemoryEstimate, parameters: ParameterCount, 
         estimate, parameters: of it.
         tokens: of a step.
         rates: of the machine.
+        is_served: whether it is somebody else's model, whose tables `load_with_tables` serves.
     """
     rows = _by_memory(estimate)
     table = Table("place", "backbone", "tables", "largest step", title=model)
@@ -63,11 +66,12 @@ def show_plan(model: str, estimate: MemoryEstimate, parameters: ParameterCount, 
         own = [size(columns[name]) for name in ("backbone", "tables", "step")]
         table.add_row(place, *own, *(limit if estimate.limits else []), size(columns["optimizer"]))
     Console().print(table)
-    for line in plan_in_words(model, estimate, tokens, rates):
+    for line in plan_in_words(model, estimate, tokens, rates, is_served):
         typer.echo(line)
+    of_budget = f": {parameters.memory_share:.1%} of the sparse budget (best by the paper: 20 to 25 %)."
     typer.echo(
-        f"{parameters.total:,} parameters, {parameters.active:,} of them active, {parameters.tables:,} in tables: "
-        f"{parameters.memory_share:.1%} of the sparse budget (best by the paper: 20 to 25 %)."
+        f"{parameters.total:,} parameters, {parameters.active:,} of them active, {parameters.tables:,} in tables"
+        f"{'.' if is_served else of_budget}"
     )
 
 
@@ -91,8 +95,16 @@ def show_allocations(allocations: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rates) -> Iterator[str]:
-    """Sentences: whether a model fits, what every step moves and how long that takes, and how to load it so."""
+def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rates, is_served: bool) -> Iterator[str]:
+    """Sentences: how large a model is, whether it fits, what every step moves and how long that takes, and how to load
+    it so."""
+    backbone, tables = sum(estimate.backbone.values()), sum(estimate.tables.values())
+    if tables:
+        needed = backbone + max(estimate.step.values())
+        yield (
+            f"{model}: tables {size(tables)}, backbone {size(backbone)}; with the tables on disk it needs "
+            f"{size(needed)} of memory where it computes."
+        )
     if estimate.limits:
         yield f"{model} does not fit." if estimate.lacking else f"{model} fits."
     for place, nbytes in estimate.lacking.items():
@@ -110,7 +122,7 @@ def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rate
         )
     for place, rows in estimate.rows_per_token.items():
         nbytes = estimate.read_per_token[place]
-        read = f"Each token reads {rows} rows of tables from {_name(place)}, {size(nbytes)}"
+        read = f"Each token reads {rows} row{'s' if rows > 1 else ''} of tables from {_name(place)}, {size(nbytes)}"
         if place == "disk":
             yield f"{read}; a step of {tokens:,} tokens takes {rates.reading(rows * tokens)}, less where rows repeat."
         elif device is None:
@@ -120,7 +132,8 @@ def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rate
             yield f"{read}; a step of {tokens:,} tokens copies {size(in_step)}: {rates.copying(in_step)}."
     if estimate.limits and not estimate.lacking:
         limits = ", ".join(f"{key!r}: {nbytes}" for key, nbytes in estimate.max_memory.items())
-        yield f'To load it so, with room for the step: from_pretrained(..., device_map="auto", max_memory={{{limits}}})'
+        loader = "load_with_tables" if is_served else "from_pretrained"
+        yield f'To load it so, with room for the step: {loader}(..., device_map="auto", max_memory={{{limits}}})'
 
 
 def _by_memory(estimate: MemoryEstimate) -> dict[str, dict[str, Any]]:

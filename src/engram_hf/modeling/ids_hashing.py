@@ -686,22 +686,28 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def check_fingerprint(declared: dict[str, Any] | None, actual: dict[str, str], where: str) -> None:
-    """Raise unless the fingerprint that a config declares is the one that a map, a tokenizer and the constants have.
+def differing_parts(declared: dict[str, Any] | None, actual: dict[str, str]) -> list[str]:
+    """The parts in which two fingerprints differ.
 
     The parts that describe a tokenizer are compared where both fingerprints have them: older checkpoints do not, and a
     token map alone does not either.
-
-    Raises:
-        ValueError: names both fingerprints and the parts that differ.
     """
     known = declared if isinstance(declared, dict) else {}
-    differing = sorted(
+    return sorted(
         name
         for name in {*actual, *known}
         if known.get(name) != actual.get(name)
         and not (name in TOKENIZER_PARTS and (name not in known or name not in actual))
     )
+
+
+def check_fingerprint(declared: dict[str, Any] | None, actual: dict[str, str], where: str) -> None:
+    """Raise unless the fingerprint that a config declares is the one that a map, a tokenizer and the constants have.
+
+    Raises:
+        ValueError: names both fingerprints and the parts that differ, as `differing_parts` finds them.
+    """
+    differing = differing_parts(declared, actual)
     if not differing:
         return
     raise ValueError(

@@ -5,7 +5,8 @@ transformers loads and saves the backbone, and never sees a block. Blocks are op
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -51,12 +52,28 @@ from .configuration_checks import check_source
 from .configuration_engram_moe import PRESETS
 from .configuration_memory import TABLE_DTYPES
 from .disk_reading import PageReader
-from .ids_hashing import NgramHash, check_fingerprint
+from .ids_hashing import NgramHash, check_fingerprint, differing_parts
 from .memory_layer import EngramLayer
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
+from .table_patches import (
+    PATCH_DTYPES,
+    PATCH_FILE,
+    PatchedRows,
+    RowPatch,
+    active_patches,
+    add_patch,
+    base_digest,
+    check_patch,
+    disable_patches,
+    read_patch,
+    remove_patch,
+    set_patches,
+    use_patches,
+    write_patch,
+)
 from .table_placement import (
     AUTOMATIC,
     Place,
@@ -71,6 +88,7 @@ from .table_placement import (
     resolve_entries,
     split_device_map,
 )
+from .table_ranks import RowService, open_parts, start_ranks
 
 
 logger = logging.get_logger(__name__)
@@ -94,7 +112,10 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class TableInfo:
-    """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts."""
+    """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts.
+
+    ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
+    """
 
     name: str
     rows: int
@@ -103,11 +124,32 @@ class TableInfo:
     nbytes: int
     blocks: tuple[BlockInfo, ...]
     hot_rows: HotRows | None
+    ranks: int = 1
 
     @property
     def tiers(self) -> dict[str, int]:
         """Bytes on each tier."""
         return {tier: sum(b.nbytes for b in self.blocks if b.tier == tier) for tier in {b.tier for b in self.blocks}}
+
+
+def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> None:
+    """
+    Raises:
+        ValueError: `engram_ranks` is another word.
+        NotImplementedError: it goes with an argument that it cannot go with.
+    """
+    if engram_ranks is None:
+        return
+    if engram_ranks != "shard":
+        raise ValueError(
+            f'engram_ranks is "shard", which cuts tables over the processes of a run, or None; got {engram_ranks!r}.'
+        )
+    mesh = [name for name in ("tp_plan", "tp_size", "device_mesh") if arguments.get(name) is not None]
+    if hot_rows or mesh:
+        raise NotImplementedError(
+            f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '
+            f"{mesh[0] if mesh else 'hot_rows'}. Leave one of them out."
+        )
 
 
 class Memory(NamedTuple):
@@ -134,6 +176,7 @@ class ModelWithTables:
         tables_from=None,
         hot_rows: int = 0,
         output_loading_info: bool = False,
+        engram_ranks: str | None = None,
         **kwargs,
     ):
         """As `PreTrainedModel.from_pretrained`, with tables on tiers.
@@ -151,12 +194,17 @@ class ModelWithTables:
             hot_rows: rows per table to keep in a cache, on the device that computes, in front of blocks that are not
                 resident; 0 for none.
             output_loading_info: also return transformers' lists; tensors of the backbone may then be missing.
+            engram_ranks: "shard" cuts every table over the processes of this run, so that each holds its part of the
+                rows and asks the others for the rest. All processes load the model at the same time. None has every
+                process hold whole tables.
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
                 missing or outside its folder; there is no config.json; the fingerprint differs; an entry names no
-                table or part of a layer; weights are in GGUF.
+                table or part of a layer; weights are in GGUF; engram_ranks is another word, or there is one process.
+            NotImplementedError: engram_ranks goes with hot_rows or with a mesh of devices.
         """
+        check_ranks(engram_ranks, hot_rows, kwargs)
         where = str(pretrained_model_name_or_path)
         if kwargs.get("gguf_file") is not None:
             raise ValueError(
@@ -178,10 +226,11 @@ class ModelWithTables:
             # Who asks for the list of what is missing gets it, and tables drawn at random.
             checkpoint = None
         if checkpoint is None:
-            if entries or tables_from or hot_rows:
+            if entries or tables_from or hot_rows or engram_ranks:
                 raise ValueError(
-                    f"Tables can be placed only where they lie in safetensors files, and {where} has none. If it holds "
-                    "an adapter, load its base model with these arguments, then model.load_adapter(folder)."
+                    "Tables can be placed, or cut over ranks, only where they lie in safetensors files, and "
+                    f"{where} has none. If it holds an adapter, load its base model with these arguments, then "
+                    "model.load_adapter(folder)."
                 )
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=device_map, output_loading_info=True, **kwargs
@@ -223,7 +272,8 @@ class ModelWithTables:
                 raise FileNotFoundError(f"{str(tables_from)!r} holds no safetensors files with tables of this model.")
             tables, places = found, read_headers(found)
         model._confirm_hash(where)
-        model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows)
+        service = None if engram_ranks is None else start_ranks()
+        model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows, service)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -254,7 +304,9 @@ class ModelWithTables:
         is_same_class = cls.__name__ in (config.architectures or [])
         check_model(built, backbone, checkpoint.where, is_same_class, may_lack, is_any_shape)
 
-    def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
+    def _open_tables(
+        self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int, service: RowService | None = None
+    ) -> None:
         tables = self.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
         config = self._memory_config()
@@ -266,6 +318,11 @@ class ModelWithTables:
             )
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, config))
         check_changes(tables, checkpoint, places)
+        if service is not None:
+            cuts = {name: table.cut_over_ranks(service) for name, table in tables.items()}
+            whole = {(name, i): source for name, each in sources.items() for i, source in enumerate(each)}
+            parts = open_parts(whole, cuts, service.rank)
+            sources = {name: [parts[name, i] for i in range(len(each))] for name, each in sources.items()}
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
         entries = resolve_entries(entries, sizes, self._tables_prefix())
         default, main_device = self._default_places(tables)
@@ -280,6 +337,8 @@ class ModelWithTables:
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
         self._name_ignored_by_ddp()
+        if service is not None:
+            service.meet()
 
     def _name_ignored_by_ddp(self) -> None:
         """Tell torch's DistributedDataParallel to leave out blocks off the device: it takes one kind of device only."""
@@ -292,6 +351,9 @@ class ModelWithTables:
             name = f"{self._tables_prefix()}{name}"
             ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
             blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
+            if table.ranks is not None:
+                # Each process has other rows.
+                blocks = set()
             off_device |= {each for each in ours if each.startswith(f"{name}.")} - blocks
         named: set[str] = set(getattr(self, DDP_IGNORES, []))
         ignored = (named - ours) | off_device
@@ -398,6 +460,7 @@ class ModelWithTables:
                     nbytes=sum(block.nbytes for block in blocks),
                     blocks=blocks,
                     hot_rows=table.hot_rows,
+                    ranks=1 if table.ranks is None else table.ranks.cut.ranks,
                 )
             )
         return infos
@@ -460,6 +523,108 @@ class ModelWithTables:
         row_ids = ngram_hash(input_ids, position_ids, attention_mask).row_ids
         for layer in layers:
             layer.table.bring_pages(row_ids[layer.layer_idx])
+
+    # Row patches (table_patches.py).
+
+    def hash_of_table(self, table_name: str) -> NgramHash | None:
+        """The hash that finds the rows of a table, by its name inside the base model; None where the model's own code
+        finds them.
+
+        Raises:
+            ValueError: no tokenizer is bound yet.
+        """
+        hashes = self._hashes()
+        if len(hashes) > 1:
+            # Memories that were added by name: tables are `<layer>.engram.<name>.table`.
+            of_name = {name.rpartition(".")[2]: module for name, module in self.base_model.named_modules()}
+            hashes = [each for each in hashes if each is of_name.get(table_name.split(".")[-2])]
+        found = hashes[0] if hashes else None
+        if found is not None and not found.is_confirmed:
+            raise ValueError(
+                "The memory's token map is not bound, so no row can be found. Call model.bind_tokenizer(tokenizer)."
+            )
+        return found
+
+    def add_patch(self, patch: RowPatch | str | Path, scale: float = 1.0) -> None:
+        """Lay a row patch over the tables, on whatever tier they are. It is active at once, behind those that are.
+
+        Args:
+            patch: the patch, or a file of it.
+            scale: what the difference to the table's own rows is multiplied by.
+
+        Raises:
+            ValueError: it is one of another hash, table or width; there is one of this name; the file is damaged.
+        """
+        patch = read_patch(patch) if isinstance(patch, str | Path) else patch
+        tables = self.named_tables()
+        check_patch(patch, tables)
+        for name, each in patch.tables.items():
+            ngram_hash = self.hash_of_table(name)
+            differing = differing_parts(patch.fingerprint, {} if ngram_hash is None else ngram_hash.fingerprint())
+            if differing:
+                raise ValueError(
+                    f"The patch {patch.name!r} was made for another hash than that of {name}: it differs in "
+                    f"{', '.join(differing)}. Use the patch with the model that it was made for."
+                )
+            if each.base_digest and each.base_digest != base_digest(tables[name], each.row_ids):
+                logger.warning(
+                    f"{name} has other rows than the table that the patch {patch.name!r} was made for. What the patch "
+                    "says may not fit them."
+                )
+        add_patch(tables, patch, scale)
+
+    def remove_patch(self, name: str) -> None:
+        """Forget a row patch.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        remove_patch(self.named_tables(), name)
+
+    def set_patches(self, names: Sequence[str]) -> None:
+        """Choose the row patches that lie over the tables from now on, in this order; none for the plain tables.
+
+        Raises:
+            ValueError: there is none of a name, or a name is there twice.
+        """
+        set_patches(self.named_tables(), names)
+
+    def active_patches(self) -> list[str]:
+        """Names of the row patches that lie over the tables, in their order."""
+        return active_patches(self.named_tables())
+
+    def disable_patches(self) -> AbstractContextManager[None]:
+        """A context in which the tables are plain."""
+        return disable_patches(self.named_tables())
+
+    def use_patches(self, names: Sequence[str | Sequence[str] | None]) -> AbstractContextManager[None]:
+        """A context in which each sequence of a batch sees its own row patches and no others.
+
+        Args:
+            names: one per sequence: a name, a list of names in their order, or None for the plain tables.
+
+        Raises:
+            ValueError: there is none of a name.
+        """
+        return use_patches(self.named_tables(), names)
+
+    def trained_patch(self) -> RowPatch | None:
+        """The patch that a run trains, with `engram_optimizers(args, train_as_patch="name")`; None where there is none.
+
+        It is as it is now, and later steps do not change it.
+        """
+        tables = self.named_tables()
+        found, name, steps, fingerprint = {}, "", 0, {}
+        for table_name, table in tables.items():
+            if (trained := table.patches.trained) is None:
+                continue
+            name, steps = table.patches.trained_name, 0 if table.changes.run is None else table.changes.run.steps
+            row_ids, rows = trained.row_ids.cpu().clone(), trained.rows.cpu().clone()
+            rows = rows if rows.dtype in PATCH_DTYPES else rows.float()
+            found[table_name] = PatchedRows(row_ids, rows, table.num_rows, base_digest(table, row_ids))
+            ngram_hash = self.hash_of_table(table_name)
+            fingerprint = {} if ngram_hash is None else ngram_hash.fingerprint()
+        return RowPatch(name, found, fingerprint=fingerprint, provenance={"steps": steps}) if found else None
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the
@@ -527,6 +692,11 @@ class ModelWithTables:
         """
         tables, prefix = self.named_tables(), self._tables_prefix()
         state = self.state_dict() if state_dict is None else state_dict
+        if state_dict is not None and any(table.ranks is not None for table in tables.values()):
+            raise NotImplementedError(
+                "Tables are cut over ranks, and a state_dict of one process holds its part of them. Save without "
+                "state_dict: the model collects the rows of all ranks while it writes."
+            )
         names = {block_name(f"{prefix}{n}", block.number) for n, t in tables.items() for block in t.block_records}
         blocks = {name: state[name] for name in names if name in state}
         backbone = {name: tensor for name, tensor in state.items() if name not in names}
@@ -545,6 +715,13 @@ class ModelWithTables:
         if apart:
             refuse_model_in(tables_to)
         self._warn_unbound()
+        trained = self.trained_patch()
+        if active := [name for name in self.active_patches() if trained is None or name != trained.name]:
+            logger.warning(
+                f"The row patches {', '.join(active)} are not part of what is saved, which is the tables themselves. "
+                "Save a patch with save_patch(patch, file), or make it part of the tables with "
+                "engram_hf.merge_patch(model, patch, folder)."
+            )
         run = next((table.changes.run for table in tables.values() if table.changes.run is not None), None)
         is_checkpoint = run is not None and state_dict is None and not apart and run.has_checkpoint(folder)
         with_code = with_code and self._has_code
@@ -585,6 +762,8 @@ class ModelWithTables:
                     saved_name = name_of(f"{prefix}{name}", block.number)
                     block.saved_in = (saved[saved_name], saved_name)
                 table.follow_save(by_base.get(name, ()))
+        if trained is not None:
+            write_patch(trained, folder / PATCH_FILE)
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)
         return None

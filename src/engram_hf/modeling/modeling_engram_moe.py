@@ -18,6 +18,8 @@ memory enters: before the attention of its layer, and its row ids before anythin
 """
 
 import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -292,6 +294,7 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         engram_input_ids: torch.LongTensor | None = None,
+        engram_patches: Sequence[str | Sequence[str] | None] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EngramMoEModelOutputWithPast:
@@ -304,6 +307,9 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
         engram_input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Raw token ids that the memory reads, where they are not `input_ids`: beside `inputs_embeds`, or with -1 for
             positions that are no tokens, such as image spans. A token looks neither at such a position nor past it.
+        engram_patches (`list`, *optional*):
+            Row patches that each sequence sees, as `use_patches` takes them: one name, list of names or None per
+            sequence.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -361,28 +367,29 @@ class EngramMoEModel(EngramMoEPreTrainedModel):
 
         hidden_streams = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            streams_before = hidden_streams
-            hidden_streams = decoder_layer(
-                hidden_streams,
-                row_ids=row_ids.get(layer_idx),
-                # Hooks of accelerate move what a layer is given to its device, so no other layer is given it.
-                hashed=hashed if layer_idx in row_ids else None,
-                memory_state=state if layer_idx in row_ids else None,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                position_embeddings=position_embeddings,
-                use_cache=use_cache,
-                **{CACHE_NAME: cache},
-                **kwargs,
-            )
-            # CODEPATH: several streams (the paper's models) are recorded as their mean, one stream as it is.
-            if self.config.hc_mult == 1:
-                before = inputs_embeds if layer_idx == 0 else streams_before.squeeze(2)
-                hidden_streams = self.hidden_state_tap(before, hidden_streams.squeeze(2)).unsqueeze(2)
-            elif kwargs.get("output_hidden_states", self.config.output_hidden_states):
-                before = inputs_embeds if layer_idx == 0 else streams_before.mean(2)
-                self.hidden_state_tap(before, hidden_streams.mean(2))
+        with nullcontext() if engram_patches is None else self.use_patches(engram_patches):
+            for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+                streams_before = hidden_streams
+                hidden_streams = decoder_layer(
+                    hidden_streams,
+                    row_ids=row_ids.get(layer_idx),
+                    # Hooks of accelerate move what a layer is given to its device, so no other layer is given it.
+                    hashed=hashed if layer_idx in row_ids else None,
+                    memory_state=state if layer_idx in row_ids else None,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    position_embeddings=position_embeddings,
+                    use_cache=use_cache,
+                    **{CACHE_NAME: cache},
+                    **kwargs,
+                )
+                # CODEPATH: several streams (the paper's models) are recorded as their mean, one stream as it is.
+                if self.config.hc_mult == 1:
+                    before = inputs_embeds if layer_idx == 0 else streams_before.squeeze(2)
+                    hidden_streams = self.hidden_state_tap(before, hidden_streams.squeeze(2)).unsqueeze(2)
+                elif kwargs.get("output_hidden_states", self.config.output_hidden_states):
+                    before = inputs_embeds if layer_idx == 0 else streams_before.mean(2)
+                    self.hidden_state_tap(before, hidden_streams.mean(2))
 
         hidden_states = hidden_streams.squeeze(2) if self.hc_head is None else self.hc_head(hidden_streams)
         return EngramMoEModelOutputWithPast(
@@ -453,6 +460,7 @@ class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, 
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         engram_input_ids: torch.LongTensor | None = None,
+        engram_patches: Sequence[str | Sequence[str] | None] | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
@@ -466,6 +474,8 @@ class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, 
             As `cache`; give one of them.
         engram_input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Raw token ids that the memory reads, where they are not `input_ids`; -1 for positions that are no tokens.
+        engram_patches (`list`, *optional*):
+            Row patches that each sequence sees: one name, list of names or None per sequence.
 
         Example:
 
@@ -487,6 +497,7 @@ class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, 
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             engram_input_ids=engram_input_ids,
+            engram_patches=engram_patches,
             output_router_logits=output_router_logits,
             **kwargs,
         )

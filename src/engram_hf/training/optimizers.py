@@ -62,6 +62,7 @@ def engram_optimizers(
     backbone: str = "adamw",
     work_folder: str | Path | None = None,
     state_dtype: torch.dtype | None = None,
+    train_as_patch: str | None = None,
 ) -> tuple[type, dict]:
     """Make the value of Trainer's `optimizer_cls_and_kwargs` that trains tables row by row, on any tier.
 
@@ -77,6 +78,8 @@ def engram_optimizers(
         work_folder: folder for the training copies of tables on disk, and for the state of their rows.
         state_dtype: type of the state that a row optimizer keeps per weight. None means bfloat16 for bfloat16 tables,
             and float32 for others.
+        train_as_patch: name of a new row patch. Rows are trained in it, and the tables are never written to. Each
+            checkpoint holds the patch in `patch.safetensors`; a table on disk needs no copy.
 
     Raises:
         ValueError: a value that is not listed here.
@@ -102,6 +105,7 @@ def engram_optimizers(
         "backbone": backbone,
         "work_folder": work_folder,
         "state_dtype": state_dtype,
+        "train_as_patch": train_as_patch,
     }
 
 
@@ -126,16 +130,30 @@ class EngramOptimizerFactory:
         backbone: str,
         work_folder: str | Path | None,
         state_dtype: torch.dtype | None,
+        train_as_patch: str | None = None,
     ) -> "EngramOptimizer":
         refuse_unsupported(args, backbone)
         tables = find_tables(model)
         frozen = [name for name, table in tables.items() if table.row_format is not None]
         if frozen:
             logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
+        if train_as_patch is not None:
+            if args.load_best_model_at_end:
+                raise ValueError(
+                    "load_best_model_at_end loads tables, and train_as_patch leaves them as they are. Leave it out, "
+                    "and keep the best patch with EngramBestPatchCallback(file)."
+                )
+            for table in tables.values():
+                table.train_as_patch(train_as_patch)
         # A checkpoint of an adapted model holds the adapter alone.
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):
             refuse_checkpoints_without_rows(args)
+        if saves_rows and any(table.ranks is not None for table in tables.values()):
+            raise NotImplementedError(
+                "An adapter's checkpoint holds rows in its optimizer's state, which tables that are cut over ranks do "
+                'not write. Load the base model without engram_ranks="shard", or train without the adapter.'
+            )
         rule = row_optimizer if isinstance(row_optimizer, RowRule) else ROW_RULES[row_optimizer](args)
         run = TrainingRun(Path(args.output_dir or "."))
         if args.world_size > 1:
@@ -158,7 +176,7 @@ class EngramOptimizerFactory:
         dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_tables}
         if exchange is not None:
             for updates in rows.values():
-                exchange.add(updates.gradients)
+                exchange.add(updates.table)
             exchange.follow(model, list(dense.values()))
         matrices = matrices_of_backbone(model) if backbone == "muon" else set()
         parts: list[DensePart] = []
