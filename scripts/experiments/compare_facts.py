@@ -9,11 +9,10 @@ so that different facts are learned. `memorize_many` draws nothing at random; Lo
 
 * Rows: `memorize_many` with its defaults. The patch is then written to a file, read again, added and removed, and the
   logits of all prompts are compared with those of before, bit for bit.
-* LoRA: through PEFT, on all projections of the attention, in as many layers, and of as high a rank, as come nearest to
-  the numbers in the patch. The same loss, margin and growth of weights, and Adam, in 240 steps at most, where rows have
-  80. Its price is the divergence from the base on text, in each step on other rows of it. Rows are priced by how often
-  text reads them, which needs no forward. Its rate is the one of three with the least loss of facts after 40 steps on
-  the first seed.
+* LoRA: through PEFT, on all projections of the attention, of the rank that comes nearest to the numbers in the patch.
+  The same loss, margin and growth of weights, and Adam, in 240 steps at most, where rows have 80. Its price is the
+  divergence from the base on text, in each step on other rows of it. Rows are priced by how often text reads them,
+  which needs no forward. Its rate is the one of three with the least loss of facts after 40 steps on the first seed.
 
 Text that prices changes and text in which drift is measured are different documents: for the demo's model the sources
 that it was trained on and those that were held out, for SmolLM2-135M their docstrings (its memory was trained on some
@@ -239,18 +238,10 @@ def train_lora(model, tokenizer, facts, text, held_out, arguments) -> dict[str, 
 
 
 def nearest_size(model: nn.Module, numbers: int) -> tuple[list[str], int]:
-    """The attention projections of all layers, of every second one and so on, and a rank, nearest to a size."""
-    found = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in ATTENTION]
-    of_layer = len(found) // model.config.num_hidden_layers
-    sizes = {}
-    for every in range(1, model.config.num_hidden_layers + 1):
-        chosen = [each for number, each in enumerate(found) if number // of_layer % every == every - 1]
-        of_rank = sum(module.in_features + module.out_features for _, module in chosen)
-        for rank in range(1, 65):
-            sizes[abs(of_rank * rank - numbers), every, rank] = [name for name, _ in chosen]
-    # Of equals, the most layers.
-    best = min(sizes)
-    return sizes[best], best[2]
+    """The attention projections of all layers, and the rank that comes nearest to a size."""
+    found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ATTENTION}
+    of_rank = sum(module.in_features + module.out_features for module in found.values())
+    return list(found), max(1, round(numbers / of_rank))
 
 
 def backward_of_facts(model: nn.Module, rows, weights: torch.Tensor, margin: float) -> tuple[torch.Tensor, float]:
@@ -373,7 +364,13 @@ def main() -> None:
         return
     arguments.dtype = arguments.dtype or str(fastest_dtype()).removeprefix("torch.")
     results = Results("Facts in rows of a memory, beside LoRA of equal size", about(__doc__))
-    results.about += f"\n\nSmolLM2 in {arguments.dtype}, {arguments.threads} thread{'s' * (arguments.threads > 1)}."
+    threads = f"{arguments.threads} thread{'s' * (arguments.threads > 1)}"
+    beside = (
+        "LoRA was trained on " + " and ".join(NAMES[each] for each in arguments.lora)
+        if arguments.lora
+        else "LoRA was not run"
+    )
+    results.about += f"\n\nSmolLM2 in {arguments.dtype}, {threads}. {beside}."
     results.tables = compare(arguments)
     results.write(arguments.results)
 
