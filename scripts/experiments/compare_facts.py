@@ -295,7 +295,8 @@ def compare(arguments: argparse.Namespace) -> list[Table]:
     runs, tables = Runs(arguments), []
     for model in arguments.models:
         found = {ROWS: [runs.found(model, ROWS, seed) for seed in arguments.seeds]}
-        note = f"Drift on {found[ROWS][0]['tokens']:,} held-out tokens. Seconds are those of the optimisation."
+        note = f"Drift on {found[ROWS][0]['tokens']:,} held-out tokens. Ten related prompts stand beside five facts "
+        note += "each. Seconds are those of the optimisation, while other programs kept the machine busy."
         if model in arguments.lora:
             numbers = int(found[ROWS][0]["numbers"])
             tuned = {rate: runs.found(model, LORA, arguments.seeds[0], rate, numbers, True) for rate in RATES}
