@@ -1,4 +1,4 @@
-"""Facts written into rows of a memory, beside the same facts in a LoRA of equal size.
+"""Facts written into rows of a memory, and the same facts in a LoRA of equal size.
 
     python scripts/train_tiny.py && python scripts/add_memory.py           once: the two models
     python scripts/experiments/compare_facts.py --threads 1
@@ -364,7 +364,7 @@ def main() -> None:
         print(json.dumps(run_once(arguments)))
         return
     arguments.dtype = arguments.dtype or str(fastest_dtype()).removeprefix("torch.")
-    results = Results("Facts in rows of a memory, beside LoRA of equal size", about(__doc__))
+    results = Results("Facts in rows of a memory", about(__doc__))
     threads = f"{arguments.threads} thread{'s' * (arguments.threads > 1)}"
     beside = (
         "LoRA was trained on " + " and ".join(NAMES[each] for each in arguments.lora)
