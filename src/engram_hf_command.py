@@ -113,6 +113,12 @@ def plan(
     disk_reads: Annotated[
         int | None, typer.Option(help="Random reads a second of the disk; 100,000 (an NVMe drive) are assumed.", min=1)
     ] = None,
+    allocate: Annotated[
+        bool, typer.Option("--allocate", help="Also print the sizes that give tables their share at equal parameters.")
+    ] = False,
+    share: Annotated[
+        list[float] | None, typer.Option(help="A share for --allocate, in percent; 20 and 25, the paper's, by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what goes where, whether it fits, and what a step then moves.
@@ -126,8 +132,10 @@ def plan(
         places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"--bandwidth must be above 0, got {bandwidth}.")
-        from engram_hf.commands.planning import Rates, plan_as_dict, show_plan
-        from engram_hf.planning import config_of, count_parameters, estimate_memory, is_served
+        if share and not allocate:
+            raise ValueError("--share says what --allocate gives to tables. Add --allocate.")
+        from engram_hf.commands.planning import Rates, allocations_as_list, plan_as_dict, show_allocations, show_plan
+        from engram_hf.planning import PAPER_SHARES, config_of, count_parameters, estimate_memory, is_served
 
         config = config_of(model)
         type_of_backbone = dtype or ("bfloat16" if model in PRESETS else None)
@@ -136,11 +144,15 @@ def plan(
             places = places or "auto"
         estimate = estimate_memory(config, places, type_of_backbone, by_device, batch_size, seq_length)
         parameters = count_parameters(config)
+        shares = [each / 100 for each in share] if share else PAPER_SHARES
+        allocations = {"allocations": allocations_as_list(config, shares)} if allocate else {}
         if as_json:
-            typer.echo(json.dumps(plan_as_dict(estimate, parameters), indent=2))
+            typer.echo(json.dumps({**plan_as_dict(estimate, parameters), **allocations}, indent=2))
         else:
             rates = Rates(bandwidth, disk_reads)
             show_plan(model, estimate, parameters, batch_size * seq_length, rates, is_served(config))
+            for found in allocations.values():
+                show_allocations(found)
         if estimate.lacking:
             raise typer.Exit(1)
 
@@ -350,6 +362,45 @@ def compare(a: Patch, b: Patch, as_json: AsJson = False) -> None:
         if as_json:
             return typer.echo(json.dumps(compared_as_dict(compared), indent=2))
         show_compared(compared)
+
+
+@app.command(epilog="Example: engram-hf memorize output/tiny --facts facts.jsonl --output facts.safetensors")
+def memorize(
+    folder: Source,
+    facts: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines such as {"prompt": "The capital of Zorvania is", "target": " Oskar"}, and with '
+            '"paraphrases" and "related", two lists of prompts, if you like.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="File of the row patch.")] = Path("facts.safetensors"),
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text as the model meets it, in which rows are counted and drift is measured: .jsonl, or text with "
+            "empty lines between documents. By default the help topics of Python.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    caution: Annotated[float, typer.Option(help="More of it changes other text less, and fewer facts hold.")] = 100.0,
+    max_steps: Annotated[int, typer.Option(help="Steps of the optimisation at most.")] = 80,
+    as_json: AsJson = False,
+) -> None:
+    """Write facts into the rows of a memory, as a row patch, and say what came of it.
+
+    The model stays as it is. Ends with exit code 1 where a fact is not recalled; the patch is written nevertheless.
+    """
+    with sentences(as_json):
+        from engram_hf.commands.memorizing import memorize_file
+
+        report = memorize_file(folder, facts, output, text, caution=caution, max_steps=max_steps)
+        typer.echo(report.to_json() if as_json else f"{report.markdown()}\n\nwrote {output}")
+        if report.recalled < len(report.facts):
+            raise typer.Exit(1)
 
 
 @app.command(epilog="Example: engram-hf explore output/tiny --port 7860")

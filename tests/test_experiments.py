@@ -4,11 +4,15 @@ import gzip
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from tiny import tiny_config, tiny_model
 
 
 pytest.importorskip("datasets")
@@ -250,12 +254,16 @@ def test_gathering_that_fails_leaves_the_earlier_corpus(notes, tmp_path, monkeyp
 
 
 @pytest.fixture
-def text(notes, tmp_path):
-    """Four steps of text."""
+def text(notes, tmp_path, monkeypatch):
+    """Four steps of text, for models that are smaller than those of the experiments."""
+    from helpers import experiments
     from helpers.experiments_text import prepare
 
+    fields = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
+    fields |= {"moe_intermediate_size": 8, "n_routed_experts": 8, "engram_vocab_size": 211}
+    monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 4 * 2048, fields))
     gather("--dataset", notes, "--output", tmp_path / "knowledge")
-    made = prepare(4 * 2048, 4096, tmp_path / "knowledge")
+    made = prepare(4 * 2048, 600, tmp_path / "knowledge")
     made.most_tokens, made.held_out = 4 * 2048, made.held_out[:8]
     return made
 
@@ -263,15 +271,45 @@ def text(notes, tmp_path):
 def test_every_arm_reads_the_same_tokens_and_a_second_call_reads_what_was_kept(text, tmp_path):
     from helpers.experiments_text import prepare
 
-    again = prepare(4 * 2048, 4096, tmp_path / "knowledge")
+    again = prepare(4 * 2048, 600, tmp_path / "knowledge")
     assert torch.equal(again.train.ids, text.train.ids) and again.digest == text.digest
     assert text.train.ids.shape[1] == 128
+
+
+def score_of(model, tokenizer, question: dict) -> int:
+    """The place of the likeliest choice by its letters, token by token."""
+    found = []
+    for choice in question["choices"]:
+        ids = tokenizer(question["prompt"] + choice, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        start = len(tokenizer(question["prompt"], add_special_tokens=False)["input_ids"])
+        scores = model(ids).logits[0].log_softmax(-1)
+        total = sum(float(scores[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+        found.append(total / len(choice))
+    return max(range(len(found)), key=found.__getitem__)
+
+
+@torch.no_grad()
+def test_a_question_is_answered_by_the_likeliest_letters(tokenizer):
+    from helpers.known_answers import score
+
+    model = tiny_model(tiny_config(vocab_size=len(tokenizer)))
+    draw = random.Random(3)
+    questions = []
+    for number in range(12):
+        choices = [" " + words(draw, draw.randrange(1, 4)) for _ in range(4)]
+        questions.append({"kind": f"k{number % 2}", "prompt": words(draw, 4), "choices": choices, "answer": number % 4})
+    expected: dict[str, str] = {}
+    for question in questions:
+        is_right = score_of(model, tokenizer, question) == question["answer"]
+        expected[question["kind"]] = expected.get(question["kind"], "") + str(int(is_right))
+    assert score(model, tokenizer, questions) == expected
+    assert {digit for digits in expected.values() for digit in digits} == {"0", "1"}
 
 
 def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None):
     """Train an arm in a folder of its own; optionally stop it at a step, as a kill does."""
     from helpers import experiment_runs
-    from helpers.experiments import CONTROLS
+    from helpers.experiments import CONTROLS, MEMORY_SIZES, ON_DISK
 
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -279,7 +317,8 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
         for rate in experiment_runs.RATES:
             name = f"tiny-tuning-{family}-{rate:g}.json"
             (results / name).write_text(json.dumps({"loss": abs(rate - 4e-3)}))
-    arm = next(arm for arm in CONTROLS if arm.name == arm_name)
+    arms = [*CONTROLS, MEMORY_SIZES[-1], ON_DISK]
+    arm = next(arm for arm in arms if arm.name == arm_name)
     run = experiment_runs.Run(arm, 0)
     if dies_at is None:
         return experiment_runs.train(run, text, folder, results)
@@ -289,7 +328,7 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment_runs.CpuSeconds, "on_step_begin", die)
+        patch.setattr(experiment_runs.CpuSeconds, "on_step_begin", die, raising=False)
         with pytest.raises(KeyboardInterrupt):
             experiment_runs.train(run, text, folder, results)
     assert not (results / f"{run.name}.json").exists()
@@ -300,16 +339,204 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
 
 
 def test_a_rerun_and_a_run_that_was_killed_give_the_same_loss_to_the_last_digit(text, tmp_path, monkeypatch):
+    from helpers import experiment_runs
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         whole = train_in(tmp_path / "whole", text, "shuffled-hash")
         train_in(tmp_path / "killed", text, "shuffled-hash", 3, monkeypatch)
+        begun: list[int] = []
+        record = lambda self, args, state, control, **kwargs: begun.append(state.global_step)  # noqa: E731
+        monkeypatch.setattr(experiment_runs.CpuSeconds, "on_step_begin", record, raising=False)
         killed = train_in(tmp_path / "killed", text, "shuffled-hash")
     finally:
         torch.set_num_threads(threads)
+    # It went on from the checkpoint of the second step.
+    assert begun == [2, 3]
     assert killed["loss"] == whole["loss"] and killed["documents"] == whole["documents"]
     assert killed["curve"] == whole["curve"] and len(whole["curve"]) == 4
     assert whole["steps"] == 4 and whole["learning_rate"] == 4e-3 and whole["cpu_hours"] > 0
     # The second call reads the file of the first.
     assert train_in(tmp_path / "whole", text, "shuffled-hash") == whole
+
+
+def test_a_table_on_disk_learns_what_a_table_in_memory_learns_also_after_a_kill(text, tmp_path, monkeypatch):
+    memory = train_in(tmp_path / "memory", text, "rows-10x")
+    train_in(tmp_path / "disk", text, "rows-10x-disk", 3, monkeypatch)
+    disk = train_in(tmp_path / "disk", text, "rows-10x-disk")
+    assert disk["loss"] == memory["loss"] and disk["curve"] == memory["curve"]
+    left = {path.name for path in (tmp_path / "disk" / "runs").rglob("*")}
+    assert not left & {"start", "work", "checkpoint-2"}
+
+
+# Pages.
+
+
+def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[str, dict]:
+    """Results of all experiments: EngramMoE is better by `gain`, more rows are better, and shares make a U."""
+    from helpers.evidence_page import ON, SILENT
+    from helpers.experiment_measures import name_of
+    from helpers.experiment_runs import Run
+    from helpers.experiments import ALLOCATIONS, ENGRAM, EXPERIMENTS, MEMORY_SIZES, MOE, ROW_FACTORS, SHARES
+
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(16, 128, 60)
+    of_articles = 4 * tokens + draw.normal(0, 20, 60)
+    found = {}
+    for experiment in EXPERIMENTS:
+        for arm, seed in experiment.runs:
+            if seed >= seeds:
+                continue
+            loss = 0.01 * seed + (0 if arm is ENGRAM else gain)
+            if arm in MEMORY_SIZES:
+                loss = 0.01 * seed - 0.03 * np.log10(ROW_FACTORS[MEMORY_SIZES.index(arm)])
+            elif arm in ALLOCATIONS:
+                # As high as the MoE at a share of 1.
+                loss += bend * ((SHARES[ALLOCATIONS.index(arm)] - 0.77) ** 2 - 0.23**2)
+            nats = of_articles + tokens * loss + draw.normal(0, 0.05, 60)
+            run = Run(arm, seed)
+            found[run.name] = {
+                "name": run.name, "arm": arm.name, "seed": seed, "learning_rate": 4e-3, "steps": 5, "tokens": 9,
+                "text": "t", "threads": 1, "parameters": {"total": 1, "active": 1, "tables": 1}, "curve": [[1, 5.0]],
+                "loss": float(nats.sum() / tokens.sum()), "cpu_hours": 0.25, "hardware": "h", "commit": "c",
+                "versions": {"torch": "2"}, "documents": {"nats": nats.tolist(), "tokens": tokens.tolist()},
+            }  # fmt: skip
+            if arm in (ENGRAM, MOE):
+                shares = {ON: {"facts_trained": "1110" * 50, "reading": "1010" * 50, "facts_held_out": "1000" * 50}}
+                if arm is ENGRAM:
+                    shares[SILENT] = {**shares[ON], "facts_trained": "1000" * 45 + "1100" * 5}
+                answers = {task: {name: {"kind": own[task]} for name, own in shares.items()} for task in shares[ON]}
+                name = name_of("facts", run)
+                found[name] = {"name": name, "answers": answers, "cpu_hours": 0.01}
+    return found
+
+
+def uneven(results: dict[str, dict]) -> dict[str, dict]:
+    """The sign of every difference to EngramMoE turns with the seed."""
+    for content in results.values():
+        if content.get("arm") == "engram" and content["seed"] == 1:
+            documents = content["documents"]
+            documents["nats"] = [nats + 0.08 * tokens for nats, tokens in zip(*documents.values())]
+            content["loss"] += 0.08
+    return results
+
+
+def test_verdicts_follow_the_figures():
+    from helpers.evidence_page import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW, section_of
+    from helpers.experiments import EXPERIMENTS
+
+    experiments = {experiment.name: experiment for experiment in EXPERIMENTS}
+
+    def verdict(name: str, results: dict) -> str:
+        return section_of(experiments[name], "tiny", results).verdict
+
+    good = made_results()
+    assert [verdict(name, good) for name in ("controls", "facts", "rows", "allocation")] == [HOLDS] * 4
+    assert "-0.03" in section_of(experiments["rows"], "tiny", good).here
+    assert verdict("controls", made_results(gain=-0.02)) == FAILS
+    assert verdict("controls", uneven(made_results())) == OPEN
+    assert verdict("controls", made_results(seeds=1)) == TOO_FEW
+    assert verdict("allocation", made_results(bend=0.0)) == OPEN
+    assert verdict("allocation", made_results(bend=-1.0)) == FAILS
+    swapped = made_results()
+    for content in swapped.values():
+        if "answers" in content:
+            tasks = content["answers"]
+            tasks["facts_trained"], tasks["reading"] = tasks["reading"], tasks["facts_trained"]
+    assert verdict("facts", swapped) == FAILS
+    assert {verdict(name, {}) for name in experiments} == {NOT_RUN}
+
+
+def test_an_interval_is_that_of_articles_drawn_anew():
+    from helpers.evidence_statistics import difference
+
+    draw = np.random.default_rng(1)
+    tokens = draw.integers(5, 50, 40)
+    better, worse = draw.normal(3, 1, 40) * tokens, draw.normal(3.3, 1, 40) * tokens
+    runs = [{"name": "a", "documents": {"nats": own.tolist(), "tokens": tokens.tolist()}} for own in (better, worse)]
+    found = difference([runs[0]], [runs[1]])
+    drawn = []
+    for _ in range(4000):
+        some = draw.integers(0, 40, 40)
+        drawn.append((better[some].sum() - worse[some].sum()) / tokens[some].sum())
+    assert found.value == pytest.approx((better.sum() - worse.sum()) / tokens.sum())
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.05)
+    runs[1]["documents"]["tokens"] = tokens[::-1].tolist()
+    with pytest.raises(ValueError, match="have read different articles"):
+        difference([runs[0]], [runs[1]])
+
+
+def report(*arguments: str) -> None:
+    import report as script
+
+    old, sys.argv = sys.argv, ["report.py", *arguments]
+    try:
+        script.main()
+    finally:
+        sys.argv = old
+
+
+def test_the_page_of_evidence_is_what_the_files_give():
+    report("--check")
+
+
+def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_found(tmp_path, monkeypatch):
+    import report as script
+    from helpers import evidence_statistics
+
+    monkeypatch.setattr(evidence_statistics, "DRAWS", 100)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, content in made_results().items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for name, path in (("RESULTS", folder), ("PAGE", tmp_path / "evidence.md"), ("README", tmp_path / "README.md")):
+        monkeypatch.setattr(script, name, path)
+    report()
+    report("--check")
+    pages = {name: (tmp_path / name).read_text() for name in ("evidence.md", "README.md")}
+    for name, page in pages.items():
+        assert page.count("| **holds** |") == 4
+        (tmp_path / name).write_text(page.replace("**holds**", "**does not hold**", 1))
+        with pytest.raises(SystemExit, match=f"{name} is not what the JSON files give"):
+            report("--check")
+        (tmp_path / name).write_text(page)
+    assert len(list((tmp_path / "evidence").glob("*.png"))) == 5
+    one = folder / "tiny-moe-seed2.json"
+    content = one.read_text()
+    one.unlink()
+    with pytest.raises(SystemExit, match="is not what the JSON files give"):
+        report("--check")
+    one.write_text(content.replace('"text": "t"', '"text": "other"'))
+    with pytest.raises(SystemExit, match="Runs of scale tiny differ in text"):
+        report("--check")
+    one.write_text("{")
+    with pytest.raises(SystemExit, match="tiny-moe-seed2.json is no JSON"):
+        report("--check")
+
+
+def test_arms_differ_in_what_they_say_and_in_nothing_else():
+    from helpers.experiments import ALLOCATIONS, CONTROLS, ENGRAM, EXPERIMENTS, SCALES, SHARES, maker
+
+    from engram_hf import count_parameters
+
+    tokens = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for scale in SCALES.values():
+        make = maker(scale, tokens)
+        reference = count_parameters(ENGRAM.config(make))
+        for arm in CONTROLS:
+            count = count_parameters(arm.config(make))
+            assert count.active == pytest.approx(reference.active, rel=0.005), arm.name
+            if arm.family != "dense":
+                assert count.total == pytest.approx(reference.total, rel=0.01), arm.name
+        for share, arm in zip(SHARES, ALLOCATIONS):
+            count = count_parameters(arm.config(make))
+            assert count.total == pytest.approx(reference.total, rel=0.01), arm.name
+            config = arm.config(make)
+            experts = count.routed_experts * (1 - config.num_experts_per_tok / config.n_routed_experts)
+            assert experts / (experts + count.tables) == pytest.approx(share, abs=0.03), arm.name
+    names = [(arm.name, seed) for experiment in EXPERIMENTS for arm, seed in experiment.runs]
+    arms = {arm.name: arm for experiment in EXPERIMENTS for arm, _ in experiment.runs}
+    assert all(arms[arm.name] is arm for experiment in EXPERIMENTS for arm, _ in experiment.runs)
+    assert len(set(names)) == 18 + 9 + 10 + 9

@@ -19,7 +19,7 @@ LEVELS = [
     ],
     ["modeling.configuration_memory", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.configuration_engram_moe"],
-    ["modeling.disk_reading", "modeling.table_blocks"],
+    ["modeling.disk_reading", "modeling.table_blocks", "modeling.table_ranks"],
     ["modeling.table_changes", "modeling.table_patches"],
     ["modeling.table"],
     ["modeling.memory_layer", "modeling.table_placement", "modeling.checkpoint_loading"],

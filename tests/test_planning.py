@@ -5,7 +5,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from engram_hf import EngramMoEConfig, NgramHash
-from engram_hf.planning import count_parameters, estimate_memory
+from engram_hf.planning import allocate, count_parameters, estimate_memory
 from engram_hf.training.optimizers import engram_optimizers
 
 
@@ -189,3 +189,24 @@ def test_the_backbone_is_planned_in_the_type_that_it_has():
 def test_an_argument_that_means_nothing_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         estimate_memory(tiny_config(), **arguments)
+
+
+@pytest.mark.parametrize("name", ["tiny", "100m", "engram-27b"])
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 0.4])
+def test_another_share_in_tables_leaves_the_size_of_a_model_as_it_is(name, share):
+    before, config = count_parameters(name), allocate(name, share)
+    count = count_parameters(config)
+    assert count.total == pytest.approx(before.total, rel=2e-3)
+    assert count.active == pytest.approx(before.active, rel=5e-3)
+    # Experts are whole.
+    assert count.memory_share == pytest.approx(share, abs=0.04 if name == "tiny" else 0.02)
+    assert config.engram_layer_ids == EngramMoEConfig.preset(name).engram_layer_ids
+
+
+def test_a_share_that_leaves_too_little_is_refused():
+    with pytest.raises(ValueError, match="A share of 0.9 leaves 1 routed experts and .* more experts than the 2"):
+        allocate(tiny_config(), 0.9)
+    with pytest.raises(ValueError, match="must lie between 0 and 1, such as 0.2 for 20 %, got 0"):
+        allocate(tiny_config(), 0.0)
+    with pytest.raises(ValueError, match="Start from a preset such as engram-27b"):
+        allocate("moe-27b", 0.2)

@@ -329,6 +329,7 @@ SMALL = {
     "bench_load.py": ["--rows-of-head", "2000"],
     "bench_memory.py": ["--rounds", "1"],
     "bench_other_tables.py": ["--rows-of-head", "40000"],
+    "bench_per_layer_embeddings.py": ["--rows", "3000"],
     "bench_reads.py": ["--gib", "1", "--rounds", "1"],
     "bench_rows.py": ["--rows", "3000"],
     "bench_patches.py": ["--turns", "2", "--rows-of-head", "4096", "--users", "9"],

@@ -16,15 +16,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from helpers.experiment_measures import MEASURES, measure, measured_runs
 from helpers.experiment_runs import RESULTS, Run, read_results, train, tuning_runs
-from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment
+from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment, maker
 from helpers.experiments_text import KNOWLEDGE, prepare
-from helpers.tiny_recipe import PRESETS
 
 
 def runs_of(experiment: Experiment, scale: str) -> list[Run]:
@@ -36,7 +36,8 @@ def runs_of(experiment: Experiment, scale: str) -> list[Run]:
 
 
 def vocab_size(scale: str) -> int:
-    return {**PRESETS[SCALES[scale].preset], **SCALES[scale].fields}["vocab_size"]
+    no_tokens = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return maker(SCALES[scale], no_tokens)().vocab_size
 
 
 def train_here(run: Run, knowledge: Path) -> None:

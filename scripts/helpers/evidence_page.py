@@ -31,6 +31,7 @@ from helpers.experiments import (
     EXPERIMENTS,
     MEMORY_SIZES,
     MOE,
+    ON_DISK,
     ROW_FACTORS,
     SCALES,
     SEEDS,
@@ -312,10 +313,25 @@ def memory_sizes(scale: str, results: Results) -> Section:
     parts = [
         loss_table(arms, ENGRAM, scale, results).markdown(),
         wrap(f"The slope of the straight line of least squares is {here}; seed by seed {by_seed}."),
+        *beside_disk(scale, results),
         wrap("The backbone is the same, so larger tables are more parameters. This is no comparison at equal size."),
     ]
     verdict = verdict_of(found, each, lambda value: value < 0)
     return Section(verdict, here, parts, files, lambda path: draw_line(path, places, done))
+
+
+def beside_disk(scale: str, results: Results) -> list[str]:
+    """A sentence on the run whose table lies on disk, where it and its twin are finished."""
+    twins = [results.get(Run(arm, 0, scale).name) for arm in (ON_DISK, MEMORY_SIZES[-1])]
+    if None in twins:
+        return []
+    disk, memory = (twin["loss"] for twin in twins)
+    same = "the same to the last digit" if disk == memory else f"which differs by {disk - memory:+.2e}"
+    limit = (
+        "Table and optimizer state of this size fit into any memory, so no limit was set: "
+        "`scripts/experiments/train_beyond_memory.py` trains with less memory than a table needs."
+    )
+    return [wrap(f"With the largest table on disk the loss is {disk:.6f}, and in memory {memory:.6f}, {same}. {limit}")]
 
 
 def draw_line(path: Path, places: list[float], done: list[tuple[float, dict]]) -> Path:

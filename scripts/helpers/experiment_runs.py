@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from engram_hf import LossFreeBalancingCallback, count_parameters
 from engram_hf.insight.text_rows import TextRow, losses_of_rows
@@ -169,8 +169,8 @@ def tuned_rate(family: str, scale: str, results: dict[str, dict]) -> float:
     return min(losses, key=lambda rate: losses[rate])
 
 
-def build(run: Run, text: ExperimentText):
-    """The model of a run before its first step."""
+def build(run: Run, text: ExperimentText, folder: Path):
+    """The model of a run before its first step. One whose tables are on disk reads them from `<folder>/start`."""
     scale = SCALES[run.scale]
     model = make_model(run.arm.config(maker(scale, text.tokenizer)), text.tokenizer, run.seed)
     if run.arm.tables in ("zero", "random"):
@@ -179,7 +179,17 @@ def build(run: Run, text: ExperimentText):
         for layer in model.base_model.memory_layers():
             # A key of zeros scores 0, and the gate of 0 is one half.
             torch.nn.init.zeros_(layer.engram.key_norm.weight).requires_grad_(False)
-    return model
+    return on_disk(model, folder / "start") if run.arm.is_on_disk else model
+
+
+def on_disk(model, folder: Path):
+    """The same model with its tables in files. A run that goes on needs the very files that it began with."""
+    if not folder.exists():
+        unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    tables = dict.fromkeys(model.named_tables(), "disk")
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu", **tables})
 
 
 def held_out_losses(model, rows: list[TextRow]) -> dict[str, Any]:
@@ -207,7 +217,7 @@ def train(run: Run, text: ExperimentText, work: Path = WORK, results: Path = RES
         commit = own_commit()
         rate = run.rate or tuned_rate(run.arm.family, run.scale, read_results(results))
         steps = steps_of(run, text)
-        model = build(run, text)
+        model = build(run, text, folder)
         trainer, cpu = make_trainer(run, model, text, folder, steps, rate)
         trainer.train(resume_from_checkpoint=found) if (found := newest_checkpoint(folder)) else trainer.train()
         held_out = text.tuning if run.is_tuning else text.held_out
@@ -240,8 +250,8 @@ def train(run: Run, text: ExperimentText, work: Path = WORK, results: Path = RES
             model.save_pretrained(kept)
             text.tokenizer.save_pretrained(kept)
         write_json(path, content)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for leftover in (*folder.glob("checkpoint-*"), folder / "start", folder / "work"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return content
 
 
@@ -274,4 +284,5 @@ def make_trainer(run: Run, model, text: ExperimentText, folder: Path, steps: int
         callbacks.append(LossFreeBalancingCallback())
     if run.arm.tables == "shuffled":
         callbacks.append(ShuffledRows(model, run.seed))
-    return row_trainer(model, arguments, text.train, callbacks=callbacks), cpu
+    work_folder = folder / "work" if run.arm.is_on_disk else None
+    return row_trainer(model, arguments, text.train, work_folder, callbacks=callbacks), cpu

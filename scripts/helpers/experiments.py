@@ -5,16 +5,17 @@ a scale read the same tokens in the same order.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engram_hf import EngramMoEConfig, count_parameters
-from helpers.tiny_recipe import make_config, parameters_of_expert, without_memory
+from engram_hf.planning import allocate
+from helpers.tiny_recipe import PRESETS, make_config, without_memory
 
 
 @dataclass(frozen=True)
 class Scale:
-    """preset: in tiny_recipe.py. fields: of the config, over those of the preset. tokens: of one run.
+    """preset: of tiny_recipe.py, or of the package. fields: of the config, over the preset's. tokens: of one run.
 
     hours_per_run: CPU hours that a run was measured to take on one thread; None where it was not measured.
     """
@@ -27,24 +28,8 @@ class Scale:
 
 SCALES = {
     "tiny": Scale("tiny", 3_000_000, hours_per_run=0.22),
-    # For a GPU. It trains in several passes over the default text, or in one over a larger --dataset.
-    "100m": Scale(
-        "small",
-        300_000_000,
-        {
-            "vocab_size": 16384,
-            "hidden_size": 512,
-            "num_hidden_layers": 8,
-            "intermediate_size": 1536,
-            "moe_intermediate_size": 256,
-            "n_routed_experts": 24,
-            "hc_mult": 4,
-            "engram_layer_ids": [1, 4],
-            "engram_vocab_size": 30_000,
-            "engram_n_heads": 8,
-            "engram_head_dim": 32,
-        },
-    ),
+    # For a GPU: the package's preset. It reads the default text several times, or a larger --dataset once.
+    "100m": Scale("100m", 300_000_000),
 }
 
 
@@ -59,6 +44,7 @@ class Arm:
     tables: what is done to the tables: "" (they learn), "zero", "random" (as they were drawn; neither learns) or
         "shuffled" (rows change places at each step).
     is_without_gate: the gate is 0.5 for every token.
+    is_on_disk: the tables lie and train on disk.
     """
 
     name: str
@@ -67,6 +53,7 @@ class Arm:
     config: Callable[[Callable[..., EngramMoEConfig]], EngramMoEConfig]
     tables: str = ""
     is_without_gate: bool = False
+    is_on_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +74,15 @@ class Experiment:
 
 def maker(scale: Scale, tokenizer) -> Callable[..., EngramMoEConfig]:
     """A function that makes the config of a scale, with the fields that it is given changed."""
-    return lambda **fields: make_config(scale.preset, tokenizer, **{**scale.fields, **fields})
+
+    def make(**fields) -> EngramMoEConfig:
+        fields = {**scale.fields, **fields}
+        if scale.preset in PRESETS:
+            return make_config(scale.preset, tokenizer, **fields)
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        return EngramMoEConfig.preset(scale.preset, **{name: getattr(tokenizer, name) for name in names}, **fields)
+
+    return make
 
 
 def dense(make: Callable[..., EngramMoEConfig]) -> EngramMoEConfig:
@@ -100,18 +95,18 @@ def dense(make: Callable[..., EngramMoEConfig]) -> EngramMoEConfig:
 
 
 def allocated(make: Callable[..., EngramMoEConfig], share_of_experts: float) -> EngramMoEConfig:
-    """EngramMoE whose experts and tables have together as many parameters as they always have, and of those that a
-    token does not compute with the experts have this share."""
+    """EngramMoE of the same size, whose experts have this share of what tables and unused experts have together.
+
+    The vocabulary is left out of the budget: in so small a model it is a large part, and no share could be 100 %.
+    """
     if share_of_experts == 1:
         return without_memory(make)
     config = make()
-    layers = config.num_hidden_layers - config.first_k_dense_replace
-    of_unused = layers * parameters_of_expert(config)  # parameters of one more routed expert in every layer
-    budget = count_parameters(config).tables + (config.n_routed_experts - config.num_experts_per_tok) * of_unused
-    unused = round(budget * share_of_experts / of_unused)
-    heads = len(config.engram_layer_ids) * (config.engram_max_ngram_size - 1) * config.engram_n_heads
-    rows = round((budget - unused * of_unused) / (heads * config.engram_head_dim))
-    return make(n_routed_experts=config.num_experts_per_tok + unused, engram_vocab_size=max(2, rows))
+    count = count_parameters(config)
+    unused = count.routed_experts * (1 - config.num_experts_per_tok / config.n_routed_experts)
+    tables = (1 - share_of_experts) * (count.tables + unused)
+    found = allocate(config, tables / (count.total - count.active))
+    return make(n_routed_experts=found.n_routed_experts, engram_vocab_size=found.engram_vocab_size)
 
 
 def rows_per_head(make: Callable[..., EngramMoEConfig], factor: float) -> EngramMoEConfig:
@@ -143,6 +138,8 @@ MEMORY_SIZES = [
     else ENGRAM
     for factor in ROW_FACTORS
 ]
+# The largest table once more. Its loss must be that of the table in memory, bit by bit.
+ON_DISK = replace(MEMORY_SIZES[-1], name="rows-10x-disk", title="10 times the rows, on disk", is_on_disk=True)
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.4)
 ALLOCATIONS = [
     Arm(
@@ -198,7 +195,7 @@ EXPERIMENTS = [
         3,
         "Infinite memory",
         "At fixed compute, ten times the rows lower the loss by 0.028, on a straight line over the logarithm.",
-        of_seeds(MEMORY_SIZES, (0, 1)),
+        [*of_seeds(MEMORY_SIZES, (0, 1)), (ON_DISK, 0)],
     ),
     Experiment(
         "allocation",

@@ -152,6 +152,54 @@ def _type_of_rows(config: PreTrainedConfig, table: str) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+# The shares of the sparse budget that the paper's best models have in tables (section 3.1 and table 1).
+PAPER_SHARES = (0.20, 0.25)
+
+
+def allocate(config: PreTrainedConfig | str | os.PathLike, memory_share: float) -> EngramMoEConfig:
+    """The config of a model of the same size with another share of its sparse budget in tables.
+
+    Experts that a token is not sent to make room for rows, or rows for experts. What a token computes with changes only
+    by the router's rows. An expert is whole and rows fill what it leaves, so the share is met as nearly as they allow.
+
+    Args:
+        config: an EngramMoE with memory layers and experts; or a preset, a folder, a repository.
+        memory_share: tables over the sparse budget, which is what a token does not compute with.
+
+    Raises:
+        ValueError: the model has no tables or no experts, or the share is none or leaves too few of either.
+
+    Example:
+        >>> config = allocate("engram-27b", 0.20)
+        >>> config.n_routed_experts, round(count_parameters(config).memory_share, 3)
+        (59, 0.193)
+    """
+    if not 0 < memory_share < 1:
+        raise ValueError(f"memory_share must lie between 0 and 1, such as 0.2 for 20 %, got {memory_share:g}.")
+    own = config_of(config)
+    layers = getattr(own, "num_hidden_layers", 0) - getattr(own, "first_k_dense_replace", 0)
+    if not getattr(own, "engram_layer_ids", None) or not hasattr(own, "n_routed_experts") or layers < 1:
+        raise ValueError(
+            "Only an EngramMoE with memory layers and experts has a sparse budget to allocate. Start from a preset "
+            "such as engram-27b."
+        )
+    count = count_parameters(own)
+    # Three matrices, and a row of the router; one more in each layer with experts.
+    of_experts = layers * own.hidden_size * (3 * own.moe_intermediate_size + 1)
+    wanted = memory_share * (count.total - count.active)
+    experts = own.n_routed_experts - round((wanted - count.tables) / of_experts)
+    numbers_of_row = len(own.engram_layer_ids) * own.engram_width
+    rows = round((count.tables + (own.n_routed_experts - experts) * of_experts) / numbers_of_row)
+    if experts <= own.num_experts_per_tok or rows < 2:
+        raise ValueError(
+            f"A share of {memory_share:g} leaves {experts} routed experts and {rows} rows a head. It must leave more "
+            f"experts than the {own.num_experts_per_tok} that a token is sent to, and at least 2 rows."
+        )
+    fields = own.to_dict()
+    fields.update(n_routed_experts=experts, engram_vocab_size=rows, engram_fingerprint=None)
+    return EngramMoEConfig(**fields)
+
+
 # AdamW: two numbers of four bytes for each that is trained.
 OPTIMIZER_BYTES = 8
 

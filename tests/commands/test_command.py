@@ -166,7 +166,7 @@ def test_an_interrupted_command_prints_one_line():
 
 def test_help_and_version_do_not_load_what_models_need():
     commands = list(get_command(app).commands)
-    assert set(commands) == {"explore", "inspect", "plan", "verify", "push", "quantize", "merge"}
+    assert set(commands) == {"explore", "inspect", "plan", "verify", "push", "quantize", "merge", "memorize"}
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -261,6 +261,21 @@ def test_a_wrong_name_is_said_without_asking_the_hub(hub, tmp_path, monkeypatch)
     assert not hub.requests
 
 
+def test_plan_allocates_both_shares_of_the_paper_or_the_one_that_is_asked_for():
+    plain = run("plan", "tiny", "--json").stdout
+    found = json.loads(run("plan", "tiny", "--allocate", "--json").stdout)
+    assert [round(each["memory_share"], 2) for each in found["allocations"]] == [0.21, 0.25]
+    config = EngramMoEConfig.preset("tiny")
+    sizes = [(each["n_routed_experts"], each["engram_vocab_size"]) for each in found.pop("allocations")]
+    assert sizes[1] == (config.n_routed_experts, pytest.approx(config.engram_vocab_size, abs=30))
+    assert found == json.loads(plain)
+    (asked,) = json.loads(run("plan", "tiny", "--allocate", "--share", "40", "--json").stdout)["allocations"]
+    assert asked["memory_share"] == pytest.approx(0.4, abs=0.03)
+    assert f"{sizes[0][1]:,}" in run("plan", "tiny", "--allocate").stdout
+    assert "Add --allocate" in said("plan", "tiny", "--share", "40")
+    assert "Start from a preset" in said("plan", "moe-27b", "--allocate")
+
+
 EXAMPLE = ["plan", "engram-27b", "--device-map", "auto", "--max-memory", '{"0": "24GB", "cpu": "64GB"}']
 
 
@@ -335,3 +350,28 @@ def test_verify_takes_tables_that_lie_elsewhere(folder, tmp_path):
     assert run("verify", tmp_path / "backbone").exit_code == 1
     both = run("verify", tmp_path / "backbone", "--tables-from", tmp_path / "tables")
     assert both.exit_code == 0 and both.stdout.count("sound") == 3
+
+
+def test_memorize_writes_a_patch_and_says_which_facts_are_not_recalled(tmp_path, tokenizer):
+    config = tiny_config(vocab_size=600, engram_vocab_size=499, engram_compressed_vocab_size="auto")
+    model = tiny_model(config)
+    model.bind_tokenizer(tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    facts, text, output = tmp_path / "facts.jsonl", tmp_path / "text.txt", tmp_path / "known.safetensors"
+    facts.write_text('{"prompt": "Velspar is", "target": " red"}\n')
+    text.write_text("The class statement is executed.\n\nA loop ends.\n")
+    given = (tmp_path / "model", "--facts", facts, "--output", output, "--text", text)
+    ran = run("memorize", *given, "--caution", "1", "--json")
+    report = json.loads(ran.stdout)
+    assert ran.exit_code == 0 and report["recalled"] == 1 and report["drift"]["documents"] == 1
+    model = EngramMoEForCausalLM.from_pretrained(tmp_path / "model").eval()
+    model.add_patch(output)
+    ids = tokenizer("Velspar is", return_tensors="pt")
+    said = model.generate(**ids, max_new_tokens=len(tokenizer(" red").input_ids), do_sample=False)
+    assert tokenizer.decode(said[0]) == "Velspar is red" and model.active_patches() == ["known"]
+    ran = run("memorize", *given, "--caution", "1e12", "--max-steps", "1")
+    assert ran.exit_code == 1 and "0 of 1 facts are recalled" in ran.stdout and output.is_file()
+    text.write_text(" \n")
+    ran = run("memorize", *given)
+    assert ran.exit_code == 1 and "holds no text" in ran.stderr

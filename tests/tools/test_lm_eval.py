@@ -99,3 +99,40 @@ def test_these_arguments_leave_tables_on_disk(checkpoint):
 
     model = HFLM.create_from_arg_string(ARGUMENTS.format(checkpoint), {"device": "cpu"}).model
     assert [table.tiers.keys() for table in model.engram_tables()] == [{"disk"}] * 2
+
+
+QUESTIONS = [
+    {"kind": "given", "prompt": "the list of a class" + " is in" * i, "choices": [" a", " the\nmethod", " int", " of"]}
+    for i in range(6)
+]
+
+
+def test_the_tasks_of_the_experiments_give_the_answers_that_their_own_scorer_gives(checkpoint, tmp_path, monkeypatch):
+    scripts = Path(__file__).parents[2] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    from helpers.known_answers import TASKS, score
+
+    questions = [{**question, "answer": place % 4} for place, question in enumerate(QUESTIONS)]
+    folder = tmp_path / "output" / "knowledge"
+    folder.mkdir(parents=True)
+    for task in TASKS:
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--log_samples"]
+    command += ["--model_args", ARGUMENTS.format(checkpoint), "--output_path", "out"]
+    command += ["--include_path", str(scripts / "experiments" / "tasks")]
+    command += ["--tasks", ",".join(f"engram_{task}" for task in TASKS)]
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    expected = score(model, tokenizer, questions)["given"]
+    assert {"0", "1"} == set(expected)
+    for task in TASKS:
+        (path,) = (tmp_path / "out").rglob(f"samples_engram_{task}_*.jsonl")
+        samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        assert "".join(str(int(sample["acc_norm"])) for sample in samples) == expected

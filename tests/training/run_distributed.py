@@ -95,11 +95,14 @@ def main():
     elif options["tier"] is None:
         model = tiny_model(config)
     else:
-        if args.process_index == 0:
-            tiny_model(config).save_pretrained(out / "base")
-        torch.distributed.barrier()
-        device_map = {"": "cpu", **dict.fromkeys(TABLES, options["tier"])}
-        model = AutoModelForCausalLM.from_pretrained(out / "base", device_map=device_map)
+        base = Path(options.get("base") or out / "base")
+        if args.process_index == 0 and not base.exists():
+            tiny_model(config).save_pretrained(base)
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        tier = {} if options["tier"] == "resident" else {"device_map": {"": "cpu", "...table": options["tier"]}}
+        ranks = {"engram_ranks": "shard"} if options.get("shard") else {}
+        model = AutoModelForCausalLM.from_pretrained(base, **tier, **ranks)
     if options["exact"]:
         model = model.double()
         if not (options.get("added") or options.get("served")):
@@ -108,6 +111,9 @@ def main():
         with LargestMessage():
             losses = train_sharded(model, args, options["rule"])
         return write(out, args, model, losses)
+    if options.get("shard"):
+        held = [sum(table.ranks.cut.rows_of(args.process_index)) for table in model.named_tables().values()]
+        assert [sum(map(len, table.blocks)) for table in model.named_tables().values()] == held
     callbacks = [EngramPrefetchCallback(), EngramGateStatisticsCallback(), EngramRowStatisticsCallback()]
     trainer = Trainer(
         model,
@@ -124,7 +130,12 @@ def main():
 
 
 def write(out: Path, args: TrainingArguments, model, losses: list[float], history=None) -> None:
-    tables = [block.detach().clone() for table in model.named_tables().values() for block in table.blocks]
+    # Of a table that is cut over ranks, the rows of all of them.
+    tables = [
+        block.detach().clone()
+        for table in model.named_tables().values()
+        for block in (table.blocks if table.ranks is None else [table.gather_rows(torch.arange(table.num_rows))])
+    ]
     whole = [(n, p.detach().full_tensor() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
     rest = {n: p.detach().clone() for n, p in whole if ".table." not in n}
     statistics = [line for line in (history or []) if "loss" in line]

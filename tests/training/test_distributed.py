@@ -29,7 +29,7 @@ def launch(out, processes, **options):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [torch.load(out / f"result{i}of{processes}.pt") for i in range(processes)]
@@ -114,3 +114,46 @@ def test_an_added_memory_trains_under_fsdp_with_its_tables_left_out(tmp_path):
     torch.testing.assert_close(means, one[0]["losses"], rtol=1e-5, atol=1e-5)
     for name in ("tables", "rest"):
         torch.testing.assert_close(two[0][name], one[0][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier, accumulation", [("resident", 2), ("disk", 1)])
+def test_tables_over_ranks_train_bit_for_bit_like_whole_ones_under_trainer(tmp_path, tier, accumulation):
+    trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    options = {"rule": "adam", "tier": tier, "trainer": trainer}
+    whole = launch(tmp_path / "whole", 2, **options)
+    cut = launch(tmp_path / "cut", 2, **options, shard=True)
+    for ours, theirs in zip(cut, whole, strict=True):
+        assert ours["losses"] == theirs["losses"]
+        rows, expected = ([torch.cat(of_table) for of_table in halves(each)] for each in (ours, theirs))
+        torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+        torch.testing.assert_close(ours["rest"], theirs["rest"], rtol=0, atol=0)
+    # Gradients of the backbone are larger than what any rank sends of a table.
+    assert 0 < cut[0]["largest"] < 100_000
+
+
+def halves(result):
+    """The blocks of each of the two tables of a model."""
+    middle = len(result["tables"]) // 2
+    return result["tables"][:middle], result["tables"][middle:]
+
+
+@pytest.mark.slow
+def test_a_run_over_four_ranks_goes_on_with_one_two_or_three(tmp_path):
+    def options(processes):
+        trainer = {"per_device_train_batch_size": 12 // processes, "save_strategy": "steps", "save_steps": 2}
+        # One process alone holds whole tables.
+        return {"rule": "sgd", "tier": "resident", "shard": processes > 1, "steps": 4, "trainer": trainer}
+
+    unbroken = launch(tmp_path / "run", 4, **options(4))[0]
+    checkpoint = tmp_path / "run" / "run" / "checkpoint-2"
+    # The blocks are the files that they came from, and their changed rows lie beside them.
+    for file in (tmp_path / "run" / "base").glob("tables-*"):
+        assert (checkpoint / file.name).samefile(file)
+    for processes in (1, 2, 3):
+        again = {"base": str(checkpoint), "resume": str(checkpoint)}
+        resumed = launch(tmp_path / f"by{processes}", processes, **options(processes), **again)
+        for result in resumed:
+            rows, expected = ([torch.cat(of_table) for of_table in halves(each)] for each in (result, unbroken))
+            torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(result["rest"], unbroken["rest"], rtol=1e-9, atol=1e-12)

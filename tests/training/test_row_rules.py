@@ -7,7 +7,7 @@ from dense_rows import DenseRows
 from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam
 from engram_hf.modeling.table import EngramTable
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.training.row_rules import round_stochastically
+from engram_hf.training.row_rules import draws_of_rows, round_stochastically
 from engram_hf.training.row_updates import RowUpdates
 
 
@@ -100,14 +100,30 @@ def test_weights_and_state_together_stay_within_their_bound(name, dtype, most):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_keeps_the_mean_and_takes_one_of_the_two_neighbours(dtype):
     values = torch.randn(64, generator=torch.Generator().manual_seed(0)).repeat(4000, 1)
-    rounded = round_stochastically(values, dtype, torch.Generator().manual_seed(1)).float()
+    rounded = round_stochastically(values, dtype, draws_of_rows(torch.arange(4000), 64, stream=1)).float()
     unit = (values[0].abs() * (2**-7 if dtype == torch.bfloat16 else 2**-10)).clamp_min(2**-24)
     assert ((rounded - values).abs() <= unit).all()
     assert all(len(rounded[:, i].unique()) <= 2 for i in range(64))
     # The mean of 4000 draws, of at most one unit each, within five standard deviations.
     assert ((rounded.mean(0) - values[0]).abs() <= 5 * unit / 4000**0.5).all()
     exact = values.to(dtype).float()
-    assert torch.equal(round_stochastically(exact, dtype, torch.Generator()).float(), exact)
+    assert torch.equal(round_stochastically(exact, dtype, torch.rand(exact.shape)).float(), exact)
+
+
+def test_what_is_drawn_for_a_row_is_uniform_and_depends_on_row_column_and_stream_alone():
+    # As far apart as rows of a large table are.
+    row_ids = torch.cat([torch.arange(20_000), 3 * 2**40 + torch.arange(20_000)])
+    draws = draws_of_rows(row_ids, 8, stream=7)
+    some = torch.tensor([39_999, 5, 20_003])
+    assert torch.equal(draws_of_rows(row_ids[some], 8, stream=7), draws[some])
+    assert draws.min() >= 0 and draws.max() < 1
+    # Of 320,000 numbers in ten bins, each within five standard deviations.
+    assert ((draws.flatten().mul(10).long().bincount(minlength=10) - 32_000).abs() < 5 * 28_800**0.5).all()
+    # Neighbours in a row, in a column, and in streams have nothing to do with each other.
+    other = draws_of_rows(row_ids, 8, stream=8)
+    pairs = [(draws[:, 1:], draws[:, :-1]), (draws[1:], draws[:-1]), (draws, other), (draws[:20_000], draws[20_000:])]
+    for one, two in pairs:
+        assert abs(float(torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1])) < 5 / 150_000**0.5
 
 
 def test_rows_of_sixteen_bits_learn_by_steps_smaller_than_their_unit():

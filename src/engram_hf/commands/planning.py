@@ -1,6 +1,6 @@
 """What `engram-hf plan` prints: a table of sizes, and in words whether a model fits and what a step moves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..planning import MemoryEstimate, ParameterCount
+from ..planning import MemoryEstimate, ParameterCount, allocate, count_parameters
 from .inspecting import size
 
 
@@ -73,6 +73,26 @@ def show_plan(
         f"{parameters.total:,} parameters, {parameters.active:,} of them active, {parameters.tables:,} in tables"
         f"{'.' if is_served else of_budget}"
     )
+
+
+def allocations_as_list(config: Any, shares: Sequence[float]) -> list[dict[str, Any]]:
+    """For JSON: for each share of the sparse budget in tables, the fields to set and what they give."""
+    found = []
+    for share in shares:
+        allocated = allocate(config, share)
+        count = count_parameters(allocated)
+        fields = {name: getattr(allocated, name) for name in ("n_routed_experts", "engram_vocab_size")}
+        found.append({**fields, **vars(count), "memory_share": count.memory_share})
+    return found
+
+
+def show_allocations(allocations: list[dict[str, Any]]) -> None:
+    """Print the fields that give each share, and the parameters of the model that they make."""
+    table = Table("tables of the sparse budget", "n_routed_experts", "engram_vocab_size", "parameters", "active")
+    for each in allocations:
+        numbers = [f"{each[name]:,}" for name in ("n_routed_experts", "engram_vocab_size", "total", "active")]
+        table.add_row(f"{each['memory_share']:.1%}", *numbers)
+    Console().print(table)
 
 
 def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rates, is_served: bool) -> Iterator[str]:

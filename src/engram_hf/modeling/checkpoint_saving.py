@@ -66,6 +66,7 @@ CODE_FILES = (
     "table_gradients.py",
     "table_patches.py",
     "table_placement.py",
+    "table_ranks.py",
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
@@ -132,10 +133,11 @@ def write_tables(
                 continue
             by_rows = is_checkpoint and table.is_in_training
             standing = {
-                block: table.changes.base_of(block) if by_rows else _source_on_disk(block, tensor)
+                block: table.base_of(block) if by_rows else _source_on_disk(table, block, tensor)
                 for block, tensor in given.items()
             }
-            groups = list(_group(given, standing, limit))
+            nbytes = {block: table.whole_nbytes(block) for block in given}
+            groups = list(_group(nbytes, standing, limit))
             left: list[Block] = []
             for number, group in enumerate(groups, 1):
                 filename = f"tables-layer-{layer:02d}-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -146,7 +148,7 @@ def write_tables(
                     written.digests[filename] = link_file(source, stage / filename)
                     progress.update(source.stat().st_size)
                 else:
-                    contents = {names[block]: _content(block, given[block]) for block in group}
+                    contents = {names[block]: _content(table, block, given[block]) for block in group}
                     written.digests[filename] = write_file(stage / filename, contents, progress.update)
                 written.weight_map.update(dict.fromkeys(names.values(), filename))
             if by_rows and table.changes.run is not None:
@@ -168,29 +170,30 @@ def numbers_of_files(tables: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(layers)}
 
 
-def _source_on_disk(block: Block, tensor: torch.Tensor) -> BlockSource | None:
+def _source_on_disk(table: EngramTable, block: Block, tensor: torch.Tensor) -> BlockSource | None:
     """The file of a block, where this is the table's own block, on disk and as its file has it."""
     source = block.source
-    if source is None or not block.is_on_disk or not source.file.can_be_linked:
+    # Other ranks may have written to their parts of it.
+    if table.ranks is not None or source is None or not block.is_on_disk or not source.file.can_be_linked:
         return None
     return source if source.is_under(tensor) and source.holds(tensor) else None
 
 
 def _group(
-    given: Mapping[Block, torch.Tensor], standing: Mapping[Block, BlockSource | None], limit: int
+    nbytes: Mapping[Block, int], standing: Mapping[Block, BlockSource | None], limit: int
 ) -> Iterator[list[Block]]:
     """Blocks of one file: those of a file that can be linked as it is, else as many as `limit` allows."""
     group: list[Block] = []
     size = 0
     file: MappedFile | None = None
-    for block, tensor in given.items():
+    for block, block_nbytes in nbytes.items():
         source = standing[block]
         here = None if source is None else source.file
-        if group and (size + tensor.nbytes > limit or here is not file):
+        if group and (size + block_nbytes > limit or here is not file):
             yield group
             group, size = [], 0
         group.append(block)
-        size, file = size + tensor.nbytes, here
+        size, file = size + block_nbytes, here
     if group:
         yield group
 
@@ -206,7 +209,9 @@ def _whole_file(standing: Mapping[str, BlockSource | None]) -> Path | None:
     return file.path.resolve() if set(file.places) == set(standing) and file.is_at_its_path() else None
 
 
-def _content(block: Block, tensor: torch.Tensor) -> TensorContent:
+def _content(table: EngramTable, block: Block, tensor: torch.Tensor) -> TensorContent:
+    if table.ranks is not None:
+        return table.content_of(block)
     source = block.source
     if source is None or not source.is_under(tensor):
         return TensorContent.of(tensor)

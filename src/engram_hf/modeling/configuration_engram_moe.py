@@ -46,6 +46,8 @@ from .configuration_checks import (
 from .configuration_memory import MemoryFields, usual_pad
 
 
+# Arguments of `from_pretrained` that begin like fields.
+LOADING_ARGUMENTS = {"engram_ranks"}
 # What `save_pretrained` writes beside the weights, so that the model loads where this package is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_engram_moe.EngramMoEConfig",
@@ -350,7 +352,8 @@ class EngramMoEConfig(MemoryFields, DeepseekV3Config):
         where = kwargs.pop(SOURCE, None) or kwargs.get("name_or_path")
         try:
             content = with_own_names(content, cls)
-            unused = {name: value for name, value in kwargs.items() if name.startswith("engram_")}
+            given = kwargs.keys() - LOADING_ARGUMENTS
+            unused = {name: kwargs[name] for name in given if name.startswith("engram_")}
             check_content({**content, **unused}, cls)
             found = super().from_dict(content, **kwargs)
             (found[0] if isinstance(found, tuple) else found).validate()

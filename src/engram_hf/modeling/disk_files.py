@@ -72,6 +72,8 @@ class MappedFile:
         """Whether this process has written to a tensor of its mapping, in whatever way: the kernel keeps such pages
         apart from the file. A page counts for all tensors on it; True where the system does not tell."""
         place = self.places[name]
+        if not place.nbytes:
+            return False
         first = (self.address + place.start) // PAGE
         pages = (self.address + place.start + place.nbytes - 1) // PAGE - first + 1
         try:
@@ -148,6 +150,8 @@ class MappedFile:
     def expect_random_reads(self, name: str) -> None:
         """Tell the kernel to read nothing beside the pages that are asked for."""
         place = self.places[name]
+        if not place.nbytes:
+            return
         start = place.start // PAGE * PAGE
         self.mapping.madvise(mmap.MADV_RANDOM, start, place.start + place.nbytes - start)
         if hasattr(os, "posix_fadvise"):
@@ -232,7 +236,8 @@ class BlockSource:
     def is_under(self, block: torch.Tensor) -> bool:
         """Whether a block is still a view of this mapping, so that it changes where the file does."""
         address = self.file.address + self.file.places[self.name].start
-        return block.device.type == "cpu" and block.data_ptr() == address
+        # A rank may hold no row of a block, and no rows have no address.
+        return block.device.type == "cpu" and (block.data_ptr() == address or not block.numel())
 
     def was_written(self) -> bool:
         return self.file.was_written(self.name)

@@ -88,6 +88,7 @@ from .table_placement import (
     resolve_entries,
     split_device_map,
 )
+from .table_ranks import RowService, open_parts, start_ranks
 
 
 logger = logging.get_logger(__name__)
@@ -111,7 +112,10 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class TableInfo:
-    """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts."""
+    """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts.
+
+    ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
+    """
 
     name: str
     rows: int
@@ -120,11 +124,32 @@ class TableInfo:
     nbytes: int
     blocks: tuple[BlockInfo, ...]
     hot_rows: HotRows | None
+    ranks: int = 1
 
     @property
     def tiers(self) -> dict[str, int]:
         """Bytes on each tier."""
         return {tier: sum(b.nbytes for b in self.blocks if b.tier == tier) for tier in {b.tier for b in self.blocks}}
+
+
+def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> None:
+    """
+    Raises:
+        ValueError: `engram_ranks` is another word.
+        NotImplementedError: it goes with an argument that it cannot go with.
+    """
+    if engram_ranks is None:
+        return
+    if engram_ranks != "shard":
+        raise ValueError(
+            f'engram_ranks is "shard", which cuts tables over the processes of a run, or None; got {engram_ranks!r}.'
+        )
+    mesh = [name for name in ("tp_plan", "tp_size", "device_mesh") if arguments.get(name) is not None]
+    if hot_rows or mesh:
+        raise NotImplementedError(
+            f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '
+            f"{mesh[0] if mesh else 'hot_rows'}. Leave one of them out."
+        )
 
 
 class Memory(NamedTuple):
@@ -151,6 +176,7 @@ class ModelWithTables:
         tables_from=None,
         hot_rows: int = 0,
         output_loading_info: bool = False,
+        engram_ranks: str | None = None,
         **kwargs,
     ):
         """As `PreTrainedModel.from_pretrained`, with tables on tiers.
@@ -168,12 +194,17 @@ class ModelWithTables:
             hot_rows: rows per table to keep in a cache, on the device that computes, in front of blocks that are not
                 resident; 0 for none.
             output_loading_info: also return transformers' lists; tensors of the backbone may then be missing.
+            engram_ranks: "shard" cuts every table over the processes of this run, so that each holds its part of the
+                rows and asks the others for the rest. All processes load the model at the same time. None has every
+                process hold whole tables.
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
                 missing or outside its folder; there is no config.json; the fingerprint differs; an entry names no
-                table or part of a layer; weights are in GGUF.
+                table or part of a layer; weights are in GGUF; engram_ranks is another word, or there is one process.
+            NotImplementedError: engram_ranks goes with hot_rows or with a mesh of devices.
         """
+        check_ranks(engram_ranks, hot_rows, kwargs)
         where = str(pretrained_model_name_or_path)
         if kwargs.get("gguf_file") is not None:
             raise ValueError(
@@ -195,10 +226,11 @@ class ModelWithTables:
             # Who asks for the list of what is missing gets it, and tables drawn at random.
             checkpoint = None
         if checkpoint is None:
-            if entries or tables_from or hot_rows:
+            if entries or tables_from or hot_rows or engram_ranks:
                 raise ValueError(
-                    f"Tables can be placed only where they lie in safetensors files, and {where} has none. If it holds "
-                    "an adapter, load its base model with these arguments, then model.load_adapter(folder)."
+                    "Tables can be placed, or cut over ranks, only where they lie in safetensors files, and "
+                    f"{where} has none. If it holds an adapter, load its base model with these arguments, then "
+                    "model.load_adapter(folder)."
                 )
             model, info = load(
                 pretrained_model_name_or_path, *model_args, device_map=device_map, output_loading_info=True, **kwargs
@@ -240,7 +272,8 @@ class ModelWithTables:
                 raise FileNotFoundError(f"{str(tables_from)!r} holds no safetensors files with tables of this model.")
             tables, places = found, read_headers(found)
         model._confirm_hash(where)
-        model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows)
+        service = None if engram_ranks is None else start_ranks()
+        model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows, service)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -271,7 +304,9 @@ class ModelWithTables:
         is_same_class = cls.__name__ in (config.architectures or [])
         check_model(built, backbone, checkpoint.where, is_same_class, may_lack, is_any_shape)
 
-    def _open_tables(self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int) -> None:
+    def _open_tables(
+        self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int, service: RowService | None = None
+    ) -> None:
         tables = self.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
         config = self._memory_config()
@@ -283,6 +318,11 @@ class ModelWithTables:
             )
         sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, config))
         check_changes(tables, checkpoint, places)
+        if service is not None:
+            cuts = {name: table.cut_over_ranks(service) for name, table in tables.items()}
+            whole = {(name, i): source for name, each in sources.items() for i, source in enumerate(each)}
+            parts = open_parts(whole, cuts, service.rank)
+            sources = {name: [parts[name, i] for i in range(len(each))] for name, each in sources.items()}
         sizes = {name: [source.file.places[source.name].nbytes for source in sources[name]] for name in tables}
         entries = resolve_entries(entries, sizes, self._tables_prefix())
         default, main_device = self._default_places(tables)
@@ -297,6 +337,8 @@ class ModelWithTables:
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
         self._name_ignored_by_ddp()
+        if service is not None:
+            service.meet()
 
     def _name_ignored_by_ddp(self) -> None:
         """Tell torch's DistributedDataParallel to leave out blocks off the device: it takes one kind of device only."""
@@ -309,6 +351,9 @@ class ModelWithTables:
             name = f"{self._tables_prefix()}{name}"
             ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
             blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
+            if table.ranks is not None:
+                # Each process has other rows.
+                blocks = set()
             off_device |= {each for each in ours if each.startswith(f"{name}.")} - blocks
         named: set[str] = set(getattr(self, DDP_IGNORES, []))
         ignored = (named - ours) | off_device
@@ -415,6 +460,7 @@ class ModelWithTables:
                     nbytes=sum(block.nbytes for block in blocks),
                     blocks=blocks,
                     hot_rows=table.hot_rows,
+                    ranks=1 if table.ranks is None else table.ranks.cut.ranks,
                 )
             )
         return infos
@@ -646,6 +692,11 @@ class ModelWithTables:
         """
         tables, prefix = self.named_tables(), self._tables_prefix()
         state = self.state_dict() if state_dict is None else state_dict
+        if state_dict is not None and any(table.ranks is not None for table in tables.values()):
+            raise NotImplementedError(
+                "Tables are cut over ranks, and a state_dict of one process holds its part of them. Save without "
+                "state_dict: the model collects the rows of all ranks while it writes."
+            )
         names = {block_name(f"{prefix}{n}", block.number) for n, t in tables.items() for block in t.block_records}
         blocks = {name: state[name] for name in names if name in state}
         backbone = {name: tensor for name, tensor in state.items() if name not in names}

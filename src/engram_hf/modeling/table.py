@@ -4,11 +4,13 @@ A table is a list of blocks (table_blocks.py), each on a tier of its own. A tier
 nothing of models, hashing or gates.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 
 from .disk_files import BlockSource, MappedFile, TableFile
 from .disk_reading import PageReader, Prefetches, pages_of_rows
+from .disk_safetensors import PIECE_BYTES, TensorContent
 from .table_blocks import (
     DIGESTS,
     DISK,
@@ -30,11 +33,19 @@ from .table_blocks import (
     make_blocks,
     put_rows,
 )
-from .table_changes import ChangedRows, RowChanges, TrainingRun
+from .table_changes import (
+    LARGEST_SHARE,
+    ChangedRows,
+    RowChanges,
+    TrainingRun,
+    digest_of,
+    digest_of_content,
+)
 from .table_formats import RowFormat, row_format
-from .table_gradients import Exchange, RowGradients, group
+from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
 from .table_patches import TablePatches, is_traced
+from .table_ranks import BASE, CHANGED, SAVED, PendingRows, RankFile, RowCut, RowService, TableRanks
 
 
 Watch = Callable[[torch.Tensor], AbstractContextManager]
@@ -99,6 +110,8 @@ class EngramTable(nn.Module):
         self._reader = PageReader() if reader is None else reader
         self._prefetches = Prefetches()
         self._watch: Watch | None = None
+        # Where this process holds some of the rows, and asks other ranks for the rest.
+        self.ranks: TableRanks | None = None
         # First row of each head inside its block, and the number of its rows: on the CPU, and where the model is.
         offsets = [i for block in self.block_records for i in accumulate(block.rows_of_head[:-1], initial=0)]
         self._offsets_on_cpu, self._rows_on_cpu = np.array(offsets), np.array(rows_of_head)
@@ -126,6 +139,12 @@ class EngramTable(nn.Module):
 
     @property
     def num_rows(self) -> int:
+        """Rows of the whole table, also where other ranks hold some of them."""
+        return self.held_rows if self.ranks is None else self.ranks.cut.num_rows
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that this process holds."""
         return sum(block.num_rows for block in self.block_records)
 
     @property
@@ -135,6 +154,10 @@ class EngramTable(nn.Module):
 
     @property
     def is_resident(self) -> bool:
+        """Whether all rows are on the device that computes."""
+        return self.ranks is None and self._are_blocks_resident()
+
+    def _are_blocks_resident(self) -> bool:
         return all(block.tier == RESIDENT for block in self.block_records)
 
     @property
@@ -150,7 +173,7 @@ class EngramTable(nn.Module):
     @property
     def home(self) -> torch.device:
         """Where rows are gathered and updated: the device of a resident table, else the CPU."""
-        return self.blocks[0].device if self.is_resident else torch.device("cpu")
+        return self.blocks[0].device if self._are_blocks_resident() else torch.device("cpu")
 
     @property
     def first_rows_of_heads(self) -> torch.Tensor:
@@ -197,21 +220,27 @@ class EngramTable(nn.Module):
         refuse_export(self.is_resident, row_ids)
         if self.is_in_training and torch.is_grad_enabled():
             return self._look_up_to_train(row_ids).flatten(-2)
+        if self.ranks is not None:
+            self._refuse_dense_gradients()
+            return self._look_up_over_ranks(self.ranks, row_ids).flatten(-2)
         if self.is_resident:
             self._check_row_ids(row_ids)
             if not torch.compiler.is_compiling():
                 self._check_files()
             rows = [self._look_up(block, ids) for block, ids in zip(self.block_records, self._split(row_ids))]
         else:
-            if self.training and torch.is_grad_enabled() and self.is_trainable:
-                raise ValueError(
-                    "This table can be trained (its blocks require gradients), and is off the device, where only row "
-                    "updates reach it. Give Trainer optimizer_cls_and_kwargs=engram_optimizers(args), or freeze the "
-                    "table: table.requires_grad_(False)."
-                )
+            self._refuse_dense_gradients()
             rows = self._read(row_ids)
         found = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)  # (..., heads, row width)
         return self.stored_as.decode(found, self.head_dim).flatten(-2)
+
+    def _refuse_dense_gradients(self) -> None:
+        if self.training and torch.is_grad_enabled() and self.is_trainable:
+            raise ValueError(
+                "This table can be trained (its blocks require gradients), and is off the device or cut over ranks, "
+                "where only row updates reach it. Give Trainer optimizer_cls_and_kwargs=engram_optimizers(args), or "
+                "freeze the table: table.requires_grad_(False)."
+            )
 
     def _split(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """For each block the rows that are asked of it, (..., heads of the block), counted from its first."""
@@ -264,6 +293,10 @@ class EngramTable(nn.Module):
 
     @torch.compiler.disable
     def _prefetch(self, row_ids: torch.Tensor, on_cpu: torch.Tensor) -> None:
+        if self.ranks is not None:
+            if self.ranks.find_kept(row_ids) is None:
+                self.ranks.remember(row_ids, *self._ask_ranks(self.ranks, on_cpu))
+            return
         block_rows = self._split_on_cpu(on_cpu)
         if row_ids.is_cuda and not self.is_in_training:
             started: list[Future | None] = [self._reader.in_background(lambda: self._stage(block_rows, row_ids.device))]
@@ -279,7 +312,8 @@ class EngramTable(nn.Module):
         Args:
             row_ids: as in `forward`.
         """
-        if not self.is_resident:
+        # Over ranks, the owner of a row reads it when it is asked.
+        if not self.is_resident and self.ranks is None:
             for pages, file in self._pages_on_disk(self._split_on_cpu(row_ids)):
                 self._reader.start(pages, file)
 
@@ -354,13 +388,72 @@ class EngramTable(nn.Module):
             tensor.record_stream(stream)
         return rows
 
+    # Lookups over ranks.
+
+    def cut_over_ranks(self, service: RowService) -> RowCut:
+        """Of a table that has no blocks yet, hold the rows of this rank alone: what `open_blocks` is to open.
+
+        Every rank calls it for the same tables in the same order.
+        """
+        cut = RowCut([block.num_rows for block in self.block_records], service.ranks)
+        first = 0
+        for block, rows in zip(self.block_records, cut.rows_of(service.rank)):
+            block.first_row, block.num_rows = first, rows
+            first += rows
+        # The table knows its type when its blocks are open.
+        self.ranks = TableRanks(cut, service, 0, self._read_for_ranks)
+        self.ranks.handlers |= {CHANGED: self._answer_changed, BASE: self._answer_base, SAVED: self._answer_saved}
+        return cut
+
+    def held_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """(n,) ids of rows that this process holds, as its own blocks count them."""
+        return row_ids if self.ranks is None else self.ranks.cut.to_held(row_ids, self.ranks.rank)
+
+    def row_ids_of(self, held: torch.Tensor) -> torch.Tensor:
+        """(n,) held ids as row ids of the table."""
+        return held if self.ranks is None else self.ranks.cut.to_table(held, self.ranks.rank)
+
+    def are_held(self, row_ids: torch.Tensor) -> torch.Tensor | None:
+        """Which of (n,) row ids this process holds, bool; None for all."""
+        return None if self.ranks is None else self.ranks.cut.owner(row_ids) == self.ranks.rank
+
+    def _read_for_ranks(self, held: torch.Tensor) -> torch.Tensor:
+        """(n,) held ids to (n, row width); another rank may have asked for them, in another thread."""
+        return self.gather_held(held.to(self.home))
+
+    def _ask_ranks(self, ranks: TableRanks, on_cpu: torch.Tensor) -> tuple[Grouping, PendingRows]:
+        """Ask for the rows of a lookup, (..., heads) on the CPU; returns at once."""
+        self._check_files()
+        self._check_row_ids(on_cpu)
+        groups = group(self._row_ids_in_table(on_cpu.cpu()).flatten())
+        return groups, ranks.begin(groups.distinct)
+
+    def _rows_of_ranks(self, ranks: TableRanks, row_ids: torch.Tensor) -> tuple[Grouping, torch.Tensor]:
+        """Which row ids of a lookup are equal, and the distinct rows, (m, row width), on the CPU."""
+        kept = ranks.find_kept(row_ids)
+        if kept is not None:
+            return group(self._row_ids_in_table(row_ids.cpu()).flatten()), kept
+        groups, pending = ranks.take(row_ids) or self._ask_ranks(ranks, row_ids.cpu())
+        rows = pending.result()
+        if self.training and self.is_in_training:
+            ranks.keep(row_ids, rows)
+        return groups, rows
+
+    @torch.compiler.disable
+    def _look_up_over_ranks(self, ranks: TableRanks, row_ids: torch.Tensor) -> torch.Tensor:
+        """(..., heads) to (..., heads, head_dim), on the device of the ids."""
+        ranks.meets_later = False
+        groups, rows = self._rows_of_ranks(ranks, row_ids)
+        found = rows.to(row_ids.device).index_select(0, groups.back.to(row_ids.device))
+        return self.stored_as.decode(found.view(*row_ids.shape, self.row_width), self.head_dim)
+
     # Rows by their ids in the table: what training, checkpoints and instruments use.
 
     def parts(self, row_ids: torch.Tensor) -> Iterator[tuple[Block, slice, torch.Tensor]]:
         """For each block that is asked for: the block, which of the row ids, and their rows counted from its first.
 
         Args:
-            row_ids: (n,) int64 row ids of the table, ascending.
+            row_ids: (n,) int64 held ids, ascending: the row ids of the table, where one process holds all of it.
         """
         firsts = torch.tensor([block.first_row for block in self.block_records], device=row_ids.device)
         bounds = torch.searchsorted(row_ids, firsts).tolist() + [len(row_ids)]
@@ -368,9 +461,8 @@ class EngramTable(nn.Module):
             if end > start:
                 yield block, slice(start, end), row_ids[start:end] - block.first_row
 
-    @torch.no_grad()
     def gather_rows(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
-        """Rows by their ids in the table.
+        """Rows by their ids in the table, whichever rank holds them.
 
         Args:
             row_ids: (n,) int64, ascending, on `home`.
@@ -379,6 +471,15 @@ class EngramTable(nn.Module):
         Returns:
             (n, row width) in the type of the table, on `home`; a copy.
         """
+        if self.ranks is None:
+            return self.gather_held(row_ids, are_read)
+        groups = group(row_ids.cpu())
+        rows = self.ranks.begin(groups.distinct).result()
+        return rows.index_select(0, groups.back).to(self.home)
+
+    @torch.no_grad()
+    def gather_held(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
+        """As `gather_rows`, of rows that this process holds, by their held ids."""
         self.changes.settle()
         rows = torch.empty(len(row_ids), self.row_width, dtype=self.dtype, device=row_ids.device)
         for block, part, wanted in self.parts(row_ids):
@@ -396,7 +497,7 @@ class EngramTable(nn.Module):
         """Replace rows, where they live.
 
         Args:
-            row_ids: (n,) int64, ascending and distinct, on `home`.
+            row_ids: (n,) int64 held ids, ascending and distinct, on `home`.
             rows: (n, row width) in the type of the table.
         """
         for block, part, wanted in self.parts(row_ids):
@@ -434,12 +535,18 @@ class EngramTable(nn.Module):
 
         Raises:
             ValueError: there are patches already.
+            NotImplementedError: the table is cut over ranks.
         """
+        if self.ranks is not None:
+            raise NotImplementedError(
+                "A patch of a table that is cut over ranks cannot be trained. Leave out train_as_patch, or load the "
+                'model without engram_ranks="shard".'
+            )
         self.patches.train(name, self.head_dim, self.dtype, self.home)
 
     def gather_trained(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
-        """As `gather_rows`, with the rows that training has changed, whether they are the table's or a patch's."""
-        rows, trained = self.gather_rows(row_ids, are_read), self.patches.trained
+        """As `gather_held`, with the rows that training has changed, whether they are the table's or a patch's."""
+        rows, trained = self.gather_held(row_ids, are_read), self.patches.trained
         if trained is not None:
             trained.read(row_ids, rows)
         return rows
@@ -459,6 +566,20 @@ class EngramTable(nn.Module):
     @torch.compiler.disable
     def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
         """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
+        if self.ranks is None:
+            groups, rows = self._rows_of_here(row_ids)
+        else:
+            self.ranks.meets_later = True
+            groups, rows = self._rows_of_ranks(self.ranks, row_ids)
+            with nullcontext() if self._watch is None else self._watch(groups.distinct):
+                # An alias: the graph of each forward begins at a leaf of its own.
+                rows = rows.detach()
+        rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
+        looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
+        return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
+
+    def _rows_of_here(self, row_ids: torch.Tensor) -> tuple[Grouping, torch.Tensor]:
+        """Which row ids of a lookup are equal, and the distinct rows, (m, row width), on `home`."""
         self._check_files()
         home = row_ids.to(self.home)
         self._check_row_ids(home)
@@ -467,10 +588,7 @@ class EngramTable(nn.Module):
             started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()
-            rows = self.gather_trained(groups.distinct, are_read=started is not None)
-        rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
-        looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
-        return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
+            return groups, self.gather_trained(groups.distinct, are_read=started is not None)
 
     def _row_ids_in_table(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Row ids of a lookup, as `forward` takes them, to row ids of the table, of the same shape."""
@@ -480,8 +598,10 @@ class EngramTable(nn.Module):
         """Which rows are of blocks that are not frozen; None for all."""
         if all(block.requires_grad for block in self.blocks):
             return None
-        bounds = torch.tensor([block.first_row for block in self.block_records[1:]], device=row_ids.device)
         is_trained = torch.tensor([block.requires_grad for block in self.blocks], device=row_ids.device)
+        if self.ranks is not None:
+            return is_trained[self.ranks.cut.block_of(row_ids)]
+        bounds = torch.tensor([block.first_row for block in self.block_records[1:]], device=row_ids.device)
         return is_trained[torch.bucketize(row_ids, bounds, right=True)]
 
     # Placing, saving, loading, copying.
@@ -504,6 +624,8 @@ class EngramTable(nn.Module):
         for block, source, tier, device in zip(self.block_records, sources, tiers, devices, strict=True):
             block.source = source
             block.place(tier, device)
+        if self.ranks is not None:
+            self.ranks.row_nbytes = self.row_nbytes
         self._move_heads(self.blocks[0].device)
 
     def _move_heads(self, device: torch.device) -> None:
@@ -533,8 +655,94 @@ class EngramTable(nn.Module):
         self._move_heads(self.blocks[0].device)
 
     def keep_hot_rows(self, size: int, device: torch.device | str) -> None:
-        """Keep a cache of `size` rows in front of the blocks that are not resident; 0 keeps none."""
+        """Keep a cache of `size` rows in front of the blocks that are not resident; 0 keeps none.
+
+        Raises:
+            NotImplementedError: the table is cut over ranks.
+        """
+        if size and self.ranks is not None:
+            raise NotImplementedError(
+                f"A table that is cut over ranks keeps no hot rows, and got hot_rows={size}. Leave it out."
+            )
         self.hot_rows = HotRows(size, self.row_width, self.dtype, device) if size else None
+
+    # Saving over ranks. The rank that saves asks the others; each answers for its part of a block.
+
+    def base_of(self, block: Block) -> BlockSource | None:
+        """The file that a block can be saved with, its changed rows beside it; None where there is none.
+
+        Over ranks, each of them sees to its own part of the block.
+        """
+        if self.ranks is None:
+            return self.changes.base_of(block)
+        own = self._base_of_part(block)
+        others = [json.loads(each) for each in self.ranks.ask_all(BASE, {"block": block.number})]
+        changed = sum(each["changed_rows"] for each in [own, *others])
+        rows = self.ranks.cut.rows_of_block[block.number]
+        is_base = own["path"] is not None and all(each["path"] == own["path"] for each in others)
+        return block.base.source if is_base and block.base and changed <= LARGEST_SHARE * rows else None
+
+    def _base_of_part(self, block: Block) -> dict:
+        source = self.changes.base_of(block, largest_share=1.0)
+        path = None if source is None else f"{source.file.path.resolve()} {source.name}"
+        return {"path": path, "changed_rows": len(self.changes.changed_of(block))}
+
+    def _answer_base(self, asked: bytes) -> bytes:
+        return json.dumps(self._base_of_part(self.block_records[json.loads(asked)["block"]])).encode()
+
+    def changed_rows(self, block: Block) -> torch.Tensor:
+        """(n,) int64, ascending: row ids of the changed rows of a block, over all ranks."""
+        own = self.row_ids_of(self.changes.changed_of(block))
+        if self.ranks is None:
+            return own
+        others = self.ranks.ask_all(CHANGED, {"block": block.number})
+        parts = [own, *(torch.from_numpy(np.frombuffer(each, dtype=np.int64).copy()) for each in others)]
+        return torch.cat(parts).sort().values
+
+    def _answer_changed(self, asked: bytes) -> bytes:
+        block = self.block_records[json.loads(asked)["block"]]
+        return self.row_ids_of(self.changes.changed_of(block)).numpy().tobytes()
+
+    def digest_of_base(self, block: Block) -> bytes | None:
+        """SHA-256 of the whole block in the file that it stands on."""
+        if block.base is None or not isinstance(block.base.source.file, RankFile):
+            return None if block.base is None else block.base.digest
+        return block.base.source.file.whole_digest(block.base.source.name, digest_of_content)
+
+    def whole_nbytes(self, block: Block) -> int:
+        """Bytes of a block with the rows of all ranks."""
+        rows = block.num_rows if self.ranks is None else self.ranks.cut.rows_of_block[block.number]
+        return rows * self.row_nbytes
+
+    def content_of(self, block: Block) -> TensorContent:
+        """A block with the rows of all ranks, to be written to a file; they arrive while it is written."""
+        cut = RowCut([block.num_rows for block in self.block_records], 1) if self.ranks is None else self.ranks.cut
+        rows, first = cut.rows_of_block[block.number], sum(cut.rows_of_block[: block.number])
+        rows_at_once = max(1, PIECE_BYTES // self.row_nbytes)
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            for start in range(first, first + rows, rows_at_once):
+                ids = torch.arange(start, min(start + rows_at_once, first + rows))
+                yield from TensorContent.of(self.gather_rows(ids)).pieces()
+
+        return TensorContent(self.dtype, (rows, self.row_width), rows * self.row_nbytes, pieces)
+
+    def _answer_saved(self, asked: bytes) -> bytes:
+        saved = json.loads(asked)
+        for number, (path, name) in saved["saved_in"].items():
+            self.block_records[int(number)].saved_in = (Path(path), name)
+        self._follow_save(saved["by_base"])
+        return b""
+
+    def _part_of(self, block: Block, given: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a whole block that a state dict brings."""
+        if self.ranks is None or given.shape == block.parameter.shape:
+            return given
+        begin, end = self.ranks.cut.part(block.number, self.ranks.rank)
+        is_whole = given.shape == (self.ranks.cut.rows_of_block[block.number], self.row_width)
+        if is_whole:
+            block.digest_of_loaded = digest_of(given)
+        return given[begin:end] if is_whole else given
 
     def follow_save(self, saved_by_base: Sequence[int] = ()) -> None:
         """A save has put every block where its `saved_in` says: read those on disk from there if their own file is
@@ -543,7 +751,20 @@ class EngramTable(nn.Module):
         Args:
             saved_by_base: numbers of the blocks that were left to the file they come from, changed rows beside it.
         """
+        if self.ranks is not None:
+            places = {block.number: block.saved_in for block in self.block_records if block.saved_in is not None}
+            saved_in = {number: (str(path.absolute()), name) for number, (path, name) in places.items()}
+            self.ranks.ask_all(SAVED, {"saved_in": saved_in, "by_base": list(saved_by_base)})
+        self._follow_save(saved_by_base)
+
+    def _follow_save(self, saved_by_base: Sequence[int]) -> None:
         opened: dict[str, TableFile] = {}
+        ranks, paths = self.ranks, {block.saved_in[0] for block in self.block_records if block.saved_in is not None}
+        if ranks is not None:
+            saved_in = [(block.saved_in, ranks.cut.part(block.number, ranks.rank)) for block in self.block_records]
+            for path in paths:
+                parts = {where[1]: part for where, part in saved_in if where is not None and where[0] == path}
+                opened[str(path)] = RankFile(path, parts)
         for block in self.block_records:
             if block.saved_in is None:
                 continue
@@ -559,6 +780,8 @@ class EngramTable(nn.Module):
                     block.read_from(source)
                 if self.is_in_training:
                     self.changes.follow_save(block, source, by_base)
+            if ranks is not None:
+                block.saved_in = None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.changes.settle()
@@ -570,7 +793,8 @@ class EngramTable(nn.Module):
         for block in self.block_records[: len(self.blocks)]:
             name = f"{prefix}blocks.{block.number}"
             if name in state_dict:
-                state_dict[name] = block.load(state_dict[name], name)
+                given = self._part_of(block, state_dict[name])
+                state_dict[name] = block.load(given, name)
                 block.base = None
                 loaded.append(block)
         if self.hot_rows is not None:
@@ -616,6 +840,11 @@ class EngramTable(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copies and pickles, which nobody trains."""
+        if self.ranks is not None:
+            raise NotImplementedError(
+                "A table that is cut over ranks cannot be copied or pickled: this process holds a part of it. Load the "
+                'model once more with engram_ranks="shard".'
+            )
         self.changes.settle()
         kept, records = RowBlocks(self.stored_as, self.head_dim), []
         for block in self.block_records:

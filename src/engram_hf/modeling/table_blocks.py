@@ -143,6 +143,8 @@ class Block:
         self.source: BlockSource | None = None
         self.base: Base | None = None
         self.saved_in: tuple[Path, str] | None = None
+        # SHA-256 of the whole block that a state dict has brought, where this process holds a part of it.
+        self.digest_of_loaded: bytes | None = None
 
     @property
     def parameter(self) -> nn.Parameter:

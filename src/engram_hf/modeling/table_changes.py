@@ -39,11 +39,17 @@ class RowStore(Protocol):
     @property
     def num_rows(self) -> int: ...
     @property
+    def held_rows(self) -> int: ...
+    @property
     def dtype(self) -> torch.dtype: ...
     @property
     def home(self) -> torch.device: ...
     def parts(self, row_ids: torch.Tensor) -> Iterator[tuple[Block, slice, torch.Tensor]]: ...
     def gather_rows(self, row_ids: torch.Tensor) -> torch.Tensor: ...
+    def changed_rows(self, block: Block) -> torch.Tensor: ...
+    def digest_of_base(self, block: Block) -> bytes | None: ...
+    def held_ids(self, row_ids: torch.Tensor) -> torch.Tensor: ...
+    def are_held(self, row_ids: torch.Tensor) -> torch.Tensor | None: ...
     def write_rows(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None: ...
 
 
@@ -161,19 +167,19 @@ class RowChanges:
     def __init__(self):
         self.run: TrainingRun | None = None
         self.stamp: bytes | None = None
-        # (rows of the table,) bool while it is trained.
+        # (rows that are held,) bool while it is trained.
         self._is_changed: torch.Tensor | None = None
         # Number of a block to rows that a state dict has brought for it.
         self._arrived: dict[int, ArrivedRows] = {}
         # Numbers of blocks that state dicts have brought since the rows were used last.
         self._loaded: set[int] = set()
-        # Row ids that a checkpoint has brought over the table's blocks.
+        # Held ids of rows that a checkpoint has brought over the table's blocks.
         self._brought: torch.Tensor | None = None
 
     def begin(self, table: RowStore, run: TrainingRun) -> None:
         """Follow a table in training from now on. Its blocks are as their files have them, but for brought rows."""
         self.run = run
-        self._is_changed = torch.zeros(table.num_rows, dtype=torch.bool)
+        self._is_changed = torch.zeros(table.held_rows, dtype=torch.bool)
         if self._brought is not None:
             self.mark(self._brought)
         for block in table.block_records:
@@ -181,7 +187,7 @@ class RowChanges:
             block.base = Base(block.source) if block.source is not None and can_stand else None
 
     def mark(self, row_ids: torch.Tensor) -> None:
-        """These rows, (n,) int64, have changed."""
+        """These rows, (n,) int64 held ids, have changed."""
         if self._is_changed is not None:
             self._is_changed[row_ids.cpu()] = True
 
@@ -193,8 +199,13 @@ class RowChanges:
 
     # Saving.
 
-    def base_of(self, block: Block) -> BlockSource | None:
-        """The file that a block can be saved with, its changed rows beside it; None where there is none.
+    def changed_of(self, block: Block) -> torch.Tensor:
+        """(n,) int64: held ids of the changed rows of a block."""
+        return self._marks_of(block).nonzero().flatten() + block.first_row
+
+    def base_of(self, block: Block, largest_share: float = LARGEST_SHARE) -> BlockSource | None:
+        """The file that a block can be saved with, its changed rows beside it; None where there is none, or where more
+        than `largest_share` of the rows have changed.
 
         The first time everything but the changed rows is compared with the file. Later a sample is, since some ways of
         writing to a block cannot be seen (`.data`, numpy).
@@ -204,7 +215,7 @@ class RowChanges:
             return None
         base.source.file.check_unchanged()
         marks = self._marks_of(block)
-        if marks.count_nonzero() > LARGEST_SHARE * block.num_rows:
+        if marks.count_nonzero() > largest_share * block.num_rows:
             return None
         version, digest = block.parameter._version, base.digest
         if version != base.version:
@@ -229,8 +240,8 @@ class RowChanges:
             raise RuntimeError("The table is not in training, so its changed rows are not known.")
         parts, digests = [], torch.zeros(len(table.block_records), DIGEST_BYTES, dtype=torch.uint8)
         for block in sorted(blocks, key=lambda block: block.number):
-            parts.append(self._marks_of(block).nonzero().flatten() + block.first_row)
-            digest = None if block.base is None else block.base.digest
+            parts.append(table.changed_rows(block))
+            digest = table.digest_of_base(block)
             digests[block.number] = torch.tensor(list(digest or bytes(DIGEST_BYTES)), dtype=torch.uint8)
         row_ids = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
         row_nbytes = table.row_width * table.dtype.itemsize
@@ -264,11 +275,11 @@ class RowChanges:
             ValueError: they do not fit the table.
         """
         changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
-        self._brought, self.stamp = changed.row_ids, changed.stamp
+        held, which = _held(table, changed.row_ids)
+        self._brought, self.stamp = held, changed.stamp
         rows_at_once = max(1, PIECE_BYTES // (table.row_width * table.dtype.itemsize))
-        for start in range(0, len(changed.row_ids), rows_at_once):
-            part = slice(start, start + rows_at_once)
-            table.write_rows(changed.row_ids[part].to(table.home), changed.rows[part])
+        for part, wanted in zip(held.split(rows_at_once), which.split(rows_at_once)):
+            table.write_rows(part.to(table.home), changed.rows[wanted])
 
     def arrive(self, table_name: str, table: RowStore, changed: ChangedRows) -> None:
         """Take rows that a state dict brings. Their blocks may be there already, or come in a later state dict.
@@ -277,11 +288,12 @@ class RowChanges:
             ValueError: they do not fit the table.
         """
         changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
+        held, which = _held(table, changed.row_ids)
         self._arrived = {
-            block.number: ArrivedRows(bytes(changed.digests[block.number].tolist()), wanted, changed.rows[part])
-            for block, part, wanted in table.parts(changed.row_ids)
+            block.number: ArrivedRows(bytes(changed.digests[block.number].tolist()), wanted, changed.rows[which[part]])
+            for block, part, wanted in table.parts(held)
         }
-        self._brought, self.stamp = changed.row_ids, changed.stamp
+        self._brought, self.stamp = held, changed.stamp
 
     def forget_stamp(self) -> None:
         """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
@@ -301,7 +313,7 @@ class RowChanges:
             block = table.block_records[number]
             if arrived.is_written and number not in here:
                 continue
-            if not block.parameter.is_meta and digest_of(block.rows) == arrived.digest:
+            if not block.parameter.is_meta and _digest_of_block(block) == arrived.digest:
                 table.write_rows(arrived.wanted + block.first_row, arrived.rows)
                 arrived.is_written = True
                 if number in self._loaded:
@@ -327,10 +339,27 @@ class RowChanges:
         self._arrived = {}
 
 
+def _held(table: RowStore, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of (n,) row ids the held ids of those that this process holds, and their places among the n."""
+    are_held = table.are_held(row_ids)
+    which = torch.arange(len(row_ids)) if are_held is None else are_held.nonzero().flatten()
+    return table.held_ids(row_ids[which]), which
+
+
+def _digest_of_block(block: Block) -> bytes:
+    """SHA-256 of a block as it was loaded; of the whole block, where this process holds a part of it."""
+    return digest_of(block.rows) if block.digest_of_loaded is None else block.digest_of_loaded
+
+
 def digest_of(block: torch.Tensor) -> bytes:
     """SHA-256 of the bytes of a block."""
+    return digest_of_content(TensorContent.of(block))
+
+
+def digest_of_content(content: TensorContent) -> bytes:
+    """SHA-256 of the bytes of a tensor."""
     digest = hashlib.sha256()
-    for piece in TensorContent.of(block).pieces():
+    for piece in content.pieces():
         digest.update(piece)
     return digest.digest()
 
@@ -350,6 +379,8 @@ def _digest_if_same(source: BlockSource, block: torch.Tensor, is_changed: torch.
 def _has_rows_of(source: BlockSource, block: torch.Tensor, is_changed: torch.Tensor) -> bool:
     """Whether a sample of the rows that are not known to have changed are those of the file."""
     rows, row_nbytes = block.shape[0], block.shape[1] * block.element_size()
+    if not rows:
+        return True
     for row in torch.randint(0, rows, (SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0)).tolist():
         if is_changed[row]:
             continue

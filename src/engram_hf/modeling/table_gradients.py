@@ -108,6 +108,8 @@ class RowGradients(nn.Module):
         self.exchange: Exchange | None = None
         self.row_width = 0
         self._rows: Rows | None = None
+        # What rows that have been exchanged count for where they are exchanged again.
+        self._weight = 1
         # (n,), of each row.
         self._norms = torch.zeros(0, device="cpu")
         # What the gradient of `norm` was set to.
@@ -162,7 +164,7 @@ class RowGradients(nn.Module):
         row_ids = row_ids.to(gradients.device)
         earlier = self.rows
         if earlier is not None:
-            kept_ids, kept = earlier[0], self._as_scaled(earlier[1])
+            kept_ids, kept = earlier[0], self._as_scaled(earlier[1]) * self._weight
             row_ids, gradients = sum_rows(torch.cat([kept_ids, row_ids]), torch.cat([kept, gradients]))
         elif self._rows is not None:
             self._count_unused()
@@ -179,20 +181,35 @@ class RowGradients(nn.Module):
         is_cleared = self.norm.grad is None or not bool(self.norm.grad[2])
         return None if is_cleared else self._rows
 
+    def rows_to_exchange(self) -> Rows | None:
+        """As `rows`, before processes make a mean of them."""
+        rows = self.rows
+        return rows if rows is None or self._weight == 1 else (rows[0], rows[1] * self._weight)
+
     @torch.no_grad()
-    def replace(self, row_ids: torch.Tensor, gradients: torch.Tensor) -> None:
+    def replace(
+        self,
+        row_ids: torch.Tensor,
+        gradients: torch.Tensor,
+        measure: tuple[torch.Tensor, torch.Tensor] | None = None,
+        weight: int = 1,
+    ) -> None:
         """Set the rows and their gradients.
 
         Args:
             row_ids: (n,) int64, ascending and distinct.
             gradients: (n, row width).
+            measure: the largest number in the gradients of all ranks, and their norm; None where these rows are all.
+            weight: what they count for where they are exchanged again; above 1 where one rank of so many has them.
         """
-        self._rows = row_ids, gradients
+        self._rows, self._weight = (row_ids, gradients), weight
         self._norms = torch.linalg.vector_norm(gradients, dim=-1)
         norm = torch.linalg.vector_norm(self._norms)
         # The norm of order infinity takes fifty times as long on a CPU.
         is_any = bool(gradients.numel())
         largest = torch.maximum(gradients.amax(), -gradients.amin()) if is_any else torch.zeros_like(norm)
+        if measure is not None:
+            largest, norm = (each.to(norm) for each in measure)
         rest = (norm.square() - largest.square()).clamp_min(0).sqrt()
         self._measured = torch.stack([largest, rest, torch.full_like(norm, UNIT)]).to(self.norm)
         self.norm.grad = self._measured.clone()

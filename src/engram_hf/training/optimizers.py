@@ -149,6 +149,11 @@ class EngramOptimizerFactory:
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):
             refuse_checkpoints_without_rows(args)
+        if saves_rows and any(table.ranks is not None for table in tables.values()):
+            raise NotImplementedError(
+                "An adapter's checkpoint holds rows in its optimizer's state, which tables that are cut over ranks do "
+                'not write. Load the base model without engram_ranks="shard", or train without the adapter.'
+            )
         rule = row_optimizer if isinstance(row_optimizer, RowRule) else ROW_RULES[row_optimizer](args)
         run = TrainingRun(Path(args.output_dir or "."))
         if args.world_size > 1:
@@ -171,7 +176,7 @@ class EngramOptimizerFactory:
         dense = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_tables}
         if exchange is not None:
             for updates in rows.values():
-                exchange.add(updates.gradients)
+                exchange.add(updates.table)
             exchange.follow(model, list(dense.values()))
         matrices = matrices_of_backbone(model) if backbone == "muon" else set()
         parts: list[DensePart] = []

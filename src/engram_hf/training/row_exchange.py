@@ -1,7 +1,8 @@
-"""Gradients of rows between processes: each sends the rows that its batch touched, and all end with the same mean.
+"""Gradients of rows between processes: each row has one owner, which gets its gradients from all and takes their mean.
 
 DistributedDataParallel does the same for dense gradients. Rows are exchanged once at the end of every backward, before
-gradients are clipped, by all processes: also by one whose loss has touched no table.
+gradients are clipped, by all processes: also by one whose loss has touched no table. Where every process holds whole
+tables, the owners send the means to all of them; where a table is cut over ranks, the owner alone holds the row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ from accelerate.state import GradientState
 from torch import nn
 from torch.autograd import Variable
 
-from ..modeling.table_gradients import RowGradients, sum_rows
+from ..modeling.table import EngramTable
+from ..modeling.table_gradients import RowGradients, Rows, sum_rows
+from ..modeling.table_ranks import RowCut
 
 
 class RowExchange:
@@ -25,13 +28,18 @@ class RowExchange:
 
     def __init__(self):
         self.group = dist.new_group()
-        self.tables: list[RowGradients] = []
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.tables: list[tuple[EngramTable, RowCut]] = []
         self._is_expected = False
         self._hooks: list[Any] = []
 
-    def add(self, gradients: RowGradients) -> None:
+    def add(self, table: EngramTable) -> None:
         """Exchange the rows of one more table. All processes add the same tables in the same order."""
-        self.tables.append(gradients)
+        if table.ranks is None:
+            cut = RowCut([block.num_rows for block in table.block_records], self.ranks)
+        else:
+            cut = table.ranks.cut
+        self.tables.append((table, cut))
 
     def follow(self, model: nn.Module, dense: Sequence[nn.Parameter]) -> None:
         """Take part in every backward of this model.
@@ -63,23 +71,111 @@ class RowExchange:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Make the mean over all processes of the gradients of rows."""
+        """Make the mean over all processes of the gradients of rows, at the owner of each row.
+
+        Raises:
+            RuntimeError: on every process, where a row has come to one that is not its owner, or a lookup of some
+                process has failed.
+        """
         self._is_expected = False
         # A later run over the same model brings an exchange of its own.
-        tables = [each for each in self.tables if each.exchange is self]
+        tables = [(table, cut) for table, cut in self.tables if table.row_gradients.exchange is self]
+        for table, _ in tables:
+            if table.ranks is not None:
+                table.ranks.kept = []
         if not tables or not GradientState().sync_gradients:
             return
-        held = [each.rows or none_of(each) for each in tables]
-        device = device_of_collectives(self.group)
-        own = torch.tensor([len(row_ids) for row_ids, _ in held], device=device)
-        counts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(counts, own, group=self.group)
-        of_tables = torch.stack(counts, dim=1).tolist()  # (tables, processes)
-        for each, (row_ids, gradients), of_processes in zip(tables, held, of_tables, strict=True):
-            if any(of_processes):
-                all_ids = torch.cat(gather(row_ids, of_processes, self.group))
-                summed = sum_rows(all_ids, torch.cat(gather(gradients, of_processes, self.group)))
-                each.replace(summed[0], summed[1] / len(of_processes))
+        owned, were_any, failure = self._to_owners(tables)
+        means = [(row_ids, gradients / self.ranks) for row_ids, gradients in owned]
+        measures = self._measure(means, failure)
+        for (table, _), mean, were_there, measure in zip(tables, means, were_any, measures, strict=True):
+            if not were_there:
+                continue
+            if table.ranks is None:
+                table.row_gradients.replace(*self._to_all(mean), measure)
+            else:
+                table.row_gradients.replace(*mean, measure, weight=self.ranks)
+
+    def _to_owners(self, tables: Sequence[tuple[EngramTable, RowCut]]) -> tuple[list[Rows], list[bool], str | None]:
+        """For each table the rows that this process owns, (n,) and (n, width), with the sums of their gradients;
+        whether any process has a row of it; and what has gone wrong here."""
+        device, parts, failure = device_of_collectives(self.group), [], None
+        for table, cut in tables:
+            row_ids, gradients = table.row_gradients.rows_to_exchange() or none_of(table.row_gradients)
+            owners = cut.owner(row_ids)
+            # Where one process is all there is, its rows are in order.
+            order = owners.argsort(stable=True)
+            counts = owners.bincount(minlength=self.ranks)
+            parts.append((row_ids[order], gradients[order], counts))
+            if table.ranks is not None and table.ranks.service.failure is not None:
+                failure = table.ranks.service.failure
+        counts = torch.stack([each[2] for each in parts], dim=1)  # (processes, tables)
+        theirs = self._all_to_all(counts.to(device), [1] * self.ranks, [1] * self.ranks).cpu()
+        given = counts.cpu()
+        own_ids = self._by_process([each[0] for each in parts], given)
+        ids = self._all_to_all(own_ids.to(device), given.sum(1).tolist(), theirs.sum(1).tolist())
+        nbytes = torch.tensor([each[1].shape[1] * each[1].element_size() for each in parts])
+        own_bytes = self._by_process(
+            [each[1].contiguous().view(torch.uint8).flatten() for each in parts], given * nbytes
+        )
+        splits = [(each * nbytes).sum(1).tolist() for each in (given, theirs)]
+        content = self._all_to_all(own_bytes.to(device), *splits)
+        owned: list[Rows] = []
+        pieces = zip(ids.split(theirs.flatten().tolist()), content.split((theirs * nbytes).flatten().tolist()))
+        # (processes, tables), as they lie one after another.
+        by_process = [list(each) for each in zip(*[iter(list(pieces))] * len(tables))]
+        for number, (_, cut) in enumerate(tables):
+            gradients = parts[number][1]
+            row_ids = torch.cat([each[number][0] for each in by_process]).to(gradients.device)
+            arrived = torch.cat([each[number][1] for each in by_process]).to(gradients.device)
+            is_known = (row_ids >= 0) & (row_ids < cut.num_rows)
+            if not is_known.all() or (cut.owner(row_ids) != self.rank).any():
+                failure = (
+                    f"Rows of another rank have come to rank {self.rank}: the ranks cut a table differently, or the "
+                    "network has mixed messages up. Load the same checkpoint on every rank."
+                )
+                row_ids, arrived = row_ids[:0], arrived[:0]
+            owned.append(sum_rows(row_ids, arrived.view(gradients.dtype).view(-1, gradients.shape[1])))
+        return owned, theirs.any(0).tolist(), failure
+
+    def _by_process(self, of_tables: Sequence[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+        """What each table sends, in the order of processes, to one tensor in the order of processes and then tables."""
+        split = [each.split(counts[:, number].tolist()) for number, each in enumerate(of_tables)]
+        return torch.cat([split[number][process] for process in range(self.ranks) for number in range(len(split))])
+
+    def _all_to_all(self, sent: torch.Tensor, given: list[int], taken: list[int]) -> torch.Tensor:
+        received = sent.new_empty((sum(taken), *sent.shape[1:]))
+        dist.all_to_all_single(received, sent, taken, given, group=self.group)
+        return received
+
+    def _measure(self, means: Sequence[Rows], failure: str | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each table the largest number in the gradients of all processes' rows, and their norm.
+
+        Every process adds the same parts in the same order, so all have the same bits.
+        """
+        own = torch.zeros(len(means) + 1, 2, dtype=torch.float64, device=device_of_collectives(self.group))
+        for number, (_, gradients) in enumerate(means):
+            if gradients.numel():
+                norm = torch.linalg.vector_norm(torch.linalg.vector_norm(gradients, dim=-1))
+                own[number] = torch.stack([torch.maximum(gradients.amax(), -gradients.amin()), norm.square()])
+        own[-1] = failure is not None
+        all_measures = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(all_measures, own, group=self.group)
+        if any(bool(each[-1, 0]) for each in all_measures):
+            others = [rank for rank, each in enumerate(all_measures) if each[-1, 0]]
+            raise RuntimeError(failure or f"Rank {others[0]} has failed to exchange rows; its own message says why.")
+        stacked = torch.stack(all_measures)
+        return [(of_table[:, 0].amax(), of_table[:, 1].sum().sqrt()) for of_table in stacked.unbind(1)[:-1]]
+
+    def _to_all(self, mean: Rows) -> Rows:
+        """The rows of every owner, in the order of their row ids."""
+        counts = [
+            torch.zeros(1, dtype=torch.int64, device=device_of_collectives(self.group)) for _ in range(self.ranks)
+        ]
+        dist.all_gather(counts, torch.tensor([len(mean[0])], device=counts[0].device), group=self.group)
+        of_processes = [int(each) for each in counts]
+        row_ids, order = torch.cat(gather(mean[0], of_processes, self.group)).sort()
+        return row_ids, torch.cat(gather(mean[1], of_processes, self.group))[order]
 
 
 def none_of(gradients: RowGradients) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,16 +103,54 @@ def mean_square(gradients: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(gradients, dim=-1, keepdim=True).square_().div_(gradients.shape[-1])
 
 
-def round_stochastically(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def draws_of_rows(row_ids: torch.Tensor, width: int, stream: int) -> torch.Tensor:
+    """Numbers in [0, 1) for rows, (n,) int64 to (n, width) float32, that follow from row id, column and stream alone.
+
+    The finalizer of MurmurHash3 (Appleby, public domain) mixes a key of the row with one of the column.
+
+    Args:
+        row_ids: (n,) of the table.
+        width: numbers for each row.
+        stream: below 2**32; another one gives other numbers.
+    """
+    columns = _mixed(torch.arange(width, dtype=torch.int32, device=row_ids.device) + 1)
+    # A table may have more rows than an int32 has numbers.
+    low, high = (_as_int32(part) for part in (row_ids & 0xFFFFFFFF, row_ids >> 32))
+    rows = _mixed(_mixed(low ^ _signed(stream)) + high)
+    mixed = _mixed(rows.unsqueeze(-1) ^ columns)
+    return ((mixed >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """int32 to int32, one to one, each bit of the result from all bits of the number."""
+    numbers = (numbers ^ ((numbers >> 16) & 0xFFFF)) * _signed(0x85EBCA6B)
+    numbers = (numbers ^ ((numbers >> 13) & 0x7FFFF)) * _signed(0xC2B2AE35)
+    return numbers ^ ((numbers >> 16) & 0xFFFF)
+
+
+def _signed(number: int) -> int:
+    """The int32 with the bits of a number below 2**32."""
+    return number - 2**32 if number >= 2**31 else number
+
+
+def _as_int32(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 below 2**32 to the int32 with these bits."""
+    return torch.where(numbers >= 2**31, numbers - 2**32, numbers).to(torch.int32)
+
+
+def round_stochastically(values: torch.Tensor, dtype: torch.dtype, draws: torch.Tensor) -> torch.Tensor:
     """Round float32 to one of the two nearest numbers of bfloat16 or float16, the nearer one more often.
 
-    The mean of many roundings is the number itself, so changes below half a unit are not lost. The generator must be on
-    the device of `values`.
+    The mean of many roundings is the number itself, so changes below half a unit are not lost.
+
+    Args:
+        values: float32.
+        dtype: bfloat16 or float16.
+        draws: of the shape of `values`, each in [0, 1).
     """
     near = values.to(dtype)
     error = values - near.float()
     is_outward = (error > 0) == (values > 0)
     other = (near.view(torch.int16) + 2 * is_outward.to(torch.int16) - 1).view(dtype)
     gap = (other.float() - near.float()).abs()
-    draw = torch.rand(values.shape, device=values.device, generator=generator)
-    return torch.where((error != 0) & (draw * gap < error.abs()), other, near)
+    return torch.where((error != 0) & (draws * gap < error.abs()), other, near)

@@ -4,6 +4,7 @@ A step gathers these rows and their state, moves them by a rule (row_rules.py), 
 nothing of the table's size. A table on disk is trained in a copy of its own, with the state beside it (work_files.py).
 """
 
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..modeling.table import EngramTable
 from ..modeling.table_blocks import put_rows
 from ..modeling.table_changes import TrainingRun
 from ..modeling.table_gradients import Exchange
-from .row_rules import RowRule, round_stochastically
+from ..modeling.table_ranks import STATE
+from .row_rules import RowRule, draws_of_rows, round_stochastically
 from .work_files import WorkFile, open_training_copy
 
 
@@ -82,8 +84,8 @@ class RowUpdates:
             state_dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else exact
         # The state of a row lies together, so that it is read and written in one place.
         shapes = {
-            WIDE: ((table.num_rows, len(rule.wide), table.head_dim), state_dtype),
-            NARROW: ((table.num_rows, len(rule.narrow), 1), exact),
+            WIDE: ((table.held_rows, len(rule.wide), table.head_dim), state_dtype),
+            NARROW: ((table.held_rows, len(rule.narrow), 1), exact),
         }
         shapes = {name: (shape, dtype) for name, (shape, dtype) in shapes.items() if shape[1]}
         self.work_file: WorkFile | None = None
@@ -99,10 +101,12 @@ class RowUpdates:
             self.stores = {key: self.work_file.tensor(key) for key in shapes}
         else:
             self.stores = {key: torch.zeros(s, dtype=d, device=table.home) for key, (s, d) in shapes.items()}
+        if table.ranks is not None:
+            table.ranks.handlers[STATE] = self._answer_state
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        """By the names of the rule: (rows of the table, width) or (rows of the table, 1), views."""
+        """By the names of the rule: (rows that are held, width) or (rows that are held, 1), views."""
         return self._by_name(self.stores)
 
     def _by_name(self, stores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,31 +115,46 @@ class RowUpdates:
             named |= {name: stores[store][:, i] for i, name in enumerate(names)}
         return named
 
-    @torch.no_grad()
     def step(self, lr: float) -> int:
-        """Move the rows that have gradients, and return how many they are."""
+        """Move the rows that have gradients, and return how many of them this process holds."""
+        moved = self._move(lr)
+        if self.table.ranks is not None:
+            self.table.ranks.service.after_step(self.table.ranks)
+        return moved
+
+    @torch.no_grad()
+    def _move(self, lr: float) -> int:
         taken = self.gradients.take()
         if taken is None:
             return 0
         self.steps += 1
         row_ids, gradients = (each.to(self.table.home) for each in taken)
-        self._read_state(row_ids)
-        generator = torch.Generator(row_ids.device).manual_seed(
-            hash((self.seed, zlib.crc32(self.name.encode()), self.steps)) % 2**63
-        )
+        if not len(row_ids):
+            return 0
+        held = self.table.held_ids(row_ids)
+        self._read_state(held)
         part_bytes = PART_BYTES if row_ids.device.type == "cpu" else PART_BYTES_ON_GPU
         at_once = part_bytes // (4 * self.table.head_dim) + 1
-        for part, moving in zip(row_ids.split(at_once), gradients.split(at_once)):
+        for part, ids, moving in zip(held.split(at_once), row_ids.split(at_once), gradients.split(at_once)):
             # The forward has just read them.
             rows = self.table.gather_trained(part, are_read=True)
             moved = rows.to(moving.dtype)
             gathered = {name: _gather(store, part, moving.dtype) for name, store in self.stores.items()}
             self.rule.update(moved, moving, self._by_name(gathered), lr)
-            self.table.write_trained(part, _round(moved, rows.dtype, generator))
+            self.table.write_trained(part, self._round(moved, rows.dtype, ids, "rows"))
             for name, values in gathered.items():
                 kept = self.stores[name]
-                put_rows(kept, part, _round(values, kept.dtype, generator), is_mapped=self.work_file is not None)
+                put_rows(kept, part, self._round(values, kept.dtype, ids, name), is_mapped=self.work_file is not None)
         return len(row_ids)
+
+    def _round(self, values: torch.Tensor, dtype: torch.dtype, row_ids: torch.Tensor, what: str) -> torch.Tensor:
+        """Values of rows, (n, ...), in another type. What is drawn depends on the row and the step alone, so it is the
+        same wherever a row lives, and however many ranks there are."""
+        if dtype.itemsize > 2:
+            return values.to(dtype)
+        stream = zlib.crc32(f"{self.seed} {self.name} {self.steps} {what}".encode())
+        draws = draws_of_rows(row_ids, values[0].numel(), stream).view(values.shape)
+        return round_stochastically(values, dtype, draws)
 
     def _read_state(self, row_ids: torch.Tensor) -> None:
         """Have the state of rows read that is on disk."""
@@ -147,7 +166,7 @@ class RowUpdates:
             self.reader.read(pages, self.work_file)
 
     def state_dict(self) -> dict:
-        """The state of the rows that have been touched.
+        """The state of the rows that have been touched, over all ranks.
 
         Distributed checkpoints fill tensors in place, and would refuse one of another size. They take a tuple as a
         value, whatever is in it, so what has as many rows as were touched is in a tuple:
@@ -158,22 +177,38 @@ class RowUpdates:
 
         `stamp` is that of the run and step, which the rows of the same checkpoint have too.
         """
-        row_ids = self._touched()
-        stores = {name: (_copy_out(store, row_ids),) for name, store in self.stores.items()}
-        rows = (self._rows_on_cpu(row_ids),) if self.saves_rows else ()
+        own = self._own_state()
+        if self.table.ranks is not None:
+            answers = self.table.ranks.ask_all(STATE, {})
+            parts = [own, *(torch.load(io.BytesIO(each), weights_only=True) for each in answers)]
+            order = torch.cat([each["row_ids"] for each in parts]).argsort()
+            own = {name: torch.cat([each[name] for each in parts])[order] for name in own}
+        rows = (self._rows_on_cpu(own["row_ids"]),) if self.saves_rows else ()
         return {
             "rule": type(self.rule).__name__,
             "steps": self.steps,
             "run": self.run.run_id,
             "stamp": self.run.stamp.hex(),
-            "row_ids": (row_ids,),
             "rows": rows,
-            **stores,
+            **{name: (tensor,) for name, tensor in own.items()},
         }
 
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        """The row ids and the state of those rows that this process holds and that have been touched."""
+        held = self._touched()
+        stores = {name: _copy_out(store, held) for name, store in self.stores.items()}
+        return {"row_ids": self.table.row_ids_of(held), **stores}
+
+    def _answer_state(self, asked: bytes) -> bytes:
+        content = io.BytesIO()
+        torch.save(self._own_state(), content)
+        return content.getvalue()
+
     def _touched(self) -> torch.Tensor:
-        """(n,) int64 on the CPU: the rows that have a state."""
+        """(n,) int64 on the CPU: held ids of the rows that have a state."""
         marker = self.stores[NARROW if self.rule.narrow else WIDE]
+        if not len(marker):
+            return torch.zeros(0, dtype=torch.int64)
         found, start = [], 0
         for piece in marker.split(max(1, PIECE_BYTES // marker[0].nbytes)):
             found.append((piece != 0).flatten(1).any(-1).nonzero().flatten().cpu() + start)
@@ -251,6 +286,10 @@ class RowUpdates:
         """
         saved = self.checked(saved)
         row_ids = saved["row_ids"].cpu()
+        are_held = self.table.are_held(row_ids)
+        if are_held is not None:
+            saved = {**saved, **{name: saved[name][are_held.to(saved[name].device)] for name in self.stores}}
+            row_ids = self.table.held_ids(row_ids[are_held])
         if self.saves_rows:
             if self.table.patches.trained is not None:
                 self.table.patches.trained.clear()
@@ -289,7 +328,3 @@ def _copy_out(store: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
 def _gather(tensor: torch.Tensor, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(n, ...) where the row ids are."""
     return tensor.index_select(0, row_ids.to(tensor.device)).to(row_ids.device, dtype)
-
-
-def _round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    return values.to(dtype) if dtype.itemsize > 2 else round_stochastically(values, dtype, generator)

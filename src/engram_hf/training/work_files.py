@@ -47,6 +47,8 @@ class WorkFile(MappedFile):
             nbytes = math.prod(shape) * dtype.itemsize
             self.places[name] = TensorPlace(dtype, shape, end, nbytes)
             end += -(-nbytes // PAGE) * PAGE
+        # A rank may hold no row of a table, and a file without a byte cannot be mapped.
+        end = max(end, PAGE)
         # Kept open for as long as its mapping.
         self.file = tempfile.TemporaryFile(dir=self.path, buffering=0)  # noqa: SIM115
         try:

@@ -96,7 +96,12 @@ class RowPrefetcher:
 
 
 def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
-    """What a step reads from disk for a table: rows, and their state if they are trained there."""
+    """What a step reads from disk for a table: rows, and their state if they are trained there.
+
+    Nothing for a table that is cut over ranks: its rows are read where they are asked for.
+    """
+    if table.ranks is not None:
+        return
     for block in table.block_records:
         if block.is_on_disk and block.source is not None:
             yield Column(block.first_row, block.num_rows, block.source, table.row_nbytes)

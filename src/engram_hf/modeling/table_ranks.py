@@ -1,0 +1,532 @@
+"""One table over many ranks: which rank holds which rows, and how a lookup gets rows that another rank holds.
+
+Each block is cut as torch's DTensor cuts it with `Shard(0)`. A rank asks the owners of the rows that it needs, and a
+thread of each owner answers. No rank has to look rows up at the same time as another one: ranks may evaluate texts of
+different lengths, one may have no tokens, and one may save alone. Gradients travel back in training/row_exchange.py.
+
+A *row id* counts through the whole table, as everywhere. A *held id* counts through the rows that one rank holds.
+"""
+
+import atexit
+import json
+import math
+import os
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .disk_files import BlockSource, TableFile
+from .disk_safetensors import TensorContent, TensorPlace
+from .table_gradients import Grouping
+
+
+# Kinds of requests. `ROWS` is answered with rows; tables and optimizers answer the others.
+ROWS, WHY, CHANGED, BASE, SAVED, STATE, LEAVE = range(7)
+HEAD_TAG, FIRST_TAG, TAGS = 1, 16, 2**24
+# Kind, number of the table, steps that it has made, bytes of what follows, tag of the answer, bytes of an answer with
+# rows.
+HEAD_NUMBERS = 6
+# Before the rows of an answer, so that they are aligned for every type.
+STATUS_BYTES = 16
+DONE, FOREIGN, FAILED = range(3)
+# Fetches that nobody has waited for: of more, the oldest is finished first.
+OPEN_FETCHES = 64
+# Lookups of a backward that is still to come, whose rows are kept in case their forward is made again.
+LOOKUPS_KEPT = 64
+# How long a rank that has come to its end goes on answering without being asked.
+LINGER_SECONDS = 600.0
+
+
+class RowCut:
+    """Rows of each block over ranks, as DTensor's `Shard(0)` cuts them: chunks of ceil(rows / ranks) rows.
+
+    Example:
+        >>> cut = RowCut(rows_of_block=[5, 3], ranks=2)
+        >>> cut.part(block=0, rank=1)
+        (3, 5)
+        >>> cut.owner(torch.arange(8)).tolist()
+        [0, 0, 0, 1, 1, 0, 0, 1]
+        >>> cut.to_held(torch.tensor([3, 4, 7]), rank=1).tolist()
+        [0, 1, 2]
+    """
+
+    def __init__(self, rows_of_block: Sequence[int], ranks: int):
+        self.rows_of_block, self.ranks = tuple(rows_of_block), ranks
+        self.num_rows = sum(self.rows_of_block)
+        chunks = [math.ceil(rows / ranks) for rows in self.rows_of_block]
+        self._chunks = torch.tensor(chunks, device="cpu")
+        # Row id of the first row of each block.
+        self._firsts = torch.tensor(list(accumulate(self.rows_of_block[:-1], initial=0)), device="cpu")
+
+    def part(self, block: int, rank: int) -> tuple[int, int]:
+        """The rows of a block that a rank holds, counted from the block's first: begin and end."""
+        rows = self.rows_of_block[block]
+        chunk = math.ceil(rows / self.ranks)
+        return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
+
+    def rows_of(self, rank: int) -> list[int]:
+        """Rows of each block that a rank holds."""
+        parts = [self.part(block, rank) for block in range(len(self.rows_of_block))]
+        return [end - begin for begin, end in parts]
+
+    def block_of(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """(n,) row ids to the numbers of their blocks."""
+        return torch.bucketize(row_ids, self._firsts[1:].to(row_ids.device), right=True)
+
+    def owner(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """(n,) row ids to the ranks that hold them."""
+        block = self.block_of(row_ids)
+        return (row_ids - self._firsts.to(row_ids.device)[block]) // self._chunks.to(row_ids.device)[block]
+
+    def to_held(self, row_ids: torch.Tensor, rank: int) -> torch.Tensor:
+        """(n,) row ids of rows that a rank holds to its held ids; ascending stay ascending."""
+        return row_ids - self._shifts(rank).to(row_ids.device)[self.block_of(row_ids)]
+
+    def to_table(self, held: torch.Tensor, rank: int) -> torch.Tensor:
+        """(n,) held ids of a rank to row ids."""
+        firsts = torch.tensor(list(accumulate(self.rows_of(rank)[:-1], initial=0)), device=held.device)
+        block = torch.bucketize(held, firsts[1:], right=True)
+        return held + self._shifts(rank).to(held.device)[block]
+
+    def _shifts(self, rank: int) -> torch.Tensor:
+        """(blocks,): row id less held id."""
+        begins = torch.tensor([self.part(block, rank)[0] for block in range(len(self.rows_of_block))])
+        held_firsts = torch.tensor(list(accumulate(self.rows_of(rank)[:-1], initial=0)))
+        return self._firsts + begins - held_firsts
+
+
+class RankFile(TableFile):
+    """A safetensors file, of whose blocks a rank has its own rows and reads no others."""
+
+    def __init__(self, path: str | Path, parts: dict[str, tuple[int, int]]):
+        """
+        Args:
+            path: the file.
+            parts: name of a tensor to the rows of it that are held, begin and end.
+        """
+        super().__init__(path)
+        self.whole_places = dict(self.places)
+        self._digests: dict[str, bytes] = {}
+        for name, (begin, end) in parts.items():
+            place = self.places[name]
+            row_nbytes = place.nbytes // max(1, place.shape[0])
+            shape = (end - begin, *place.shape[1:])
+            start = place.start + begin * row_nbytes
+            self.places[name] = TensorPlace(place.dtype, shape, start, (end - begin) * row_nbytes)
+
+    def map_again(self) -> "RankFile":
+        twin = object.__new__(RankFile)
+        twin.__dict__.update(self.__dict__)
+        twin._map()
+        return twin
+
+    def whole_content(self, name: str) -> TensorContent:
+        """The tensor with the rows of all ranks, read from the file in pieces."""
+        whole = object.__new__(TableFile)
+        whole.__dict__.update({**self.__dict__, "places": self.whole_places})
+        return whole.content(name)
+
+    def whole_digest(self, name: str, digest_of: Callable) -> bytes:
+        """SHA-256 of the tensor with the rows of all ranks; the file is read once for it."""
+        if name not in self._digests:
+            self._digests[name] = digest_of(self.whole_content(name))
+        return self._digests[name]
+
+
+class Answer:
+    """What an owner has been asked for: rows that are on their way."""
+
+    def __init__(self, owner: int, buffer: torch.Tensor, works: list, kept: tuple):
+        self.owner, self.buffer = owner, buffer
+        # What was sent must live until it is there.
+        self._works, self._kept = works, kept
+
+    def wait(self) -> int:
+        """Wait until it is here, and return its status."""
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
+        self._kept = ()
+        return int(self.buffer[:8].view(torch.int64))
+
+
+class Question(NamedTuple):
+    """What another rank asks for. steps: that it has made with the table."""
+
+    asker: int
+    kind: int
+    table: int
+    steps: int
+    tag: int
+    answer_nbytes: int
+    payload: torch.Tensor
+
+
+class RowService:
+    """What one process asks of the others, and the thread in which it answers them. One for all tables of a model.
+
+    All processes make it at the same time, and give it the same tables in the same order.
+
+    moved: counts of what this process has asked for and been given: `ids`, `rows`, and `row_bytes`.
+    """
+
+    def __init__(self):
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.moved: Counter[str] = Counter()
+        # Why this process must not go on; it is raised where all processes meet.
+        self.failure: str | None = None
+        self._tables: list[weakref.ref[TableRanks]] = []
+        self._tags = count()
+        self._open: list[Answer] = []
+        self._lock = threading.Lock()
+        self._was_asked = False
+        self._others = {rank for rank in range(self.ranks) if rank != self.rank}
+        self._has_left = False
+        if not self._others:
+            return
+        # The group itself: `destroy_process_group` forgets its name, and other ranks may still ask.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = threading.Thread(target=self._serve, name="engram-rows", daemon=True)
+        self._thread.start()
+        atexit.register(self.leave)
+
+    def add(self, table: "TableRanks") -> int:
+        """Answer for one more table; its number."""
+        self._tables.append(weakref.ref(table))
+        return len(self._tables) - 1
+
+    def meet(self) -> None:
+        """Wait until every rank has come here: before it, a rank may be asked for tables that it has not opened yet."""
+        if self.ranks > 1:
+            self._group.barrier().wait()
+
+    def _next_tag(self) -> int:
+        """Of an answer; what is sent with the question has the next one. A rank may be asked with the same tags."""
+        return FIRST_TAG + 2 * (next(self._tags) % TAGS)
+
+    def _send(
+        self, to: int, kind: int, table: int, payload: torch.Tensor, tag: int, answer_nbytes: int = 0
+    ) -> tuple[list, tuple]:
+        ranks = self._tables[table]()
+        steps = 0 if ranks is None else ranks.steps
+        head = torch.tensor([kind, table, steps, payload.nbytes, tag, answer_nbytes], device="cpu")
+        sent = payload.contiguous().view(torch.uint8).view(-1)
+        works = [self._group.send([head], to, HEAD_TAG)]
+        if len(sent):
+            works.append(self._group.send([sent], to, tag + 1))
+        return works, (head, sent)
+
+    def ask_rows(self, owner: int, table: int, row_ids: torch.Tensor, row_nbytes: int) -> Answer:
+        """Ask for rows, (n,) row ids that the owner holds; returns at once."""
+        tag = self._next_tag()
+        buffer = torch.empty(STATUS_BYTES + len(row_ids) * row_nbytes, dtype=torch.uint8, device="cpu")
+        arrival = self._group.recv([buffer], owner, tag)
+        works, kept = self._send(owner, ROWS, table, row_ids, tag, len(buffer))
+        answer = Answer(owner, buffer, [*works, arrival], kept)
+        self.moved.update(ids=len(row_ids), rows=len(row_ids), row_bytes=len(row_ids) * row_nbytes)
+        with self._lock:
+            self._open = [each for each in self._open if each._works]
+            oldest = self._open.pop(0) if len(self._open) >= OPEN_FETCHES else None
+            self._open.append(answer)
+        if oldest is not None:
+            oldest.wait()
+        return answer
+
+    def ask(self, owner: int, kind: int, table: int, payload: bytes = b"") -> bytes:
+        """Ask another rank for something else than rows, and wait for its answer.
+
+        Raises:
+            RuntimeError: it could not answer, and says why.
+        """
+        tag = self._next_tag()
+        given = (
+            torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+        )
+        head = torch.empty(2, dtype=torch.int64, device="cpu")
+        arrival = self._group.recv([head], owner, tag)
+        works, kept = self._send(owner, kind, table, given, tag)
+        for work in [*works, arrival]:
+            work.wait()
+        del kept
+        status, nbytes = head.tolist()
+        answer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        if nbytes:
+            self._group.recv([answer], owner, tag).wait()
+        content = answer.numpy().tobytes()
+        if status != DONE:
+            raise RuntimeError(f"Rank {owner} could not answer for its part of a table: {content.decode()}")
+        return content
+
+    # The thread that answers.
+
+    def _serve(self) -> None:
+        try:
+            while self._others:
+                head = torch.empty(HEAD_NUMBERS, dtype=torch.int64, device="cpu")
+                arrival = self._group.recv_anysource([head], HEAD_TAG)
+                arrival.wait()
+                asker = arrival._source_rank()
+                kind, table, steps, nbytes, tag, answer_nbytes = head.tolist()
+                payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+                if nbytes:
+                    self._group.recv([payload], asker, tag + 1).wait()
+                self._was_asked = True
+                if kind == LEAVE:
+                    self._others.discard(asker)
+                    if bool(table) and not self._has_left:
+                        # That rank has failed, and waits for nobody.
+                        self._group.send([leaving(False)], asker, HEAD_TAG).wait()
+                elif not self._park(question := Question(asker, kind, table, steps, tag, answer_nbytes, payload)):
+                    self.reply(question)
+        except RuntimeError:
+            # Another process is gone. Who needs its rows learns it by asking.
+            self._others.clear()
+
+    def _park(self, question: "Question") -> bool:
+        """Leave a question for later where the asker has made a step that this rank has still to make."""
+        ranks = self._tables[question.table]() if question.table < len(self._tables) else None
+        with self._lock:
+            is_early = ranks is not None and ranks.steps < question.steps
+            if ranks is not None and is_early:
+                ranks.parked.append(question)
+        return is_early
+
+    def reply(self, question: "Question") -> None:
+        """Answer a question."""
+        asker, tag = question.asker, question.tag
+        if question.kind == ROWS:
+            answer = self._rows(question.table, question.payload.view(torch.int64), question.answer_nbytes)
+            self._group.send([answer], asker, tag).wait()
+        else:
+            self._send_answer(asker, tag, *self._answer(question.kind, question.table, question.payload))
+
+    def after_step(self, ranks: "TableRanks") -> None:
+        """This rank has made a step with a table: answer what has waited for it."""
+        with self._lock:
+            ranks.steps += 1
+            ready = [each for each in ranks.parked if each.steps <= ranks.steps]
+            ranks.parked = [each for each in ranks.parked if each.steps > ranks.steps]
+        for question in ready:
+            self.reply(question)
+
+    def _rows(self, table: int, row_ids: torch.Tensor, nbytes: int) -> torch.Tensor:
+        """(n,) row ids to an answer: the status, and the bytes of the rows."""
+        out = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
+        status = out[:8].view(torch.int64)
+        ranks = self._tables[table]() if table < len(self._tables) else None
+        if ranks is None or nbytes != STATUS_BYTES + len(row_ids) * ranks.row_nbytes:
+            status[0] = FOREIGN
+            return out
+        is_here = (row_ids >= 0) & (row_ids < ranks.cut.num_rows)
+        if not (is_here.all() and (ranks.cut.owner(row_ids) == self.rank).all()):
+            status[0] = FOREIGN
+            return out
+        try:
+            rows = ranks.read(ranks.cut.to_held(row_ids, self.rank))
+            out[STATUS_BYTES:] = rows.cpu().contiguous().view(torch.uint8).view(-1)
+        except Exception as error:
+            self.failure = f"Rank {self.rank} could not read rows that another rank has asked for: {error}"
+            status[0] = FAILED
+        return out
+
+    def _answer(self, kind: int, table: int, payload: torch.Tensor) -> tuple[int, bytes]:
+        try:
+            if kind == WHY:
+                return DONE, (self.failure or "").encode()
+            ranks = self._tables[table]()
+            if ranks is None or kind not in ranks.handlers:
+                return FAILED, b"it has no such table in training any more."
+            return DONE, ranks.handlers[kind](payload.numpy().tobytes())
+        except Exception as error:
+            return FAILED, str(error).encode()
+
+    def _send_answer(self, asker: int, tag: int, status: int, content: bytes) -> None:
+        self._group.send([torch.tensor([status, len(content)], device="cpu")], asker, tag).wait()
+        if content:
+            self._group.send([torch.frombuffer(bytearray(content), dtype=torch.uint8)], asker, tag).wait()
+
+    def leave(self) -> None:
+        """At the end of the process: go on answering until every other one has come to its end too."""
+        if self._has_left:
+            return
+        self._has_left = True
+        has_failed = hasattr(sys, "last_value")
+        for other in range(self.ranks):
+            if other != self.rank:
+                try:
+                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait()
+                except RuntimeError:
+                    self._others.discard(other)
+        while self._others and self._thread.is_alive():
+            self._was_asked = False
+            self._thread.join(LINGER_SECONDS)
+            if not self._was_asked:
+                return
+
+
+def leaving(has_failed: bool) -> torch.Tensor:
+    """The head of a message that says that a rank has come to its end."""
+    return torch.tensor([LEAVE, int(has_failed), 0, 0, 0, 0], device="cpu")
+
+
+class PendingRows:
+    """Distinct rows that have been asked for; `result` waits for them."""
+
+    def __init__(self, ranks: "TableRanks", row_ids: torch.Tensor):
+        """
+        Args:
+            ranks: of the table.
+            row_ids: (n,) int64, ascending and distinct, on the CPU.
+        """
+        self._ranks = ranks
+        owners = ranks.cut.owner(row_ids)
+        self._order = owners.argsort(stable=True)
+        counts = owners.bincount(minlength=ranks.cut.ranks).tolist()
+        asked = row_ids[self._order].split(counts)
+        self._own = asked[ranks.rank]
+        self._answers = {
+            owner: ranks.service.ask_rows(owner, ranks.number, ids, ranks.row_nbytes)
+            for owner, ids in enumerate(asked)
+            if len(ids) and owner != ranks.rank
+        }
+        self._rows: torch.Tensor | None = None
+
+    def result(self) -> torch.Tensor:
+        """(n, row width) on the CPU, in the order of the row ids.
+
+        Raises:
+            RuntimeError: an owner does not hold the rows that were asked of it. In training it is raised at the end of
+                the backward, on every rank.
+        """
+        if self._rows is not None:
+            return self._rows
+        ranks = self._ranks
+        own = ranks.read(ranks.cut.to_held(self._own, ranks.rank)).cpu()
+        parts = []
+        for owner in range(ranks.cut.ranks):
+            if owner == ranks.rank:
+                parts.append(own)
+            elif owner in self._answers:
+                answer = self._answers[owner]
+                if (status := answer.wait()) != DONE:
+                    ranks.fail(owner, status)
+                parts.append(answer.buffer[STATUS_BYTES:].view(own.dtype).view(-1, own.shape[1]))
+        self._rows = torch.empty(len(self._order), own.shape[1], dtype=own.dtype, device="cpu")
+        self._rows[self._order] = torch.cat(parts)
+        self._answers = {}
+        return self._rows
+
+
+class TableRanks:
+    """One table's place among the ranks: which rows are here, and how to get the others.
+
+    kept: rows of lookups whose backward is still to come. A forward that is made again (gradient checkpointing) takes
+        them from here.
+    """
+
+    def __init__(self, cut: RowCut, service: RowService, row_nbytes: int, read: Callable[[torch.Tensor], torch.Tensor]):
+        """
+        Args:
+            cut: of the table.
+            service: of the model.
+            row_nbytes: bytes of a row.
+            read: held ids, (n,) ascending, on the CPU, to rows that this rank holds.
+        """
+        self.cut, self.service, self.row_nbytes, self.read = cut, service, row_nbytes, read
+        self.rank = service.rank
+        self.number = service.add(self)
+        self.handlers: dict[int, Callable[[bytes], bytes]] = {}
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Of the optimizer, with this table. Nobody gets rows of an earlier step than its own.
+        self.steps = 0
+        self.parked: list[Question] = []
+        self._asked: list[tuple[torch.Tensor, Grouping, PendingRows]] = []
+        # Whether a failed fetch is raised where all ranks meet, and not here.
+        self.meets_later = False
+
+    def begin(self, row_ids: torch.Tensor) -> PendingRows:
+        """Ask for rows, (n,) int64, ascending and distinct; returns at once."""
+        return PendingRows(self, row_ids.cpu())
+
+    def fail(self, owner: int, status: int) -> None:
+        """A fetch has failed: raise now, or where all ranks meet."""
+        if status == FOREIGN:
+            why = (
+                f"Rank {self.rank} has asked rank {owner} for rows that it does not hold: the ranks cut the table "
+                "differently. Load the same checkpoint on every rank."
+            )
+        else:
+            why = self.service.ask(owner, WHY, self.number).decode()
+        if not self.meets_later:
+            raise RuntimeError(why)
+        self.service.failure = why
+
+    def remember(self, row_ids: torch.Tensor, groups: Grouping, pending: PendingRows) -> None:
+        """Keep what has been asked for a lookup with this very tensor, until `take`."""
+        self._asked = [*self._asked, (row_ids, groups, pending)][-LOOKUPS_KEPT:]
+
+    def take(self, row_ids: torch.Tensor) -> tuple[Grouping, PendingRows] | None:
+        """What has been asked for a lookup with this very tensor; None for nothing."""
+        found = next(((groups, pending) for ids, groups, pending in self._asked if ids is row_ids), None)
+        self._asked = [each for each in self._asked if each[0] is not row_ids]
+        return found
+
+    def find_kept(self, row_ids: torch.Tensor) -> torch.Tensor | None:
+        """The rows of an earlier lookup with these row ids whose backward is still to come."""
+        for ids, rows in self.kept:
+            if ids.data_ptr() == row_ids.data_ptr() and ids.shape == row_ids.shape:
+                return rows
+        return None
+
+    def keep(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keep the rows of a lookup until its backward is over."""
+        # The ids too: while they are here, no other tensor has their address.
+        self.kept = [*self.kept, (row_ids, rows)][-LOOKUPS_KEPT:]
+
+    def ask_all(self, kind: int, payload: dict) -> list[bytes]:
+        """What every other rank answers, in the order of ranks."""
+        content = json.dumps(payload).encode()
+        others = [rank for rank in range(self.cut.ranks) if rank != self.rank]
+        return [self.service.ask(rank, kind, self.number, content) for rank in others]
+
+
+def open_parts(sources: Mapping[tuple[str, int], BlockSource], cuts: Mapping[str, RowCut], rank: int) -> dict:
+    """The blocks of tables as one rank holds them; each file is opened once.
+
+    Args:
+        sources: (table, number of the block) to the whole block.
+        cuts: of the tables.
+        rank: that holds.
+    """
+    parts: dict[Path, dict[str, tuple[int, int]]] = {}
+    for (table, number), source in sources.items():
+        parts.setdefault(source.file.path, {})[source.name] = cuts[table].part(number, rank)
+    files = {path: RankFile(path, of_file) for path, of_file in parts.items()}
+    return {key: BlockSource(files[source.file.path], source.name) for key, source in sources.items()}
+
+
+def start_ranks() -> RowService:
+    """Join the process group of this run, and start to answer for tables.
+
+    Under `accelerate launch` and torchrun the group is initialised where nobody has done it: gloo on CPUs, and what
+    torch takes for an accelerator.
+
+    Raises:
+        ValueError: there is no process group, and nothing says how many processes there are.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+            raise ValueError(
+                'engram_ranks="shard" cuts tables over the processes of a run, and this is a single process. Start it '
+                "with `accelerate launch` or `torchrun --nproc-per-node N`, or leave engram_ranks out."
+            )
+        dist.init_process_group(None if torch.accelerator.is_available() else "gloo")
+    return RowService()

@@ -1,0 +1,253 @@
+"""Tables over 2, 3 and 4 processes. Not a test: `test_ranks.py` starts it and compares what the processes leave."""
+
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import tiny_config, tiny_ids, tiny_model
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam, engram_optimizers
+from engram_hf.modeling.disk_files import BlockSource, TableFile
+from engram_hf.modeling.disk_safetensors import TensorContent, write_file
+from engram_hf.modeling.table import EngramTable, tables_without_blocks
+from engram_hf.modeling.table_formats import row_format
+from engram_hf.modeling.table_ranks import open_parts, start_ranks
+from engram_hf.training.row_exchange import RowExchange
+from engram_hf.training.row_updates import RowUpdates
+
+
+RANKS = (2, 3, 4)
+STEPS, WIDTH, HIGHEST_NORM = 3, 4, 2.0
+# Three heads in two blocks; the second one has fewer rows than there are processes.
+ROWS_OF_HEAD, BLOCK_ELEMENTS = [3, 23, 2], 26 * WIDTH
+RULES = {"adam": RowAdam(), "rowwise_adam": RowwiseAdam(), "adagrad": RowwiseAdagrad(), "sgd": RowSGD()}
+# Rule, tier, type of the rows.
+CASES = [
+    ("adam", "resident", "float64"),
+    ("rowwise_adam", "host", "float64"),
+    ("adagrad", "disk", "float64"),
+    ("sgd", "resident", "float64"),
+    ("adam", "disk", "bfloat16"),
+]
+
+
+class Task(nn.Module):
+    """A table under a loss, and a number that every loss depends on."""
+
+    def __init__(self, table: EngramTable):
+        super().__init__()
+        self.table, self.scale = table, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, row_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        # A batch without tokens reads no rows.
+        return self.scale * ((self.table(row_ids).double() * weights).sum() if len(row_ids) else 1)
+
+
+def batch(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a process reads in a step: each another number of tokens, and the first one none. Weights are small whole
+    numbers, so that sums have no error."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    tokens = 3 * rank + (rank > 0)
+    ids = torch.stack([torch.randint(0, rows, (tokens,), generator=generator) for rows in ROWS_OF_HEAD], -1)
+    return ids, ranks * torch.randint(-4, 5, (tokens, WIDTH * len(ROWS_OF_HEAD)), generator=generator).double()
+
+
+def write_table(path: Path, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in (26, 2)]
+    blocks = {f"blocks.{i}": each.to(getattr(torch, dtype)) for i, each in enumerate(rows)}
+    write_file(path, {name: TensorContent.of(block) for name, block in blocks.items()})
+
+
+def open_table(path: Path, tier: str, dtype: str, service=None) -> EngramTable:
+    with tables_without_blocks():
+        table = EngramTable(ROWS_OF_HEAD, WIDTH, BLOCK_ELEMENTS, row_format(dtype))
+    file = TableFile(path)
+    sources = {("table", i): BlockSource(file, f"blocks.{i}") for i in range(2)}
+    if service is not None:
+        sources = open_parts(sources, {"table": table.cut_over_ranks(service)}, service.rank)
+    table.open_blocks(list(sources.values()), [tier] * 2, ["cpu"] * 2)
+    return table
+
+
+def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = False, saved=None) -> dict:
+    """What a table has become.
+
+    Args:
+        path: of its file.
+        case: of `CASES`.
+        ranks: of the run.
+        service: where the table is cut over them.
+        is_alone: whether this process does by itself what so many ranks do together.
+        saved: the state of an optimizer, to go on from.
+    """
+    rule, tier, dtype = case
+    table = open_table(path, tier, dtype, service)
+    exchange = None if is_alone else RowExchange()
+    work = path.parent / f"work{os.getpid()}"
+    updates = RowUpdates("table", table, RULES[rule], work_folder=work, exchange=exchange)
+    if saved is not None:
+        updates.load_state_dict(saved)
+    task = Task(table).train()
+    if exchange is not None:
+        exchange.add(table)
+        exchange.follow(task, [task.scale])
+    if service is not None:
+        service.meet()
+    norms = []
+    for step in range(STEPS):
+        for part in range(2):
+            for rank in [dist.get_rank()] if exchange else range(ranks):
+                loss = task(*batch(10 * step + part, rank, ranks))
+                (loss if exchange else loss / ranks).backward()
+        norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], HIGHEST_NORM)))
+        updates.step(0.5)
+        updates.gradients.norm.grad = None
+    rows = table.gather_rows(torch.arange(table.num_rows))
+    state = updates.state_dict()
+    state = {name: state[name] for name in ("steps", "row_ids", "wide", "narrow") if name in state}
+    if service is not None:
+        # Nobody may end while another one asks.
+        service.meet()
+    shutil.rmtree(work, ignore_errors=True)
+    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows}
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this thread gives to the collectives and sends, and takes by receiving, by operation and type."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if "c10d" in name:
+            tensors = [each for group in args[:2] for each in (group if isinstance(group, list) else [group])]
+            tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
+            # Of an all-to-all, the first tensor is what arrives.
+            for tensor in tensors[1:] if "alltoall_base" in name else tensors[:1]:
+                self.nbytes[name.split(".")[1], str(tensor.dtype)] += tensor.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def count_traffic(path: Path, ranks: int) -> dict:
+    """What one step of a table sends, beside the fewest bytes that can do."""
+    service = start_ranks()
+    table = open_table(path, "resident", "float64", service)
+    exchange = RowExchange()
+    RowUpdates("table", table, RULES["sgd"], exchange=exchange)
+    task = Task(table).train()
+    exchange.add(table)
+    exchange.follow(task, [task.scale])
+    service.meet()
+    rank = dist.get_rank()
+    row_ids, weights = batch(0, rank, ranks)
+    with Sent() as sent:
+        task(row_ids, weights).backward()
+    distinct = (row_ids + table.first_rows_of_heads).unique()
+    foreign = int((table.ranks.cut.owner(distinct) != rank).sum())
+    service.meet()
+    return {"sent": dict(sent.nbytes), "moved": dict(service.moved), "foreign": foreign, "distinct": len(distinct)}
+
+
+def cut_otherwise(path: Path, ranks: int) -> str:
+    """What is raised on this process where the last one cuts the table differently."""
+    service = start_ranks()
+    table = open_table(path, "resident", "float64", service)
+    exchange = RowExchange()
+    RowUpdates("table", table, RULES["sgd"], exchange=exchange)
+    task = Task(table).train()
+    exchange.add(table)
+    exchange.follow(task, [task.scale])
+    service.meet()
+    rank = dist.get_rank()
+    if rank == ranks - 1:
+        # It takes every row for the next rank's.
+        owner = table.ranks.cut.owner
+        table.ranks.cut.owner = lambda row_ids: (owner(row_ids) + 1) % ranks
+    try:
+        task(*batch(0, rank, ranks)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def use_model(base: Path, out: Path, ranks: int) -> dict:
+    """What a model over ranks computes, generates and saves; each process reads and writes another number of tokens."""
+    rank = dist.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(base, engram_ranks="shard").eval()
+    logits = []
+    for number in range(1 + rank):
+        with torch.no_grad():
+            logits.append(model(tiny_ids(2, 5 + 3 * rank, seed=number)).logits)
+    prompt = tiny_ids(1, 4 + rank, seed=rank)
+    generated = model.generate(prompt, max_new_tokens=2 + 3 * rank, do_sample=False)
+    # As in Trainer: one process comes here.
+    if rank == 0:
+        model.save_pretrained(out / f"saved_by{ranks}")
+    held = {table.held_rows for table in model.named_tables().values()}
+    return {"logits": logits, "generated": generated, "held": held}
+
+
+def fetch_while_checkpointing(base: Path, folder: Path) -> dict:
+    """Rows that are fetched for one step, with and without gradient checkpointing, and the rows that have moved."""
+    found = {}
+    for way in (None, False, True):
+        model = AutoModelForCausalLM.from_pretrained(base, engram_ranks="shard").train()
+        args = TrainingArguments(str(folder), optim="sgd", learning_rate=0.1, report_to=[], use_cpu=True)
+        factory, options = engram_optimizers(args, "sgd")
+        optimizer = factory()(model, **options)
+        if way is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": way})
+            model.enable_input_require_grads()
+        ids = tiny_ids(2, 9, seed=dist.get_rank())
+        moved = next(iter(model.named_tables().values())).ranks.service.moved
+        before = moved["rows"]
+        model(input_ids=ids, labels=ids).loss.backward()
+        fetched = moved["rows"] - before
+        optimizer.step()
+        rows = [table.gather_rows(torch.arange(table.num_rows)) for table in model.named_tables().values()]
+        found[str(way)] = {"fetched": fetched, "rows": rows}
+        dist.barrier()
+    return found
+
+
+def run(rank: int, out: Path, ranks: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{out}/store{ranks}", rank=rank, world_size=ranks)
+    service, result = start_ranks(), {}
+    for case in CASES:
+        path = out / f"{case[2]}.safetensors"
+        result[case] = train(path, case, ranks, service)
+        result[case, "replicated"] = train(path, case, ranks)
+    if ranks == 3:
+        result["traffic"] = count_traffic(out / "float64.safetensors", ranks)
+        result["otherwise"] = cut_otherwise(out / "float64.safetensors", ranks)
+        result["model"] = use_model(out / "base", out, ranks)
+    if ranks == 2:
+        result["checkpointing"] = fetch_while_checkpointing(out / "base", out / "run")
+    torch.save(result, out / f"result{rank}of{ranks}.pt")
+    # A fork ends without the handlers by which a rank goes on answering.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    tiny_model(tiny_config(engram_table_dtype="float64")).save_pretrained(folder / "base")
+    for dtype in ("float64", "bfloat16"):
+        write_table(folder / f"{dtype}.safetensors", dtype)
+    for number in RANKS:
+        # A fork has imported everything already.
+        start_processes(run, (folder, number), nprocs=number, start_method="fork")
