@@ -177,14 +177,16 @@ def controls(scale: str, results: Results) -> Section:
         each = [a["loss"] - b["loss"] for a, b in zip(own, others)]
         verdict = verdict_of(gain, each, lambda value: value < 0)
         here = f"EngramMoE minus MoE: {gain}, {seeds_of(len(own))}"
-    says = "What the figures say of each control, as its loss minus that of EngramMoE. " + " ".join(sentences)
+    says = []
+    if sentences:
+        says.append(wrap("The loss of each control minus that of EngramMoE. " + " ".join(sentences)))
     limits = (
         "A clear difference says that the text was read better by this model at this size. It does not say why. The "
         "tables of zeros show what the other parts give without anything to remember, the random ones what rows that "
         "tell n-grams apart give without learning, and the shuffled hash what rows give that mean nothing."
     )
     return Section(
-        verdict, here, [table.markdown(), wrap(says), wrap(limits)], files, lambda p: draw_curves(p, results, scale)
+        verdict, here, [table.markdown(), *says, wrap(limits)], files, lambda p: draw_curves(p, results, scale)
     )
 
 
