@@ -22,7 +22,7 @@ from helpers.evidence_statistics import (
     slope,
 )
 from helpers.experiment_measures import MEASURES, ON, SILENT, measured_runs, name_of
-from helpers.experiment_runs import RATES, TUNING_STEPS, Run
+from helpers.experiment_runs import RATES, TUNING_STEPS, Run, tuning_runs
 from helpers.experiments import (
     ABLATIONS,
     ALLOCATIONS,
@@ -710,6 +710,21 @@ lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --inclu
 ```"""
 
 
+def tuning_tables(scale: str, results: Results) -> list[str]:
+    """The losses by which rates were chosen, of the families that were tuned."""
+    families = [arm for arm in CONTROLS if arm.name == arm.family]
+    rows = []
+    for arm in families:
+        tried = [results.get(run.name) for run in tuning_runs(arm.family, scale)]
+        if None not in tried:
+            texts = ", ".join(sorted({each["text"] for each in tried}))
+            rows.append([arm.title, *(each["loss"] for each in tried), texts])
+    if not rows:
+        return []
+    columns = {"held-out loss of tuning": "", **{f"rate {rate:g}": ".3f" for rate in RATES}, "text": ""}
+    return [Table(columns, rows).markdown()]
+
+
 def rendered(results: Results, scale: str = "tiny") -> str:
     """The page.
 
@@ -729,6 +744,7 @@ def rendered(results: Results, scale: str = "tiny") -> str:
         claims(scale, results),
         TEXT,
         wrap(tuning),
+        *tuning_tables(scale, results),
         wrap(provenance(scale, results)),
         MISLEADING.strip().format(tuning_steps=TUNING_STEPS, times=TIMES_ASKED),
         *(rendered_section(experiment, scale, results) for experiment in EXPERIMENTS),
