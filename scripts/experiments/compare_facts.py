@@ -297,12 +297,12 @@ def compare(arguments: argparse.Namespace) -> list[Table]:
         note += "each. Seconds are those of the optimisation, while other programs kept the machine busy."
         if model in arguments.lora:
             numbers = int(found[ROWS][0]["numbers"])
-            found[LORA] = [runs.found(model, LORA, seed, LORA_RATE, numbers) for seed in arguments.seeds]
-        tables.append(table_of(model, found, arguments.seeds, note))
+            found[LORA] = [runs.found(model, LORA, seed, LORA_RATE, numbers) for seed in arguments.lora_seeds]
+        tables.append(table_of(model, found, {ROWS: arguments.seeds, LORA: arguments.lora_seeds}, note))
     return tables
 
 
-def table_of(model: str, found: dict[str, list[dict]], seeds: list[int], note: str) -> Table:
+def table_of(model: str, found: dict[str, list[dict]], seeds: dict[str, list[int]], note: str) -> Table:
     columns = {
         "way": "",
         "seed": "",
@@ -321,11 +321,12 @@ def table_of(model: str, found: dict[str, list[dict]], seeds: list[int], note: s
     rows = []
     for way, of_seeds in found.items():
         words = "rows" if way == ROWS else f"LoRA, rank {of_seeds[0]['rank']} on {of_seeds[0]['modules']} projections"
-        for seed, each in zip(seeds, of_seeds, strict=True):
+        for seed, each in zip(seeds[way], of_seeds, strict=True):
             same = ("the same bits" if each["restored"] else "others") if way == ROWS else ""
             rows.append([words, str(seed), *(each[name] for name in names), same])
         means = [statistics.mean(each[name] for each in of_seeds) for name in names]
-        rows.append([words, "mean", *means, ""])
+        if len(of_seeds) > 1:
+            rows.append([words, "mean", *means, ""])
     return Table(columns, rows, f"50 facts, {NAMES[model]}", note)
 
 
@@ -333,6 +334,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[DEMO, SMOLLM], default=[DEMO, SMOLLM], help="(default: both)")
     parser.add_argument("--lora", nargs="*", choices=[DEMO, SMOLLM], default=[DEMO, SMOLLM], help="(default: both)")
+    parser.add_argument("--lora-seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--demo", type=Path, default=Path("output/tiny"), help="folder (default: output/tiny)")
     parser.add_argument("--memory", type=Path, default=Path("output/memory"), help="folder (default: output/memory)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
