@@ -22,7 +22,7 @@ from helpers.evidence_statistics import (
     slope,
 )
 from helpers.experiment_measures import MEASURES, ON, SILENT, measured_runs, name_of
-from helpers.experiment_runs import RATES, TUNING_STEPS, Run
+from helpers.experiment_runs import RATES, TUNING_STEPS, Run, tuning_runs
 from helpers.experiments import (
     ABLATIONS,
     ALLOCATIONS,
@@ -177,14 +177,16 @@ def controls(scale: str, results: Results) -> Section:
         each = [a["loss"] - b["loss"] for a, b in zip(own, others)]
         verdict = verdict_of(gain, each, lambda value: value < 0)
         here = f"EngramMoE minus MoE: {gain}, {seeds_of(len(own))}"
-    says = "What the figures say of each control, as its loss minus that of EngramMoE. " + " ".join(sentences)
+    says = []
+    if sentences:
+        says.append(wrap("The loss of each control minus that of EngramMoE. " + " ".join(sentences)))
     limits = (
         "A clear difference says that the text was read better by this model at this size. It does not say why. The "
         "tables of zeros show what the other parts give without anything to remember, the random ones what rows that "
         "tell n-grams apart give without learning, and the shuffled hash what rows give that mean nothing."
     )
     return Section(
-        verdict, here, [table.markdown(), wrap(says), wrap(limits)], files, lambda p: draw_curves(p, results, scale)
+        verdict, here, [table.markdown(), *says, wrap(limits)], files, lambda p: draw_curves(p, results, scale)
     )
 
 
@@ -710,6 +712,21 @@ lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --inclu
 ```"""
 
 
+def tuning_tables(scale: str, results: Results) -> list[str]:
+    """The losses by which rates were chosen, of the families that were tuned."""
+    families = [arm for arm in CONTROLS if arm.name == arm.family]
+    rows = []
+    for arm in families:
+        tried = [results.get(run.name) for run in tuning_runs(arm.family, scale)]
+        if None not in tried:
+            texts = ", ".join(sorted({each["text"] for each in tried}))
+            rows.append([arm.title, *(each["loss"] for each in tried), texts])
+    if not rows:
+        return []
+    columns = {"held-out loss of tuning": "", **{f"rate {rate:g}": ".3f" for rate in RATES}, "text": ""}
+    return [Table(columns, rows).markdown()]
+
+
 def rendered(results: Results, scale: str = "tiny") -> str:
     """The page.
 
@@ -729,6 +746,7 @@ def rendered(results: Results, scale: str = "tiny") -> str:
         claims(scale, results),
         TEXT,
         wrap(tuning),
+        *tuning_tables(scale, results),
         wrap(provenance(scale, results)),
         MISLEADING.strip().format(tuning_steps=TUNING_STEPS, times=TIMES_ASKED),
         *(rendered_section(experiment, scale, results) for experiment in EXPERIMENTS),
