@@ -126,9 +126,8 @@ def _names_in_base_model(config: MemoryFiles, where: str) -> dict[str, str]:
             f"{where} holds a memory alone. Put it into its model with load_engram(model, folder), and give the model."
         )
     kind = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    # In a class without a head, which is its own base model, no name begins so.
     prefix = f"{getattr(kind, 'base_model_prefix', '')}."
-    # A class without a head is its own base model, and the name of its decoder does not begin so.
-    prefix = prefix if f"{config.description.facts.decoder}.".startswith(prefix) else ""
     return {name: name.removeprefix(prefix) for name in config.tables()}
 
 
