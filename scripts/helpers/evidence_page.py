@@ -247,12 +247,14 @@ def facts(scale: str, results: Results) -> Section:
             "has no meaning in a model that cannot read yet, which its own column shows."
         )
     )
-    verdict, here = OPEN, "; ".join(says)
+    verdict, here = OPEN, " ".join(says)
     if len(kept) == 2 and not any(np.isnan(interval.value) for interval in kept.values()):
         if kept["facts_trained"].high < kept["reading"].low:
             verdict = HOLDS
         elif kept["facts_trained"].low > kept["reading"].high:
             verdict = FAILS
+    if verdict != OPEN and sum(run.arm is ENGRAM for run in found) < FEWEST_SEEDS:
+        verdict = TOO_FEW
     return Section(verdict, here, parts, files, lambda path: draw_facts(path, rows))
 
 
@@ -272,7 +274,7 @@ def kind_cells(found: dict[Run, dict], task: str, kind: str) -> list:
 
 def kept_in_words(interval: Interval) -> str:
     if np.isnan(interval.value):
-        return "the memory answers no better than chance, so no share can be kept"
+        return "the model answers no better than chance, so no share can be kept"
     return (
         f"the model keeps {interval.value:.0%} ({interval.low:.0%} to {interval.high:.0%}) of what it answers above "
         "chance when its memory is silenced"
