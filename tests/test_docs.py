@@ -23,7 +23,7 @@ import pytest
 import torch
 from test_import_order import LEVELS
 from tiny import tiny_config, tiny_model
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from engram_hf import EngramRowStatisticsCallback, engram_optimizers, push_engram
@@ -225,6 +225,23 @@ def test_the_guide_of_ranks_has_the_table_that_its_script_writes(monkeypatch):
     from render_ranks import with_table
 
     assert read("docs/ranks.md") == with_table(read("docs/ranks.md")), "run: python scripts/maintenance/render_ranks.py"
+
+
+@pytest.mark.slow
+def test_the_example_of_the_guide_of_ranks_trains_on_two(scratch):
+    script = re.search(r"^```py\n(.*?)^```$", read("docs/ranks.md"), re.DOTALL | re.MULTILINE)[1]
+    Path("train.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+    def started() -> subprocess.CompletedProcess:
+        return subprocess.run([*command, "train.py"], capture_output=True, text=True, env=environment, timeout=240)
+
+    ran = started()
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained("output/ranks/checkpoint-4").engram_tables()
+    Path("train.py").write_text(script.replace(", use_cpu=True", ""))
+    assert "use_cpu=True" in started().stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -166,7 +166,7 @@ def test_an_interrupted_command_prints_one_line():
 
 def test_help_and_version_do_not_load_what_models_need():
     commands = list(get_command(app).commands)
-    assert set(commands) == {"explore", "inspect", "plan", "verify", "push", "quantize", "merge", "memorize"}
+    assert set(commands) == {"explore", "inspect", "plan", "verify", "push", "quantize", "merge", "memorize", "patch"}
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"

@@ -134,6 +134,11 @@ class EngramOptimizerFactory:
     ) -> "EngramOptimizer":
         refuse_unsupported(args, backbone)
         tables = find_tables(model)
+        if any(table.ranks is not None for table in tables.values()) and args.world_size != dist.get_world_size():
+            raise ValueError(
+                f"The tables are cut over {dist.get_world_size()} processes, and Trainer takes this one for the only "
+                "one. On CPUs give TrainingArguments(use_cpu=True, ...). Start with torchrun or `accelerate launch`."
+            )
         frozen = [name for name, table in tables.items() if table.row_format is not None]
         if frozen:
             logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
