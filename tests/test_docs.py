@@ -35,7 +35,7 @@ GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 # Results are rendered from files of the benchmarks, and hold no examples.
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in GUIDES if name != "results.md")]
 # Programs that change an environment or train for minutes: the tests look whether what they name is there.
-NOT_RUN = {"git", "make", "pip", "source"}
+NOT_RUN = {"git", "make", "pip", "source", "transformers"}
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 # What the tokenizer of the demo has.
 CHAT_TEMPLATE = (
@@ -164,14 +164,17 @@ def test_the_examples_of_the_other_guides_run(guide, scratch):
     run_examples(f"docs/{guide}")
 
 
-def test_the_notebook_is_the_guide(monkeypatch):
+@pytest.mark.parametrize("name", ["any_model", "patches"])
+def test_the_notebook_is_the_guide(monkeypatch, name):
     """Its cells are run as the examples of the guide."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "maintenance"))
-    from render_notebook import NOTEBOOK, notebook
+    from render_notebook import GUIDES, notebook
 
-    assert NOTEBOOK.read_text(encoding="utf-8") == notebook(), "run: python scripts/maintenance/render_notebook.py"
-    code = [cell for cell in json.loads(notebook())["cells"] if cell["cell_type"] == "code"]
-    assert len(code) == len(examples("docs/any_model.md"))
+    guide = next(guide for guide in GUIDES if guide.stem == name)
+    made = notebook(guide)
+    assert read(f"docs/{name}.ipynb") == made, "run: python scripts/maintenance/render_notebook.py"
+    code = [cell for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(examples(f"docs/{name}.md"))
 
 
 def test_every_guide_is_listed_and_linked_from_the_readme():
@@ -217,6 +220,13 @@ def test_the_readme_is_short():
     assert max(map(len, lines)) <= 400
 
 
+def test_the_guide_of_ranks_has_the_table_that_its_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "maintenance"))
+    from render_ranks import with_table
+
+    assert read("docs/ranks.md") == with_table(read("docs/ranks.md")), "run: python scripts/maintenance/render_ranks.py"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_examples_are_short(document):
     for _, text, line in examples(document):
@@ -227,7 +237,8 @@ def test_the_guide_to_tools_shows_every_command():
     shown = {
         words[1] for _, text, _ in examples("docs/tools.md") for words in commands(text) if words[0] == "engram-hf"
     }
-    assert shown == {command.name or command.callback.__name__ for command in app.registered_commands}
+    groups = {group.name for group in app.registered_groups}
+    assert shown == {command.name or command.callback.__name__ for command in app.registered_commands} | groups
 
 
 def sentences_of_the_package() -> str:

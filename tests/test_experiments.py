@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 pytest.importorskip("datasets")
@@ -254,6 +255,15 @@ def test_gathering_that_fails_leaves_the_earlier_corpus(notes, tmp_path, monkeyp
 
 
 @pytest.fixture
+def base(tmp_path, tokenizer) -> Path:
+    """A folder with a stock model without a memory, and its tokenizer."""
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **fields)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
 def text(notes, tmp_path, monkeypatch):
     """Four steps of text, for models that are smaller than those of the experiments."""
     from helpers import experiments
@@ -370,6 +380,42 @@ def test_a_table_on_disk_learns_what_a_table_in_memory_learns_also_after_a_kill(
     assert not left & {"start", "work", "checkpoint-2"}
 
 
+def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, notes, tmp_path, monkeypatch):
+    from helpers import pretrained_runs
+    from helpers.pretrained_runs import BASE, RATES, PretrainedRun, train_pretrained
+
+    gather("--dataset", notes, "--output", tmp_path / "knowledge")
+    held_out = tmp_path / "knowledge" / "held_out.jsonl"
+    # Some of what is held out is code.
+    lines = held_out.read_text().splitlines()
+    held_out.write_text("\n".join([*lines, *(line.replace('"dataset"', '"python"') for line in lines[:3])]) + "\n")
+    question = {"kind": "given", "prompt": "abc", "choices": [" a", " b", " c", " d"], "answer": 1}
+    for task in ("facts_trained", "facts_held_out", "reading"):
+        (tmp_path / "knowledge" / f"{task}.jsonl").write_text(json.dumps(question) + "\n")
+    monkeypatch.setattr(pretrained_runs, "LAYERS", [1])
+    monkeypatch.setattr(pretrained_runs, "STEPS", 3)
+    found = {}
+    for way in (BASE, *RATES):
+        for rate in RATES.get(way, ()):
+            name = PretrainedRun(way, 1000, rate).name
+            (tmp_path / "results").mkdir(exist_ok=True)
+            (tmp_path / "results" / f"{name}.json").write_text(json.dumps({"loss": rate}))
+        run = PretrainedRun(way, 0)
+        found[way] = train_pretrained(run, tmp_path / "knowledge", tmp_path, tmp_path / "results", base)
+    losses = {way: (content["loss"], content["other"]["loss"]) for way, content in found.items()}
+    assert len(set(losses.values())) == 4
+    assert found["base"]["steps"] == 0 and found["memory"]["learning_rate"] == RATES["memory"][0]
+    learning = {way: content["learning"] for way, content in found.items()}
+    assert learning["lora"] < learning["full"] == learning["base"]
+    assert set(found["memory"]["answers"]["reading"]) == {"on", "silenced"} and set(
+        found["lora"]["answers"]["reading"]
+    ) == {"on"}
+    from helpers.evidence_page import SECTIONS
+
+    section = SECTIONS["pretrained"]("tiny", {content["name"]: content for content in found.values()})
+    assert f"{found['lora']['loss']:.4f}" in section.parts[0] and len(section.files) == 4
+
+
 # Pages.
 
 
@@ -436,7 +482,7 @@ def test_verdicts_follow_the_figures():
     assert "-0.03" in section_of(experiments["rows"], "tiny", good).here
     assert verdict("controls", made_results(gain=-0.02)) == FAILS
     assert verdict("controls", uneven(made_results())) == OPEN
-    assert verdict("controls", made_results(seeds=1)) == TOO_FEW
+    assert verdict("controls", made_results(seeds=1)) == verdict("facts", made_results(seeds=1)) == TOO_FEW
     assert verdict("allocation", made_results(bend=0.0)) == OPEN
     assert verdict("allocation", made_results(bend=-1.0)) == FAILS
     swapped = made_results()

@@ -61,6 +61,7 @@ LEVELS = [
     ["adapters.served_model", "adapters.row_patches", "adapters.facts"],
     ["adapters.fact_reports"],
     ["adapters."],
+    ["checkpoints.merging"],
     ["hub.card_facts", "hub.uploading"],
     ["hub.card"],
     ["hub."],
@@ -81,9 +82,10 @@ BROUGHT_BY_TORCH_AND_TRANSFORMERS = {
 
 
 def level_of(module: str) -> int:
-    for level, names in enumerate(LEVELS):
-        if any(module == name or (name.endswith(".") and module.startswith(name)) for name in names):
-            return level
+    for is_it in (str.__eq__, lambda module, name: name.endswith(".") and module.startswith(name)):
+        for level, names in enumerate(LEVELS):
+            if any(is_it(module, name) for name in names):
+                return level
     raise AssertionError(f"{module} has no level: add it to LEVELS, where it belongs")
 
 

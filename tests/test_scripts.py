@@ -332,6 +332,7 @@ SMALL = {
     "bench_per_layer_embeddings.py": ["--rows", "3000"],
     "bench_reads.py": ["--gib", "1", "--rounds", "1"],
     "bench_rows.py": ["--rows", "3000"],
+    "bench_patches.py": ["--turns", "2", "--rows-of-head", "4096", "--users", "9"],
     "bench_trace.py": ["--tokens", "40", "--rounds", "1"],
 }
 

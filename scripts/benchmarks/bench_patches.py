@@ -29,8 +29,7 @@ from engram_hf.modeling.table_blocks import DISK, HOST, RESIDENT
 from engram_hf.modeling.table_patches import ModelPatches
 
 
-HEADS, ROWS_OF_HEAD, WIDTH = 16, 262_144, 128
-USERS, ROWS_OF_PATCH, BATCH, TOKENS_OF_PREFILL = 200, 2_000, 8, 2_048
+HEADS, WIDTH, ROWS_OF_PATCH, BATCH, TOKENS_OF_PREFILL = 16, 128, 2_000, 8, 2_048
 SHAPES = {"prefill": (1, TOKENS_OF_PREFILL, HEADS), "decode": (BATCH, 1, HEADS)}
 # Lookups of a turn: a turn takes milliseconds.
 LOOKUPS = {"prefill": 1, "decode": 60}
@@ -41,30 +40,35 @@ def resident_bytes() -> int:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
 
-def make_patches() -> list[RowPatch]:
+def make_patches(users: int, rows_of_head: int) -> list[RowPatch]:
     generator = torch.Generator().manual_seed(0)
     found = []
-    for user in range(USERS):
-        drawn = torch.randint(0, HEADS * ROWS_OF_HEAD, (2 * ROWS_OF_PATCH,), generator=generator).unique()
+    for user in range(users):
+        drawn = torch.randint(0, HEADS * rows_of_head, (2 * ROWS_OF_PATCH,), generator=generator).unique()
         row_ids = drawn[torch.randperm(len(drawn), generator=generator)[:ROWS_OF_PATCH]].sort().values
         rows = torch.randn(ROWS_OF_PATCH, WIDTH, generator=generator)
-        found.append(RowPatch(f"user {user}", {"table": PatchedRows(row_ids, rows, HEADS * ROWS_OF_HEAD)}))
+        found.append(RowPatch(f"user {user}", {"table": PatchedRows(row_ids, rows, HEADS * rows_of_head)}))
     return found
 
 
-def draw(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, ROWS_OF_HEAD, shape, generator=generator)
+def rows_of_head(patch: RowPatch) -> int:
+    return patch.tables["table"].table_rows // HEADS
+
+
+def draw(shape: tuple[int, ...], rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Row ids of a lookup in heads of so many rows."""
+    return torch.randint(0, rows, shape, generator=generator)
 
 
 def hitting(patch: RowPatch, shape: tuple[int, ...], share: float, generator: torch.Generator) -> torch.Tensor:
     """Row ids of a lookup of which a share is in the patch, and no other one."""
-    known = patch.tables["table"].row_ids
-    is_known = torch.zeros(HEADS, ROWS_OF_HEAD, dtype=torch.bool)
+    known, rows = patch.tables["table"].row_ids, rows_of_head(patch)
+    is_known = torch.zeros(HEADS, rows, dtype=torch.bool)
     is_known.view(-1)[known] = True
-    row_ids, heads = draw(shape, generator), torch.arange(HEADS).expand(shape)
+    row_ids, heads = draw(shape, rows, generator), torch.arange(HEADS).expand(shape)
     while (hit := is_known[heads, row_ids]).any():
-        row_ids[hit] = draw((int(hit.sum()),), generator)
-    per_head = [known[known // ROWS_OF_HEAD == head] % ROWS_OF_HEAD for head in range(HEADS)]
+        row_ids[hit] = draw((int(hit.sum()),), rows, generator)
+    per_head = [known[known // rows == head] % rows for head in range(HEADS)]
     for place in torch.nonzero(torch.rand(shape, generator=generator) < share).tolist():
         own = per_head[place[-1]]
         row_ids[tuple(place)] = own[torch.randint(len(own), (1,), generator=generator)]
@@ -78,7 +82,7 @@ def check(known: ModelPatches, table: EngramTable, patches: list[RowPatch], gene
     known.set({"table": table}, [])
     expected = table(row_ids).view(*row_ids.shape, WIDTH).clone()
     of_row = {row_id: i for i, row_id in enumerate(first.tables["table"].row_ids.tolist())}
-    in_table = row_ids + torch.arange(HEADS) * ROWS_OF_HEAD
+    in_table = row_ids + torch.arange(HEADS) * rows_of_head(first)
     hits = 0
     for place, row_id in zip(np.ndindex(*row_ids.shape), in_table.flatten().tolist(), strict=True):
         if row_id in of_row:
@@ -137,15 +141,15 @@ def time_users(known: ModelPatches, table: EngramTable, patches: list[RowPatch],
     known.set(tables, [])
     names = [patch.name for patch in patches]
     for turn in range(turns):
-        users = [names[(turn * BATCH + i) % USERS] for i in range(BATCH)]
-        row_ids = draw(SHAPES["decode"], generator)
+        users = [names[(turn * BATCH + i) % len(names)] for i in range(BATCH)]
+        row_ids = draw(SHAPES["decode"], rows_of_head(patches[0]), generator)
         table(row_ids)
         plain.append(1e6 * time_turn(table, row_ids, 20))
         with known.use(tables, users):
             steps.append(1e6 * time_turn(table, row_ids, 20))
     contexts = []
     for turn in range(turns):
-        users = [names[(turn * BATCH + i) % USERS] for i in range(BATCH)]
+        users = [names[(turn * BATCH + i) % len(names)] for i in range(BATCH)]
         start = time.perf_counter()
         with known.use(tables, users):
             pass
@@ -163,6 +167,8 @@ def time_users(known: ModelPatches, table: EngramTable, patches: list[RowPatch],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--users", type=int, default=200)
+    parser.add_argument("--rows-of-head", type=int, default=262_144)
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
     add_results_argument(parser)
     arguments = parser.parse_args()
@@ -173,12 +179,12 @@ def main() -> None:
     users = Table({"of one table": "", "median, microseconds": ",.1f", "most": ",.0f"}, [])
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         path = Path(name) / "table.safetensors"
-        write_table(path, HEADS * ROWS_OF_HEAD, WIDTH, torch.bfloat16)
+        write_table(path, HEADS * arguments.rows_of_head, WIDTH, torch.bfloat16)
         before = resident_bytes()
-        patches = make_patches()
+        patches = make_patches(arguments.users, arguments.rows_of_head)
         held = resident_bytes() - before
         for tier in (RESIDENT, HOST, DISK):
-            table = open_table(path, [ROWS_OF_HEAD] * HEADS, WIDTH, torch.bfloat16, tier)
+            table = open_table(path, [arguments.rows_of_head] * HEADS, WIDTH, torch.bfloat16, tier)
             table.block_records[0].rows.view(torch.int16).amax()
             known = ModelPatches()
             for patch in patches:
@@ -192,7 +198,7 @@ def main() -> None:
                 users.rows = time_users(known, table, patches, arguments.turns, generator)
     rows = sum(patch.nbytes for patch in patches)
     memory = Table(
-        {"200 patches": "", "MB": ",.0f"},
+        {f"{arguments.users} patches": "", "MB": ",.0f"},
         [
             ["rows and row ids", rows / 1e6],
             ["memory of the process for them", held / 1e6],

@@ -25,10 +25,14 @@ from helpers.experiment_measures import MEASURES, measure, measured_runs
 from helpers.experiment_runs import RESULTS, Run, read_results, train, tuning_runs
 from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment, maker
 from helpers.experiments_text import KNOWLEDGE, prepare
+from helpers.pretrained_runs import PretrainedRun, pretrained_runs, text_for, train_pretrained
+from helpers.smollm import fetch_smollm
 
 
-def runs_of(experiment: Experiment, scale: str) -> list[Run]:
+def runs_of(experiment: Experiment, scale: str) -> list[Run | PretrainedRun]:
     """Tuning first, then the runs in the order of the experiment."""
+    if experiment.name == "pretrained":
+        return list(pretrained_runs())
     arms = [arm for arm, _ in experiment.runs]
     families = list(dict.fromkeys(arm.family for arm in arms))
     tuning = [run for family in families for run in tuning_runs(family, scale)]
@@ -40,24 +44,30 @@ def vocab_size(scale: str) -> int:
     return maker(SCALES[scale], no_tokens)().vocab_size
 
 
-def train_here(run: Run, knowledge: Path) -> None:
+def train_here(run: Run | PretrainedRun, knowledge: Path) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    text = prepare(SCALES[run.scale].tokens, vocab_size(run.scale), knowledge)
-    content = train(run, text)
+    if isinstance(run, PretrainedRun):
+        content = train_pretrained(run, knowledge)
+    else:
+        content = train(run, prepare(SCALES[run.scale].tokens, vocab_size(run.scale), knowledge))
     if content is None:
         print(f"{run.name}: another process works on it", flush=True)
     else:
         print(f"{run.name}: held-out loss {content['loss']:.4f}, {content['cpu_hours']:.2f} CPU hours", flush=True)
 
 
-def train_all(runs: list[Run], processes: int, knowledge: Path) -> None:
+def train_all(runs: list[Run | PretrainedRun], scale: str, processes: int, knowledge: Path) -> None:
     """Each in a process of its own, so many at a time. Tuning ends before what it is for begins.
 
     Raises:
         RuntimeError: a run failed. The others of its turn go on to their ends.
     """
-    prepare(SCALES[runs[0].scale].tokens, vocab_size(runs[0].scale), knowledge)
+    # Once, before many processes would.
+    if isinstance(runs[0], PretrainedRun):
+        text_for(fetch_smollm(), knowledge)
+    else:
+        prepare(SCALES[scale].tokens, vocab_size(scale), knowledge)
     for is_tuning in (True, False):
         waiting = [run for run in runs if run.is_tuning == is_tuning]
         running: dict[str, subprocess.Popen] = {}
@@ -66,7 +76,7 @@ def train_all(runs: list[Run], processes: int, knowledge: Path) -> None:
             while waiting or running:
                 while waiting and len(running) < processes and not failed:
                     run = waiting.pop(0)
-                    running[run.name] = start(run, knowledge)
+                    running[run.name] = start(run, scale, knowledge)
                 for name in [name for name, process in running.items() if process.poll() is not None]:
                     if running.pop(name).returncode:
                         failed.append(name)
@@ -78,8 +88,8 @@ def train_all(runs: list[Run], processes: int, knowledge: Path) -> None:
                 process.terminate()
 
 
-def start(run: Run, knowledge: Path) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--scale", run.scale, "--knowledge", str(knowledge), "--one", run.name]
+def start(run: Run | PretrainedRun, scale: str, knowledge: Path) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--scale", scale, "--knowledge", str(knowledge), "--one", run.name]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 
@@ -95,7 +105,7 @@ def measure_all(name: str, scale: str, knowledge: Path) -> None:
             print(f"{content['name']}: {content['cpu_hours']:.3f} CPU hours", flush=True)
 
 
-def find_run(name: str, scale: str) -> Run:
+def find_run(name: str, scale: str) -> Run | PretrainedRun:
     for experiment in EXPERIMENTS:
         for run in runs_of(experiment, scale):
             if run.name == name:
@@ -135,14 +145,14 @@ def main() -> None:
         experiment = next(each for each in EXPERIMENTS if each.name == arguments.name)
         if experiment.name in MEASURES:
             return measure_all(experiment.name, arguments.scale, arguments.knowledge)
-        if not experiment.runs:
-            raise SystemExit(f"{experiment.name} has no runs at this size: {experiment.why_not}")
         runs = runs_of(experiment, arguments.scale)
+        if not runs:
+            raise SystemExit(f"{experiment.name} has no runs at this size. {experiment.why_not}")
         done = read_results()
         left = [run for run in runs if run.name not in done]
         print(f"{len(runs) - len(left)} of {len(runs)} runs are done, tuning among them.", flush=True)
         if left:
-            train_all(left, processes, arguments.knowledge)
+            train_all(left, arguments.scale, processes, arguments.knowledge)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from error
 

@@ -21,8 +21,8 @@ from helpers.evidence_statistics import (
     share_right,
     slope,
 )
-from helpers.experiment_measures import ON, SILENT, measured_runs, name_of
-from helpers.experiment_runs import RATES, TUNING_STEPS, Run
+from helpers.experiment_measures import MEASURES, ON, SILENT, measured_runs, name_of
+from helpers.experiment_runs import RATES, TUNING_STEPS, Run, tuning_runs
 from helpers.experiments import (
     ABLATIONS,
     ALLOCATIONS,
@@ -42,6 +42,8 @@ from helpers.experiments import (
 )
 from helpers.experiments_text import TIMES_ASKED
 from helpers.known_answers import TASKS
+from helpers.pretrained_runs import HOURS_PER_RUN, TITLES, pretrained_runs
+from helpers.pretrained_runs import RATES as RATES_OF_WAYS
 from helpers.results import Table, wrap
 
 
@@ -175,14 +177,16 @@ def controls(scale: str, results: Results) -> Section:
         each = [a["loss"] - b["loss"] for a, b in zip(own, others)]
         verdict = verdict_of(gain, each, lambda value: value < 0)
         here = f"EngramMoE minus MoE: {gain}, {seeds_of(len(own))}"
-    says = "What the figures say of each control, as its loss minus that of EngramMoE. " + " ".join(sentences)
+    says = []
+    if sentences:
+        says.append(wrap("The loss of each control minus that of EngramMoE. " + " ".join(sentences)))
     limits = (
         "A clear difference says that the text was read better by this model at this size. It does not say why. The "
         "tables of zeros show what the other parts give without anything to remember, the random ones what rows that "
         "tell n-grams apart give without learning, and the shuffled hash what rows give that mean nothing."
     )
     return Section(
-        verdict, here, [table.markdown(), wrap(says), wrap(limits)], files, lambda p: draw_curves(p, results, scale)
+        verdict, here, [table.markdown(), *says, wrap(limits)], files, lambda p: draw_curves(p, results, scale)
     )
 
 
@@ -243,12 +247,14 @@ def facts(scale: str, results: Results) -> Section:
             "has no meaning in a model that cannot read yet, which its own column shows."
         )
     )
-    verdict, here = OPEN, "; ".join(says)
+    verdict, here = OPEN, " ".join(says)
     if len(kept) == 2 and not any(np.isnan(interval.value) for interval in kept.values()):
         if kept["facts_trained"].high < kept["reading"].low:
             verdict = HOLDS
         elif kept["facts_trained"].low > kept["reading"].high:
             verdict = FAILS
+    if verdict != OPEN and sum(run.arm is ENGRAM for run in found) < FEWEST_SEEDS:
+        verdict = TOO_FEW
     return Section(verdict, here, parts, files, lambda path: draw_facts(path, rows))
 
 
@@ -268,7 +274,7 @@ def kind_cells(found: dict[Run, dict], task: str, kind: str) -> list:
 
 def kept_in_words(interval: Interval) -> str:
     if np.isnan(interval.value):
-        return "the memory answers no better than chance, so no share can be kept"
+        return "the model answers no better than chance, so no share can be kept"
     return (
         f"the model keeps {interval.value:.0%} ({interval.low:.0%} to {interval.high:.0%}) of what it answers above "
         "chance when its memory is silenced"
@@ -503,6 +509,97 @@ def draw_depth(path: Path, found: dict[Run, dict]) -> Path:
     return save_figure(figure, path)
 
 
+def pretrained(scale: str, results: Results) -> Section:
+    base = results.get("smollm-base")
+    found = {way: [results[name] for name in names_of_way(way) if name in results] for way in RATES_OF_WAYS}
+    found = {way: runs for way, runs in found.items() if runs}
+    files = [run["name"] for run in [*([base] if base else []), *(run for runs in found.values() for run in runs)]]
+    if base is None or not found:
+        return Section(NOT_RUN, files=files)
+    rows, forgotten = [], {}
+    for way, runs in {"base": [base], **found}.items():
+        losses = [run["loss"] for run in runs]
+        twins = [base] * len(runs)
+        others = [[{**run, "documents": run["other"]} for run in each] for each in (runs, twins)]
+        cells = ["", ""]
+        if way != "base":
+            forgotten[way] = difference(*others)
+            cells = [str(difference(runs, twins)), str(forgotten[way])]
+        rows.append(
+            [
+                TITLES[way],
+                runs[0]["learning"] if way != "base" else None,
+                runs[0]["learning_rate"],
+                len(runs),
+                statistics.mean(losses),
+                spread(losses),
+                *cells,
+                *answers_of_way(runs),
+            ]
+        )
+    columns = {
+        "trained": "",
+        "parameters that learn": ",",
+        "learning rate": "g",
+        "seeds": "",
+        "held-out loss": ".4f",
+        "lowest to highest": "",
+        "minus the base": "",
+        "forgotten: loss on code minus the base's": "",
+        "facts trained": ".1%",
+        "facts held out": ".1%",
+        "reading": ".1%",
+    }
+    learned = {way: difference(runs, [base] * len(runs)) for way, runs in found.items()}
+    here = "; ".join(
+        f"{TITLES[way]} {interval.value:+.3f}, on code {forgotten[way].value:+.3f}" for way, interval in learned.items()
+    )
+    silent = [answers_of_way(found["memory"], "silenced")] if "memory" in found else []
+    parts = [Table(columns, rows).markdown()]
+    parts += [
+        wrap(
+            f"With its memory silenced the model answers {a:.1%} of trained facts, {b:.1%} of held-out ones and "
+            f"{c:.1%} of reading."
+        )
+        for a, b, c in silent
+    ]
+    parts.append(
+        wrap(
+            "The base has read far more text than any run here gives it, so most of its facts are its own. Ways were "
+            "tuned by the loss on held-out articles and not by what they forget."
+        )
+    )
+    return Section(OPEN, here, parts, files, lambda path: draw_pretrained(path, learned, forgotten))
+
+
+def names_of_way(way: str) -> list[str]:
+    return [run.name for run in pretrained_runs() if run.way == way and not run.is_tuning]
+
+
+def answers_of_way(runs: list[dict], name: str = "on") -> list[float]:
+    """Share of right answers of each task, over all seeds."""
+    return [
+        share_right("".join(digits for run in runs for digits in run["answers"][task][name].values())) for task in TASKS
+    ]
+
+
+def draw_pretrained(path: Path, learned: dict[str, Interval], forgotten: dict[str, Interval]) -> Path:
+    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
+
+    figure, (axis,) = new_figure("Learned and forgotten", 1, 1, (6.5, 4.2))
+    for color, way in zip(COLORS, learned):
+        axis.errorbar(
+            learned[way].value,
+            forgotten[way].value,
+            xerr=[[learned[way].value - learned[way].low], [learned[way].high - learned[way].value]],
+            yerr=[[forgotten[way].value - forgotten[way].low], [forgotten[way].high - forgotten[way].value]],
+            color=color, marker="o", label=TITLES[way],
+        )  # fmt: skip
+    axis.set(xlabel="held-out articles: loss minus the base's", ylabel="code: loss minus the base's")
+    axis.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
 def nothing(scale: str, results: Results) -> Section:
     return Section(NOT_RUN)
 
@@ -513,6 +610,7 @@ SECTIONS = {
     "rows": memory_sizes,
     "allocation": allocation,
     "ablations": ablations,
+    "pretrained": pretrained,
     "depth": depth,
 }
 
@@ -529,15 +627,17 @@ def picture_of(experiment: Experiment) -> str:
 def progress_of(experiment: Experiment, scale: str, results: Results) -> str:
     """What is run, what is left and what it costs, with the command."""
     command = f"`python scripts/experiments/run.py {experiment.name}`"
-    if not experiment.runs and experiment.why_not:
+    if experiment.why_not:
         return f"Not run at this size. {experiment.why_not}"
-    if not experiment.runs:
+    if experiment.name in MEASURES:
         names = [name_of(experiment.name, run) for run in measured_runs(scale)]
         done = sum(name in results for name in names)
         return f"{done} of {len(names)} models are measured, each after its run of `controls`: {command}."
     names = [Run(arm, seed, scale).name for arm, seed in experiment.runs]
+    if experiment.name == "pretrained":
+        names = [run.name for run in pretrained_runs() if not run.is_tuning]
     done = [results[name] for name in names if name in results]
-    hours = SCALES[scale].hours_per_run
+    hours = HOURS_PER_RUN if experiment.name == "pretrained" else SCALES[scale].hours_per_run
     left = len(names) - len(done)
     costs = f"; the other {left} take about {left * hours:.1f} CPU hours" if left and hours is not None else ""
     spent = f" in {sum(run['cpu_hours'] for run in done):.2f} CPU hours" if done else ""
@@ -548,7 +648,8 @@ def rendered_section(experiment: Experiment, scale: str, results: Results) -> st
     section = section_of(experiment, scale, results)
     parts = [f"## {experiment.number}. {experiment.title}", wrap(f"The paper's claim: {experiment.claim}")]
     if section.verdict == NOT_RUN:
-        parts.append("**Not run yet.**" if not experiment.why_not else "**Not run.**")
+        state = "Not run." if experiment.why_not else "Not finished." if section.files else "Not run yet."
+        parts.append(f"**{state}**")
     parts.append(wrap(progress_of(experiment, scale, results)))
     parts += section.parts
     if section.draw is not None:
@@ -613,6 +714,21 @@ lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --inclu
 ```"""
 
 
+def tuning_tables(scale: str, results: Results) -> list[str]:
+    """The losses by which rates were chosen, of the families that were tuned."""
+    families = [arm for arm in CONTROLS if arm.name == arm.family]
+    rows = []
+    for arm in families:
+        tried = [results.get(run.name) for run in tuning_runs(arm.family, scale)]
+        if None not in tried:
+            texts = ", ".join(sorted({each["text"] for each in tried}))
+            rows.append([arm.title, *(each["loss"] for each in tried), texts])
+    if not rows:
+        return []
+    columns = {"held-out loss of tuning": "", **{f"rate {rate:g}": ".3f" for rate in RATES}, "text": ""}
+    return [Table(columns, rows).markdown()]
+
+
 def rendered(results: Results, scale: str = "tiny") -> str:
     """The page.
 
@@ -632,6 +748,7 @@ def rendered(results: Results, scale: str = "tiny") -> str:
         claims(scale, results),
         TEXT,
         wrap(tuning),
+        *tuning_tables(scale, results),
         wrap(provenance(scale, results)),
         MISLEADING.strip().format(tuning_steps=TUNING_STEPS, times=TIMES_ASKED),
         *(rendered_section(experiment, scale, results) for experiment in EXPERIMENTS),

@@ -218,8 +218,6 @@ EXPERIMENTS = [
         6,
         "A real pretrained model",
         "None: the paper's models are trained from the start.",
-        why_not="Nobody has written the runs on this text yet. On other text, "
-        "scripts/experiments/compare_adapters.py compares a memory with LoRA.",
     ),
     Experiment(
         "depth",

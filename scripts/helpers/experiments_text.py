@@ -48,14 +48,15 @@ class Rows(Dataset):
 class ExperimentText:
     """train: rows in the order before a seed shuffles them. held_out, tuning: the beginnings of held-out articles.
 
-    sources: of the held-out articles. digest: of all tokens. most_tokens: trains on fewer tokens, to try things out.
+    other: those of a kind that is not trained on. digest: of all tokens. most_tokens: trains on fewer tokens, to try
+    things out.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: Rows
     held_out: list[TextRow]
     tuning: list[TextRow]
-    sources: list[str]
+    other: list[TextRow]
     digest: str
     most_tokens: int | None = None
 
@@ -65,60 +66,102 @@ def read_lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
-def prepare(tokens: int, vocab_size: int, knowledge: Path = KNOWLEDGE, folder: Path | None = None) -> ExperimentText:
-    """Tokens of at most this number to train on, from a folder of gather_knowledge.py.
-
-    Args:
-        folder: keeps what was made; by default it is named after the sizes, inside `knowledge`.
+def prepare(tokens: int, vocab_size: int, knowledge: Path = KNOWLEDGE) -> ExperimentText:
+    """Tokens of at most this number to train on, from a folder of gather_knowledge.py, by a tokenizer of their own.
 
     Raises:
         ValueError: the folder is not there, or holds too little text.
     """
-    if not (knowledge / "manifest.json").is_file():
-        raise ValueError(f"{knowledge} holds no text. Run: python scripts/experiments/gather_knowledge.py")
-    folder = folder or knowledge / f"tokens-{tokens}-{vocab_size}"
-    manifest = hashlib.sha256((knowledge / "manifest.json").read_bytes()).hexdigest()
-    kept = folder / "text.pt"
-    content = torch.load(kept) if kept.is_file() else {}
-    if content.get("manifest") != manifest:
-        content = {"manifest": manifest, **make_text(tokens, vocab_size, knowledge, folder)}
-        write_tensors(kept, content)
-    rows = [TextRow(ids, torch.ones_like(ids, dtype=torch.bool), name) for name, ids in content["held_out"]]
-    held_out = rows[:HELD_OUT_DOCUMENTS]
+    folder = f"tokens-{tokens}-{vocab_size}"
+    # Both are kept together: a tokenizer is of the text that it learned from.
+    if not is_kept(knowledge / folder, knowledge):
+        train_tokenizer(beginning(knowledge), vocab_size).save_pretrained(knowledge / folder)
+    return prepare_with(AutoTokenizer.from_pretrained(knowledge / folder), tokens, knowledge, folder, TIMES_ASKED)
+
+
+def prepare_with(
+    tokenizer, tokens: int, knowledge: Path, folder: str, times_asked: int, without: str | None = None
+) -> ExperimentText:
+    """The same by a given tokenizer.
+
+    Args:
+        folder: name of the folder inside `knowledge` that keeps what was made.
+        times_asked: how often articles whose facts are asked for are read.
+        without: a source that is not trained on; its held-out articles are `other`.
+
+    Raises:
+        ValueError: the folder of gather_knowledge.py is not there, or holds too little text.
+    """
+    kept = knowledge / folder / "text.pt"
+    if not is_kept(kept.parent, knowledge):
+        kept.parent.mkdir(exist_ok=True)
+        content = make_text(tokenizer, tokens, knowledge, times_asked, without)
+        write_tensors(kept, {"manifest": digest_of(knowledge), **content})
+    content = torch.load(kept)
+    rows = {side: [as_row(*article) for article in content[side]] for side in ("held_out", "other")}
+    held_out = rows["held_out"][:HELD_OUT_DOCUMENTS]
     return ExperimentText(
-        AutoTokenizer.from_pretrained(folder),
+        tokenizer,
         Rows(content["train"]),
         held_out,
-        rows[HELD_OUT_DOCUMENTS:],
-        [row.document.partition(": ")[0] for row in held_out],
+        rows["held_out"][HELD_OUT_DOCUMENTS:],
+        rows["other"],
         content["digest"],
     )
 
 
-def make_text(tokens: int, vocab_size: int, knowledge: Path, folder: Path) -> dict:
-    articles = read_lines(knowledge / "train.jsonl")
-    characters, learned_from = 0, []
-    for article in articles:
-        if characters < TOKENIZER_CHARACTERS:
-            learned_from.append((article["name"], article["text"]))
-            characters += len(article["text"])
-    tokenizer = train_tokenizer(learned_from, vocab_size)
-    tokenizer.save_pretrained(folder)
-    ids = torch.tensor(training_ids(tokenizer, articles, tokens), dtype=torch.int32)
+def as_row(name: str, ids: torch.Tensor) -> TextRow:
+    return TextRow(ids, torch.ones_like(ids, dtype=torch.bool), name)
+
+
+def digest_of(knowledge: Path) -> str:
+    """Of all that was gathered.
+
+    Raises:
+        ValueError: nothing was.
+    """
+    manifest = knowledge / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(f"{knowledge} holds no text. Run: python scripts/experiments/gather_knowledge.py")
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
+def is_kept(folder: Path, knowledge: Path) -> bool:
+    """Whether a folder holds tokens of what is in `knowledge` now."""
+    kept, digest = folder / "text.pt", digest_of(knowledge)
+    return kept.is_file() and torch.load(kept)["manifest"] == digest
+
+
+def beginning(knowledge: Path) -> list[tuple[str, str]]:
+    """The first articles to train on, of so many characters as a tokenizer learns from."""
+    articles, characters = [], 0
+    for article in read_lines(knowledge / "train.jsonl"):
+        articles.append((article["name"], article["text"]))
+        characters += len(article["text"])
+        if characters >= TOKENIZER_CHARACTERS:
+            break
+    return articles
+
+
+def make_text(tokenizer, tokens: int, knowledge: Path, times_asked: int, without: str | None) -> dict:
+    articles = [article for article in read_lines(knowledge / "train.jsonl") if article["source"] != without]
+    ids = torch.tensor(training_ids(tokenizer, articles, tokens, times_asked), dtype=torch.int32)
     rows = len(ids) // SEQ_LENGTH
     if not rows:
         raise ValueError(f"{knowledge} has {len(ids)} tokens to train on, fewer than a row of {SEQ_LENGTH}.")
     train = ids[: rows * SEQ_LENGTH].view(rows, SEQ_LENGTH)
-    held_out = held_out_ids(tokenizer, read_lines(knowledge / "held_out.jsonl"))
+    articles = read_lines(knowledge / "held_out.jsonl")
+    held_out = held_out_ids(tokenizer, [article for article in articles if article["source"] != without])
     if len(held_out) < 2:
         raise ValueError(f"{knowledge} has {len(held_out)} held-out articles of {FEWEST_TOKENS} tokens; it needs two.")
     own = hashlib.sha256(train.numpy().tobytes())
     for _, of_article in held_out:
         own.update(of_article.numpy().tobytes())
-    return {"train": train, "held_out": held_out, "digest": own.hexdigest()[:16]}
+    other = held_out_ids(tokenizer, [article for article in articles if article["source"] == without])
+    return {"train": train, "held_out": held_out, "other": other, "digest": own.hexdigest()[:16]}
 
 
-def training_ids(tokenizer, articles: list[dict], tokens: int) -> list[int]:
+def training_ids(tokenizer, articles: list[dict], tokens: int, times_asked: int) -> list[int]:
     """Articles in a random order, each ended by eos: first those that are asked about, then others up to the number."""
     chosen, left = [], tokens
     # Asked first, in the order of the file otherwise.
@@ -129,7 +172,7 @@ def training_ids(tokenizer, articles: list[dict], tokens: int) -> list[int]:
             *tokenizer(article["text"], add_special_tokens=False, verbose=False)["input_ids"],
             tokenizer.eos_token_id,
         ]
-        times = TIMES_ASKED if article["is_asked"] else 1
+        times = times_asked if article["is_asked"] else 1
         chosen += [ids] * times
         left -= len(ids) * times
     random.Random(0).shuffle(chosen)

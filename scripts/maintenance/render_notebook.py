@@ -1,4 +1,4 @@
-"""Write docs/any_model.ipynb, the notebook of docs/any_model.md: its text and its Python examples, cell by cell.
+"""Write docs/any_model.ipynb and docs/patches.ipynb, the notebooks of these guides: text and examples, cell by cell.
 
     python scripts/maintenance/render_notebook.py
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-GUIDE, NOTEBOOK = ROOT / "docs" / "any_model.md", ROOT / "docs" / "any_model.ipynb"
+GUIDES = (ROOT / "docs" / "any_model.md", ROOT / "docs" / "patches.md")
 
 
 def cells(text: str) -> list[dict]:
@@ -32,9 +32,9 @@ def cells(text: str) -> list[dict]:
     return found
 
 
-def notebook() -> str:
-    """The notebook as it is written into its file."""
-    text = GUIDE.read_text(encoding="utf-8").split("## Architectures")[0]
+def notebook(guide: Path) -> str:
+    """The notebook of a guide as it is written into its file."""
+    text = guide.read_text(encoding="utf-8").split("## Architectures")[0]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     content = {"cells": cells(text), "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -43,7 +43,8 @@ def notebook() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    NOTEBOOK.write_text(notebook(), encoding="utf-8")
+    for guide in GUIDES:
+        guide.with_suffix(".ipynb").write_text(notebook(guide), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_a_memory_that_was_added_and_never_trained_learns_facts(tokenizer, tmp_p
 
 def test_forgetting_reads_the_rows_of_whole_ngrams_as_zeros(model, tokenizer):
     text, whole = " class statement", "The class statement is executed."
-    patch, report = forget(model, tokenizer, text, counted=TEXT, facts=[FACTS[0]])
+    patch, report = forget(model, text, tokenizer, counted=TEXT, facts=[FACTS[0]])
     with silenced(model, rows={int(name.split(".")[1]): each.row_ids for name, each in patch.tables.items()}):
         expected = logits_of(model, tokenizer, whole)
     plain = logits_of(model, tokenizer, whole)
@@ -251,15 +251,25 @@ def test_forgetting_reads_the_rows_of_whole_ngrams_as_zeros(model, tokenizer):
     assert report.facts[0].said_before and min(row.norm for row in report.rows) > 0
 
 
+def test_forgetting_finds_the_tokenizer_beside_the_model(model, tokenizer, tmp_path):
+    text = " class statement"
+    with pytest.raises(ValueError, match="No tokenizer lies in"):
+        forget(model, text, counted=TEXT)
+    tokenizer.save_pretrained(tmp_path)
+    model.name_or_path = str(tmp_path)
+    found, expected = (forget(model, text, *given, counted=TEXT)[0].tables for given in ((), (tokenizer,)))
+    assert all(torch.equal(found[name].row_ids, expected[name].row_ids) for name in expected)
+
+
 def test_forgetting_to_the_base_takes_back_what_active_patches_say(model, tokenizer):
     text = "The class statement is executed."
     plain = logits_of(model, tokenizer, text)
     with pytest.raises(ValueError, match="No active patch has changed"):
-        forget(model, tokenizer, text, to="base", counted=TEXT)
-    zeros, _ = forget(model, tokenizer, text, counted=TEXT, name="zeros")
+        forget(model, text, tokenizer, to="base", counted=TEXT)
+    zeros, _ = forget(model, text, tokenizer, counted=TEXT, name="zeros")
     add_patch(model, zeros)
     assert not torch.equal(logits_of(model, tokenizer, text), plain)
-    back, _ = forget(model, tokenizer, text, to="base", counted=TEXT, name="back")
+    back, _ = forget(model, text, tokenizer, to="base", counted=TEXT, name="back")
     assert back.num_rows == zeros.num_rows
     add_patch(model, back)
     assert torch.equal(logits_of(model, tokenizer, text), plain)
@@ -310,6 +320,6 @@ def test_options_and_models_that_cannot_be_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="no memory layer"):
         memorize(LlamaForCausalLM(LlamaConfig(vocab_size=600, **sizes)), tokenizer, PROMPT, TARGET)
     with pytest.raises(ValueError, match='"zero" or "base"'):
-        forget(model, tokenizer, PROMPT, to="nothing")
+        forget(model, PROMPT, tokenizer, to="nothing")
     with pytest.raises(ValueError, match="no n-gram"):
-        forget(model, tokenizer, "a")
+        forget(model, "a", tokenizer)

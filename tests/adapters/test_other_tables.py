@@ -30,6 +30,7 @@ from foreign import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -50,6 +51,7 @@ from engram_hf import (
     prefetch,
 )
 from engram_hf.adapters.served_embedding import TableOfParts
+from engram_hf.adapters.table_parts import class_and_config
 from engram_hf_command import app
 
 
@@ -204,6 +206,14 @@ def test_arguments_that_are_fields_of_the_config_change_it_as_in_from_pretrained
     for load in (stock, served):
         with pytest.raises(TypeError, match="no_such_field"):
             load(folders, "gemma4", *(["disk"] if load is served else []), no_such_field=1)
+
+
+def test_the_text_class_of_a_quantized_composite_is_quantized_too(tmp_path):
+    folder = publish(qwen_composite(), tmp_path / "model", is_fp8=True)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load_with_tables(folder, "cpu+disk")
+    assert type(ours.config) is type(theirs.config)
+    assert "quantization_config" in class_and_config(AutoConfig.from_pretrained(folder), None)[1].to_dict()
+    assert torch.equal(logits_of(ours), logits_of(theirs))
 
 
 def test_a_class_without_tables_is_refused_for_a_checkpoint_with_a_memory(tmp_path):
@@ -391,14 +401,18 @@ def test_forwards_prefetch_exactly_the_rows_that_they_read(folders, case, monkey
     model, ids = served(folders, case, "disk"), some_ids(4)
     ids[1, :3] = 0
     mask = (ids != 0).long()
-    for work in (
-        lambda: model(input_ids=ids, attention_mask=mask),
-        lambda: model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False),
-    ):
-        with monkeypatch.context() as patch:
-            spy = Spy(patch)
-            work()
-            assert spy.late and spy.early == spy.late
+    with monkeypatch.context() as patch:
+        spy = Spy(patch)
+        model(input_ids=ids, attention_mask=mask)
+        of_prompt = spy.early
+        assert spy.late and spy.early == spy.late
+    with monkeypatch.context() as patch:
+        spy = Spy(patch)
+        model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        # For one token a lookup follows at once in the first table, which therefore is not asked early.
+        first = id(next(iter(model.named_tables().values())))
+        assert of_prompt < spy.late and spy.early <= spy.late
+        assert spy.early == {each for each in spy.late if each[0] != first or each in of_prompt}
     with monkeypatch.context() as patch:
         spy = Spy(patch)
         prefetch(model, ids, mask)
@@ -423,9 +437,7 @@ def test_loading_opens_headers_and_reads_no_row(tmp_path):
     code = f"""
 import sys
 from engram_hf import load_with_tables
-from engram_hf.modeling.disk_files import MappedFile
 model = load_with_tables({str(folder)!r}, "cpu+disk")
-files = {{b.source.file for t in model.named_tables().values() for b in t.block_records}}
 rss = [line for line in open("/proc/self/smaps").read().split("\\n")]
 mapped, inside = 0, False
 for line in rss:

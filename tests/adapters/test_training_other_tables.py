@@ -12,7 +12,13 @@ from foreign import GEMMA_TABLE, QWEN_TABLE, gemma3n_text, publish, qwen_text, t
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from engram_hf import engram_optimizers, engram_tables, last_complete_checkpoint, load_with_tables
+from engram_hf import (
+    engram_optimizers,
+    engram_tables,
+    last_complete_checkpoint,
+    load_with_tables,
+    merge_changed_rows,
+)
 
 
 ENDS = {"qwen": "...ngram_embedding", "gemma3n": "...embed_tokens_per_layer"}
@@ -139,8 +145,14 @@ def test_a_checkpoint_becomes_the_published_layout_again(folders, tmp_path, case
     )
     load_with_tables(tmp_path / "run" / "checkpoint-4", "cpu+disk").save_pretrained(tmp_path / "merged")
     trainer.model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "run" / "checkpoint-4" / "notes.txt").write_text("beside the weights")
+    merge_changed_rows(tmp_path / "run" / "checkpoint-4", tmp_path / "by function")
+    assert (tmp_path / "by function" / "notes.txt").read_text() == "beside the weights"
+    assert not list((tmp_path / "by function").glob("*.pt"))
+    with pytest.raises(ValueError, match="holds weights already"):
+        merge_changed_rows(tmp_path / "run" / "checkpoint-4", tmp_path / "by function")
     original = tensors_of(folders[case])
-    for folder in ("merged", "saved"):
+    for folder in ("merged", "by function", "saved"):
         tensors = tensors_of(tmp_path / folder)
         assert set(tensors) == set(original)
         assert {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in original.items()}

@@ -12,6 +12,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
+from engram_hf import add_patch, disable_patches, make_patch, set_patches, use_patches
 from engram_hf.modeling.table import EngramTable
 from engram_hf.training.row_exchange import gather_padded
 
@@ -238,3 +239,42 @@ def test_the_benchmark_checks_rows_through_the_prefetch(device, monkeypatch):
     monkeypatch.setattr(table, "prefetch", bring_other_rows)
     with pytest.raises(RuntimeError, match="with a prefetch"):
         bench["check"](table, device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_patched_rows_are_those_of_the_patch_on_every_tier(folders, device, dtype):
+    ids, generator = tiny_ids(3, 11), torch.Generator().manual_seed(0)
+    plain, patches = load(folders[dtype], device), {}
+    for name in ("alice", "bob"):
+        rows = {}
+        for table_name, table in plain.named_tables().items():
+            row_ids = (torch.rand(table.num_rows, generator=generator) < 0.3).nonzero().flatten()
+            rows[table_name] = row_ids, torch.randn(len(row_ids), table.head_dim, generator=generator)
+        patches[name] = make_patch(plain, name, rows)
+    expected = {}
+    for tier in TIERS:
+        model = load(folders[dtype], device, tier, hot_rows=0 if tier == "resident" else 40)
+        before = model(ids.to(device)).logits
+        for patch in patches.values():
+            add_patch(model, patch)
+        for table_name, table in model.named_tables().items():
+            row_ids = torch.arange(int(table.head_rows.min())).unsqueeze(1).expand(-1, len(table.head_rows))
+            in_table = row_ids + table.first_rows_of_heads.cpu()
+            found = table(row_ids.to(device)).cpu().unflatten(-1, (-1, table.head_dim))
+            known = dict(zip(*(each.tolist() for each in patches["bob"].tables[table_name][:2])))
+            is_known = torch.isin(in_table, patches["bob"].tables[table_name].row_ids)
+            right = torch.tensor([known[i] for i in in_table[is_known].tolist()]).to(found.dtype)
+            assert torch.equal(found[is_known], right), tier
+        for names in (["alice"], ["bob"], ["bob", "alice"]):
+            set_patches(model, names)
+            logits = model(ids.to(device)).logits
+            assert torch.equal(logits, expected.setdefault(tuple(names), logits)), (tier, names)
+        with disable_patches(model):
+            assert torch.equal(model(ids.to(device)).logits, before)
+        set_patches(model, [])
+        with use_patches(model, ["alice", None, "bob"]):
+            each = model(ids.to(device)).logits
+        for i, alone in enumerate((expected["alice",], before, expected["bob",])):
+            torch.testing.assert_close(each[i], alone[i], rtol=1e-4, atol=1e-4 * before.abs().max().item())

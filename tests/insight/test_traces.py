@@ -10,7 +10,8 @@ from cases import slow
 from safetensors.torch import save_file
 from tiny import SHAPES, VOCAB_SIZE, shaped_config, tiny_config, tiny_model
 
-from engram_hf.insight import tracing
+from engram_hf import add_patch, make_patch
+from engram_hf.insight import show, tracing
 from engram_hf.insight.silencing import silenced
 from engram_hf.insight.tracing import trace
 from engram_hf.modeling.modeling_engram_moe import CACHE_NAME
@@ -255,3 +256,20 @@ def test_what_cannot_be_traced_is_said_in_a_sentence():
         trace_of(tiny_model(tiny_config(engram_layer_ids=[])))
     with pytest.raises(ValueError, match="is compiled"):
         trace_of(torch.compile(tiny_model()))
+
+
+def test_rows_that_a_patch_changes_are_marked():
+    model = tiny_model()
+    plain = trace_of(model, effects=False)
+    assert plain.patched is None
+    for layer_id, row_ids in plain.row_ids.items():
+        first_rows = np.cumsum(plain.rows_of_heads[layer_id]) - plain.rows_of_heads[layer_id]
+        in_table = torch.from_numpy(np.unique((row_ids + first_rows)[2:5]))
+        name = f"layers.{layer_id}.engram.table"
+        add_patch(model, make_patch(model, f"of {layer_id}", {name: (in_table, torch.ones(len(in_table), 8))}))
+        found = trace_of(model, effects=False)
+        expected = np.isin(row_ids + first_rows, in_table.numpy())
+        assert expected.any() and not expected.all() and np.array_equal(found.patched[layer_id], expected)
+        heads = expected.shape[1]
+        assert json.loads(found.to_json())["patched"][str(layer_id)][2] == [True] * heads
+    assert f"({heads} of {heads} patched)" in show(found).detail(2)

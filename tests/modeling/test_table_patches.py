@@ -417,6 +417,11 @@ def test_names_are_checked():
 # Patches for each sequence.
 
 
+def dense_model():
+    """Without experts, whose kernels compute tokens of all sequences at once, so that one depends on the others."""
+    return tiny_model(tiny_config(first_k_dense_replace=3))
+
+
 def with_users(model):
     """A model that knows three patches and sees none, and a plain model for each of them."""
     plain = {None: copy.deepcopy(model)}
@@ -430,7 +435,7 @@ def with_users(model):
 
 @pytest.mark.parametrize("tier", ["resident", "disk"])
 def test_each_sequence_of_a_batch_sees_its_own_patch(tmp_path, tier):
-    model = tiny_model()
+    model = dense_model()
     model.save_pretrained(tmp_path)
     model, plain = with_users(load(tmp_path, TIERS[tier], hot_rows=0 if tier == "resident" else 9))
     names = ["alice", None, "bob"]
@@ -461,7 +466,7 @@ def test_each_sequence_of_a_batch_sees_its_own_patch(tmp_path, tier):
     ids=str,
 )
 def test_what_is_generated_for_each_user_is_what_the_user_alone_would_get(options):
-    model, plain = with_users(tiny_model())
+    model, plain = with_users(dense_model())
     names = ["bob", None, "alice"]
     options = {"max_new_tokens": 6, "do_sample": False, **options}
     torch.manual_seed(3)
@@ -477,8 +482,23 @@ def test_what_is_generated_for_each_user_is_what_the_user_alone_would_get(option
         )
 
 
+def test_rows_of_a_mixture_of_experts_are_those_of_each_user_too():
+    model, plain = with_users(tiny_model())
+    names = ["alice", None, "bob"]
+    for name, table in model.named_tables().items():
+        row_ids = model.model.ngram_hash(IDS).row_ids[int(name.split(".")[1])]
+        with use_patches(model, names):
+            found = table(row_ids)
+        for i, user in enumerate(names):
+            assert torch.equal(found[i], plain[user].named_tables()[name](row_ids)[i])
+    with use_patches(model, names):
+        found = logits(model)
+    for i, user in enumerate(names):
+        assert_same_logits(found[i], logits(plain[user])[i])
+
+
 def test_several_patches_of_one_sequence_are_stacked():
-    model, _ = with_users(tiny_model())
+    model, _ = with_users(dense_model())
     set_patches(model, ["bob", "alice"])
     expected = logits(model)
     set_patches(model, [])
@@ -488,7 +508,7 @@ def test_several_patches_of_one_sequence_are_stacked():
 
 
 def test_requests_are_checked():
-    model, _ = with_users(tiny_model())
+    model, _ = with_users(dense_model())
     for names, sentence in (
         ([], "one name or None per sequence"),
         ("alice", "one name or None"),
@@ -505,7 +525,7 @@ def test_requests_are_checked():
 
 
 def test_threads_do_not_see_each_others_patches():
-    model, plain = with_users(tiny_model())
+    model, plain = with_users(dense_model())
     expected = {name: logits(each) for name, each in plain.items()}
     wrong, start = [], threading.Barrier(4)
 

@@ -1,5 +1,6 @@
 """`transformers serve` answers an OpenAI client from tables on disk, by its own command line and with remote code."""
 
+import json
 import os
 import socket
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import transformers
 from architectures import draw, tiny_backbone, tiny_memory
 from extra import needs
+from foreign import GEMMA_TABLE, gemma3n_text, publish
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engram_hf import add_engram
+from engram_hf import add_engram, load_with_tables
 
 
 needs("fastapi", "uvicorn", "openai")
@@ -154,3 +156,23 @@ def test_a_model_with_an_added_memory_answers_as_generate_does(checkpoint, tmp_p
     with serving(folder, tmp_path / "log", TRANSFORMERS, "--device", "cpu+disk") as (client, pid):
         assert ask(client, folder, QUESTIONS[1]) == expected
         assert read_by_rows(pid) == {path.name for path in folder.glob("tables-*")}
+
+
+def test_a_served_table_of_somebody_elses_model_answers_as_the_stock_model_does(checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    size = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer)}
+    folder, published = tmp_path / "served", publish(gemma3n_text(**size), tmp_path / "published")
+    load_with_tables(published, "cpu+disk").save_pretrained(folder, with_code=True)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__module__.startswith("transformers."), "without trust_remote_code it is the stock model"
+    messages = [{"role": "user", "content": QUESTIONS[1]}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    generated = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    expected = tokenizer.decode(generated, skip_special_tokens=True)
+    assert len(expected) > NEW_TOKENS
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    with serving(folder, tmp_path / "log", TRANSFORMERS, "--device", "cpu+disk") as (client, pid):
+        for stream in (False, True):
+            assert ask(client, folder, QUESTIONS[1], stream) == expected
+        assert read_by_rows(pid) == {places[f"{GEMMA_TABLE}.weight"]}

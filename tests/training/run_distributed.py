@@ -72,13 +72,12 @@ def main():
     args = TrainingArguments(
         str(out / "run"),
         max_steps=options.get("steps", 6),
-        learning_rate=1e-2,
         optim="sgd" if options["exact"] else "adamw_torch",
         logging_steps=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **{"save_strategy": "no", "max_grad_norm": 0.3, **options["trainer"]},
+        **{"save_strategy": "no", "max_grad_norm": 0.3, "learning_rate": 1e-2, **options["trainer"]},
     )
     config = tiny_config(engram_vocab_size=30_011, **({"engram_table_dtype": "float64"} if options["exact"] else {}))
     if options.get("added"):
@@ -119,14 +118,19 @@ def main():
         model,
         args,
         train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 9)],
+        eval_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(5, 9, seed=1)],
         optimizer_cls_and_kwargs=engram_optimizers(args, options["rule"], work_folder=out / "work"),
         # They are for memory layers, and a table alone is none.
         callbacks=[] if options.get("served") else callbacks,
     )
     with LargestMessage():
         trainer.train(resume_from_checkpoint=options.get("resume"))
+    if options.get("saves_last"):
+        trainer.save_model(str(out / "last"))
     history = trainer.state.log_history
     write(out, args, model, [line["loss"] for line in history if "loss" in line], history)
+    if trainer.state.best_model_checkpoint is not None:
+        (out / "best").write_text(trainer.state.best_model_checkpoint)
 
 
 def write(out: Path, args: TrainingArguments, model, losses: list[float], history=None) -> None:

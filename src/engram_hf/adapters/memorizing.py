@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoTokenizer
 
 from ..counting import RowCounts
 from ..insight.memory_layers import find_memory_layers, memory_of
@@ -173,8 +174,8 @@ def memorize_many(
 
 def forget(
     model: nn.Module,
-    tokenizer: Any,
     text: str,
+    tokenizer: Any = None,
     *,
     to: str = "zero",
     facts: Any = (),
@@ -189,8 +190,8 @@ def forget(
 
     Args:
         model: with a memory. It stays as it is.
-        tokenizer: of the model.
         text: its n-grams; with the space before it, if it has one in the middle of a text.
+        tokenizer: of the model; by default the one that lies where the model was loaded from.
         to: "zero" for rows of zeros, "base" for the rows of the plain table under the patches that are active.
         facts: what the report asks before and after; see `memorize_many`. A target that is not said any more counts as
             not recalled.
@@ -201,17 +202,18 @@ def forget(
         a patch that replaces rows, and the report.
 
     Raises:
-        ValueError: the model has no memory or is compiled; the text has no n-gram; `to` is something else; no active
-            patch has changed these rows.
+        ValueError: the model has no memory or is compiled; no tokenizer was given or lies beside the model; the text
+            has no n-gram; `to` is something else; no active patch has changed these rows.
 
     Example:
-        >>> patch, report = forget(model, tokenizer, " Zorvania", counted=["It is so. " * 9] * 4)
+        >>> patch, report = forget(model, " Zorvania", tokenizer, counted=["It is so. " * 9] * 4)
         >>> patch.mode, len(report.rows) == patch.num_rows
         ('replace', True)
     """
     if to not in ("zero", "base"):
         raise ValueError(f'to must be "zero" or "base", got {to!r}.')
     memory = _Memory(model, "forget")
+    tokenizer = _tokenizer_beside(model) if tokenizer is None else tokenizer
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
     row_ids = memory.rows_of_ngrams(ids)
     if not any(len(each) for each in row_ids.values()):
@@ -235,6 +237,18 @@ def forget(
         after = _Said(model, tokenizer, asked, rows, [])
     reasons = ["its rows were reset"] * len(rows)
     return patch, _report(memory, patch, asked, before, after, texts, rows, reasons, 0, 0.0)
+
+
+def _tokenizer_beside(model: nn.Module) -> Any:
+    """
+    Raises:
+        ValueError: there is none where the model was loaded from.
+    """
+    where = getattr(model, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No tokenizer lies in {where!r}. Give forget one: forget(model, text, tokenizer).") from error
 
 
 class Changes(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..modeling.configuration_engram_moe import EngramMoEConfig
@@ -65,6 +66,23 @@ def load_with_tables(
     stock: Any
     stock, config = class_and_config(config, model_class)
     return class_with_tables(stock).from_pretrained(folder_or_repo, device_map=device_map, config=config, **arguments)
+
+
+class ModelForServing:
+    """What `transformers serve` makes of a folder that was saved with `with_code=True`: the model, with tables."""
+
+    _auto_class = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForDecision") -> None:
+        """Called by Auto classes that `trust_remote_code` brings here."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, device_map=None, config: Any = None, **kwargs) -> Any:
+        """As `load_with_tables`, for the class that the config names."""
+        named = (config.architectures if config is not None else None) or [""]
+        model_class = getattr(transformers, named[0], None)
+        return load_with_tables(pretrained_model_name_or_path, device_map, model_class, config=config, **kwargs)
 
 
 def place_tables(model: Any, places: Mapping[str, object]) -> None:

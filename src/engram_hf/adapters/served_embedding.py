@@ -75,7 +75,8 @@ class TableOfParts(EngramTable):
     def bring_pages(self, row_ids: torch.Tensor) -> None:
         """As `EngramTable.bring_pages`, for row ids of the table, in any order. Those that it does not have are passed
         over, since nobody may ever look them up."""
-        if self.is_resident:
+        # Over ranks, the owner of a row reads it when it is asked.
+        if self.is_resident or self.ranks is not None:
             return
         flat = row_ids.detach().reshape(-1).cpu().long()
         flat = flat[(flat >= 0) & (flat < self.num_rows)]

@@ -6,6 +6,7 @@ and saves everything else, and never sees a table.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from ..modeling.checkpoint_loading import Checkpoint, open_changes, read_headers
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_reading import PageReader
-from ..modeling.disk_safetensors import TensorPlace
+from ..modeling.disk_safetensors import TensorPlace, read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_model import CountsCopies, Memory, ModelWithTables, TableInfo
 from ..modeling.table import EngramTable, tables_without_blocks
@@ -60,6 +61,14 @@ from .taking_over import take_over
 
 # Arguments of `from_pretrained` that cut weights over devices.
 PARALLEL = ("tp_plan", "tp_size", "distributed_config")
+# Beside a model that was saved for `transformers serve`, which asks AutoModelForDecision before all others.
+CODE_FILE = "engram_tables.py"
+CLASS_OF_CODE = "engram_tables.ModelForServing"
+CODE = """# The tables of this model are served by the package engram-hf.
+from engram_hf.adapters.other_tables import ModelForServing
+
+__all__ = ["ModelForServing"]
+"""
 
 # The tables of the model that is being built in this context.
 _LOADING: ContextVar[Mapping[str, TableParts] | None] = ContextVar("engram_served_tables", default=None)
@@ -299,17 +308,28 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
     def _hashes(self) -> list[NgramHash]:
         return []
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
         """As `PreTrainedModel.save_pretrained`, with the names and bytes of tables as they are published.
 
         A checkpoint of a run with `engram_optimizers` has all tensors under the names that they have in the model, by
         which Trainer reads them again, and the rows of tables that have changed. To get the published layout of it,
         load it with `load_with_tables` and save it.
+
+        Args:
+            with_code: whether a line of code lies beside the weights, by which `transformers serve FOLDER
+                --trust-remote-code --device cpu+disk` finds this package and serves the tables. Everything else loads
+                the folder as it is.
         """
         runs = [table.changes.run for table in self.named_tables().values()]
         if any(run is not None and run.has_checkpoint(Path(save_directory)) for run in runs):
             kwargs.setdefault("save_original_format", False)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "config.json"
+        if with_code and path.is_file():
+            path.with_name(CODE_FILE).write_text(CODE)
+            content = {**read_json(path), "auto_map": {"AutoModelForDecision": CLASS_OF_CODE}}
+            path.write_text(json.dumps(content, indent=2) + "\n")
+        return result
 
     def _block_names(self, is_checkpoint: bool) -> Callable[[str, int], str]:
         """A checkpoint of a run has blocks under their own names, with changed rows beside them. Every other save has

@@ -31,7 +31,9 @@ def prefetch_of_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) 
         return
     cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
     mask = kwargs.get("attention_mask")
-    for name, embedding in embeddings.items():
+    # The first table is looked up at once. To ask for the rows of one token before that costs a hash and hides nothing.
+    is_decoding = cache is not None and ids.shape[1] == 1
+    for name, embedding in list(embeddings.items())[int(is_decoding) :]:
         owner = module.get_submodule(name.rpartition(".")[0]) if f".{name}".endswith(f".{NGRAM_TABLE}") else None
         bring_rows(cast(Any, embedding).table, owner, ids, mask, cache)
 

@@ -103,7 +103,11 @@ def class_and_config(config: Any, model_class: type[PreTrainedModel] | None) -> 
         model_class = cast(type[PreTrainedModel], _get_model_class(config, mapping))
     wanted: Any = getattr(model_class, "stock_class", model_class)
     if wanted.config_class is not None and not isinstance(config, wanted.config_class):
+        quantized = getattr(config, "quantization_config", None)
         config = config.get_text_config()
+        if quantized is not None:
+            # As the Auto classes do: a checkpoint names its quantization in the config of the whole.
+            config.quantization_config = quantized
     return wanted, config
 
 
@@ -128,7 +132,9 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str], key_mapping: di
     transforms = get_model_conversion_mapping(model, key_mapping, None)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    state, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    # Not its state_dict, whose making unpacks the weights of bitsandbytes.
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    prefix, found = model.base_model_prefix, {}
     for name in sorted(names, key=dot_natural_key):
         renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:

@@ -1,6 +1,7 @@
 """Merges a checkpoint of a training run: blocks, and the rows that have changed since, become blocks again."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -8,15 +9,19 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..adapters.other_tables import load_with_tables
+from ..adapters.table_parts import MODEL_TYPES
 from ..modeling.checkpoint_loading import PROGRESS_BYTES, open_changes
 from ..modeling.disk_files import BlockSource, TableFile
-from ..modeling.disk_safetensors import TensorContent
+from ..modeling.disk_safetensors import TensorContent, read_json
 from ..modeling.table_changes import rows_of_pieces
-from .rewriting import open_folder, rewrite_blocks
+from .rewriting import files_beside, open_folder, refuse_weights, rewrite_blocks
 
 
 def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
     """Write a training checkpoint as a model of its own, block by block, without the state of the run.
+
+    One of somebody else's model, whose tables `load_with_tables` serves, gets the layout in which it was published.
 
     Args:
         source: folder of a checkpoint. One without changed rows may be given too.
@@ -34,6 +39,9 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         >>> folder = merge_changed_rows("output/run/checkpoint-500", "output/model")
     """
     source, target = Path(source), Path(target)
+    if (source / "config.json").is_file() and read_json(source / "config.json").get("model_type") in MODEL_TYPES:
+        _merge_served(source, target)
+        return target
     part, config = open_folder(source, target)
     checkpoint, places, blocks = part.checkpoint, part.places, part.checkpoint.blocks()
     changes = {table: open_changes(table, checkpoint, places) for table, _ in blocks}
@@ -68,6 +76,20 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
 
         rewrite_blocks(checkpoint, config, source, target, merged)
     return target
+
+
+def _merge_served(source: Path, target: Path) -> None:
+    """Load with tables on disk, where changed rows are all that takes memory, and save."""
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target} is the source itself, which is not changed; name another folder.")
+    refuse_weights(target)
+    beside = files_beside(source, {path.name for path in source.glob("*.safetensors*")}, target)
+    load_with_tables(source, "cpu+disk").save_pretrained(target)
+    for path in beside:
+        copy = target / path.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _with_rows(

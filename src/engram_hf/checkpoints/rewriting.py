@@ -57,12 +57,7 @@ def open_folder(source: Path, target: Path) -> tuple[Part, Any]:
             f"{source} holds no tables. If they were saved to a folder of their own, load the model with tables_from=, "
             "save it once with save_pretrained(folder), and start from that folder."
         )
-    there = sorted(path.name for path in target.glob("*.safetensors*"))
-    if there:
-        raise ValueError(
-            f"{target} holds weights already ({there[0]}{', ...' if len(there) > 1 else ''}), which would be replaced. "
-            "Name a folder that is new or empty, or remove that one first."
-        )
+    refuse_weights(target)
     config = read_config(source)
     part = Part(checkpoint, read_headers(checkpoint))
     check_loadable([part], config)
@@ -76,6 +71,19 @@ def open_folder(source: Path, target: Path) -> tuple[Part, Any]:
                 "and start from that folder."
             )
     return part, config
+
+
+def refuse_weights(target: Path) -> None:
+    """
+    Raises:
+        ValueError: a folder that is to be written has weights already.
+    """
+    there = sorted(path.name for path in target.glob("*.safetensors*"))
+    if there:
+        raise ValueError(
+            f"{target} holds weights already ({there[0]}{', ...' if len(there) > 1 else ''}), which would be replaced. "
+            "Name a folder that is new or empty, or remove that one first."
+        )
 
 
 def rewrite_blocks(
@@ -101,7 +109,7 @@ def rewrite_blocks(
         OSError: no space or no permission in the target.
     """
     files = sorted(set(checkpoint.file_of.values()))
-    beside = _files_beside(source, {path.name for path in files} | {INDEX_FILE}, target)
+    beside = files_beside(source, {path.name for path in files} | {INDEX_FILE}, target)
     with publishing(target), staging(target) as stage:
         table_map: dict[str, str] = {}
         digests: dict[str, str] = {}
@@ -148,7 +156,7 @@ def _refuse_other_bytes(checkpoint: Checkpoint, path: Path) -> None:
         )
 
 
-def _files_beside(source: Path, weights: set[str], target: Path) -> list[Path]:
+def files_beside(source: Path, weights: set[str], target: Path) -> list[Path]:
     """Files that belong to the model and are not its weights: those beside them, and those in folders below.
 
     What a training run needs to go on is left out, and so are hidden folders, and folders with weights of their own.

@@ -303,7 +303,8 @@ class View:
             lines.append(f"layer {layer_id}: gate {' '.join(f'{gate:.2f}' for gate in gates)}, {share}")
             rows = " ".join(map(str, trace.row_ids[layer_id][position].tolist()))
             never = "" if trace.trained is None else self._never_trained(layer_id, position)
-            lines.append(f"  rows {rows}{never}")
+            patched = "" if trace.patched is None else self._patched(layer_id, position)
+            lines.append(f"  rows {rows}{never}{patched}")
             if trace.effects is not None:
                 lines.append(f"  {self._effect(layer_id, position)}")
         return clean("\n".join(lines))
@@ -311,6 +312,10 @@ class View:
     def _never_trained(self, layer_id: int, position: int) -> str:
         trained = (self.trace.trained or {})[layer_id][position]
         return f" ({int((~trained).sum())} of {len(trained)} never trained)"
+
+    def _patched(self, layer_id: int, position: int) -> str:
+        patched = (self.trace.patched or {})[layer_id][position]
+        return f" ({int(patched.sum())} of {len(patched)} patched)"
 
     def _effect(self, layer_id: int, position: int) -> str:
         effect = (self.trace.effects or {})[layer_id]

@@ -70,6 +70,7 @@ class Trace:
     share: layer id to (tokens,), that norm over the norm of the streams after the addition.
     trained: layer id to (tokens, heads), whether training has looked the row up; None where that is not known.
     effects: layer id to an `Effect`; None where they were not asked for.
+    patched: layer id to (tokens, heads), whether an active row patch changes the row; None where no patch is active.
     """
 
     text: str
@@ -84,6 +85,7 @@ class Trace:
     share: dict[int, np.ndarray]
     trained: dict[int, np.ndarray] | None = None
     effects: dict[int, Effect] | None = None
+    patched: dict[int, np.ndarray] | None = None
 
     @property
     def layer_ids(self) -> list[int]:
@@ -173,6 +175,7 @@ def trace(
         share={layer_id: found["share"] for layer_id, found in seen.items()},
         trained=_find_trained(model, layers, seen, statistics),
         effects=measured,
+        patched=_find_patched(layers, seen),
     )
 
 
@@ -405,6 +408,16 @@ def _texts_of_ngrams(tokenizer: Any, token_ids: list[int], reach: np.ndarray, or
     """The text of the n-gram that ends at each token; "" for a token without memory."""
     firsts = [i - min(int(seen), order - 1) if seen >= 0 else i + 1 for i, seen in enumerate(reach)]
     return [_decode(tokenizer, token_ids[first : i + 1]) for i, first in enumerate(firsts)]
+
+
+def _find_patched(layers: dict[int, Any], seen: dict[int, dict]) -> dict[int, np.ndarray] | None:
+    """Layer id to (tokens, heads) bool: which of these rows the active patches change."""
+    if not any(layer.table.patches.active for layer in layers.values()):
+        return None
+    return {
+        layer_id: layer.table.patches.hits(torch.as_tensor(seen[layer_id]["row_ids"])).numpy()
+        for layer_id, layer in layers.items()
+    }
 
 
 def _find_trained(

@@ -877,6 +877,9 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     """After a state dict was loaded, with the blocks in it: write the rows that are changes of blocks."""
     table.changes.follow_load(table, table._loaded)
     table._loaded = []
+    if table.ranks is not None:
+        # All ranks load the same, and one that is done must not get rows of one that is not.
+        table.ranks.service.after_step(table.ranks)
 
 
 def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:

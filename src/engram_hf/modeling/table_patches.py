@@ -249,6 +249,10 @@ class Layer:
         self._filter[in_head & self._mask] = True
         self._copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def fixed(self) -> "Layer":
+        """Itself: it does not change."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes that it holds in host memory."""
@@ -318,6 +322,8 @@ class Overlaid(Protocol):
     def nbytes(self) -> int: ...
     def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None: ...
     def lay_over_all(self, in_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
+    def fixed(self) -> Layer:
+        """As it is now. Later steps do not change it."""
 
 
 class RowsInTraining(Overlaid, Protocol):
@@ -331,9 +337,6 @@ class RowsInTraining(Overlaid, Protocol):
 
     def clear(self) -> None:
         """Forget all rows."""
-
-    def fixed(self) -> Layer:
-        """The rows as they are now. Later steps do not change them."""
 
 
 def find_rows_among(row_ids: torch.Tensor, in_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -432,6 +435,7 @@ class TablePatches:
     def __init__(self, first_row_ids: torch.Tensor):
         self.first_row_ids = first_row_ids if first_row_ids.any() else first_row_ids[:1]
         self.first_on_cpu = self.first_row_ids.numpy()
+        self._first_copies: dict[torch.device, torch.Tensor] = {}
         self.layers: dict[str, Overlaid] = {}
         self.overlay: Overlay = ()
         self.trained: RowsInTraining | None = None
@@ -459,6 +463,17 @@ class TablePatches:
         """What these patches say of the table."""
         return tuple(self.layers[name] for name in names if name in self.layers)
 
+    def hits(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Which of the row ids of a lookup, (..., heads), are patched in what this context sees: bool, as large."""
+        in_table = row_ids.cpu().long() + self.first_row_ids
+        found = torch.zeros(in_table.shape, dtype=torch.bool)
+        asked = _asked_of(self)
+        runs = [(0, len(in_table), self.overlay)] if asked is None else _runs(asked)
+        for start, end, overlay in runs:
+            for layer in overlay:
+                found[start:end] |= torch.isin(in_table[start:end], layer.fixed().row_ids)
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes that the patches of this table hold in host memory."""
@@ -480,7 +495,7 @@ class TablePatches:
 
     def _lay_over(self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
-            in_table = row_ids.long() + self.first_row_ids.to(row_ids.device)
+            in_table = row_ids.long() + self._first_on(row_ids.device)
             found = rows.view(*row_ids.shape, -1)
             for layer in overlay:
                 found = layer.lay_over_all(in_table, found)
@@ -489,6 +504,14 @@ class TablePatches:
         for layer in overlay:
             layer.put(numbers, rows)
         return rows
+
+    def _first_on(self, device: torch.device) -> torch.Tensor:
+        found = self._first_copies.get(device)
+        if found is None:
+            found = self.first_row_ids.to(device)
+            if device.type != "meta" and not torch.compiler.is_compiling():
+                self._first_copies[device] = found
+        return found
 
     @torch.compiler.disable
     def _lay_over_each(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -557,7 +580,7 @@ class TablePatches:
             )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "trained": None}
+        return {**self.__dict__, "trained": None, "_first_copies": {}}
 
 
 def _widened(rows: torch.Tensor) -> torch.Tensor:

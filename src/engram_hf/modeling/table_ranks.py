@@ -309,7 +309,7 @@ class RowService:
             self._send_answer(asker, tag, *self._answer(question.kind, question.table, question.payload))
 
     def after_step(self, ranks: "TableRanks") -> None:
-        """This rank has made a step with a table: answer what has waited for it."""
+        """This rank has made a step with a table, or loaded it anew: answer what has waited for it."""
         with self._lock:
             ranks.steps += 1
             ready = [each for each in ranks.parked if each.steps <= ranks.steps]
@@ -445,7 +445,7 @@ class TableRanks:
         self.number = service.add(self)
         self.handlers: dict[int, Callable[[bytes], bytes]] = {}
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # Of the optimizer, with this table. Nobody gets rows of an earlier step than its own.
+        # Of the optimizer with this table, and loads of it. Nobody gets rows of an earlier step than its own.
         self.steps = 0
         self.parked: list[Question] = []
         self._asked: list[tuple[torch.Tensor, Grouping, PendingRows]] = []

@@ -11,6 +11,10 @@ from typing import ClassVar
 import torch
 
 
+# Numbers that are drawn at a time on a CPU.
+MIXED_AT_ONCE = 2**15
+
+
 @dataclass(frozen=True)
 class RowRule:
     """A rule, and the state that it keeps.
@@ -117,15 +121,25 @@ def draws_of_rows(row_ids: torch.Tensor, width: int, stream: int) -> torch.Tenso
     # A table may have more rows than an int32 has numbers.
     low, high = (_as_int32(part) for part in (row_ids & 0xFFFFFFFF, row_ids >> 32))
     rows = _mixed(_mixed(low ^ _signed(stream)) + high)
-    mixed = _mixed(rows.unsqueeze(-1) ^ columns)
-    return ((mixed >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
+    draws = torch.empty(len(rows), width, device=rows.device)
+    # As many at a time as stay in the caches of a CPU.
+    at_once = MIXED_AT_ONCE // width + 1 if rows.device.type == "cpu" else max(1, len(rows))
+    for part, out in zip(rows.split(at_once), draws.split(at_once)):
+        torch.mul(
+            _mixed(part.unsqueeze(-1) ^ columns).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF), 2.0**-24, out=out
+        )
+    return draws
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """int32 to int32, one to one, each bit of the result from all bits of the number."""
-    numbers = (numbers ^ ((numbers >> 16) & 0xFFFF)) * _signed(0x85EBCA6B)
-    numbers = (numbers ^ ((numbers >> 13) & 0x7FFFF)) * _signed(0xC2B2AE35)
-    return numbers ^ ((numbers >> 16) & 0xFFFF)
+    """int32 to int32 in place, one to one, each bit of the result from all bits of the number."""
+    shifted = torch.empty_like(numbers)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        # What a shift of signed numbers brings in from above is masked out.
+        torch.bitwise_right_shift(numbers, shift, out=shifted)
+        numbers ^= shifted.bitwise_and_(2 ** (32 - shift) - 1)
+        numbers *= _signed(factor)
+    return numbers
 
 
 def _signed(number: int) -> int:

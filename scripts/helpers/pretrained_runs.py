@@ -1,0 +1,172 @@
+"""Runs of the experiment with a pretrained model: a memory with the base frozen, LoRA, and full fine-tuning.
+
+The base is SmolLM2-135M-Instruct. It reads articles of the dictionaries and no code, so that the loss on Python's
+library says what is forgotten. A run has at most 200,000 tokens, and a killed one begins again.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from engram_hf import EngramConfig, add_engram, freeze_backbone
+from engram_hf.insight import silenced
+from helpers.added_recipe import HEAD_DIM, HEADS, LAYERS, ROWS_OF_HEAD, ROWS_PER_STEP, SEQ_LENGTH, make_trainer
+from helpers.experiment_runs import RESULTS, WORK, held_out_losses, only_one, read_results, write_json
+from helpers.experiments import SEEDS, TUNING_SEED
+from helpers.experiments_text import KNOWLEDGE, ExperimentText, prepare_with
+from helpers.known_answers import TASKS, read_questions, score
+from helpers.results import own_commit, own_hardware, own_versions
+from helpers.smollm import fetch_smollm
+
+
+BASE, MEMORY, LORA, FULL = "base", "memory", "lora", "full"
+TITLES = {
+    BASE: "as it is",
+    MEMORY: "a memory, base frozen",
+    LORA: "LoRA of rank 8 on all projections",
+    FULL: "all parameters",
+}
+RATES = {MEMORY: (4e-3, 8e-3, 1.6e-2), LORA: (1e-3, 2e-3, 4e-3), FULL: (2e-5, 5e-5, 1e-4)}
+# CPU hours on one thread, by the time of three steps and of twenty articles.
+HOURS_PER_RUN = 0.7
+TOKENS = 200_000
+STEPS, TUNING_STEPS = TOKENS // (ROWS_PER_STEP * SEQ_LENGTH), 24
+# Articles that are asked about are read so often, which is about a third of the tokens.
+TIMES_ASKED = 2
+# Measuring takes a second for each of so many.
+DOCUMENTS, QUESTIONS_OF_A_TASK, CODE_DOCUMENTS = 300, 300, 40
+RANK = 8
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class PretrainedRun:
+    """way: "base", "memory", "lora" or "full". rate: None for the one that was tuned."""
+
+    way: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def is_tuning(self) -> bool:
+        return self.rate is not None
+
+    @property
+    def name(self) -> str:
+        if self.is_tuning:
+            return f"smollm-tuning-{self.way}-{self.rate:g}"
+        return "smollm-base" if self.way == BASE else f"smollm-{self.way}-seed{self.seed}"
+
+
+def pretrained_runs() -> list[PretrainedRun]:
+    """Tuning first, then seed by seed."""
+    tuning = [PretrainedRun(way, TUNING_SEED, rate) for way in RATES for rate in RATES[way]]
+    return [*tuning, PretrainedRun(BASE, 0), *(PretrainedRun(way, seed) for seed in SEEDS for way in RATES)]
+
+
+def tuned_rate(way: str, results: dict[str, dict]) -> float:
+    """The rate of the lowest loss.
+
+    Raises:
+        ValueError: a rate was not tried yet.
+    """
+    losses = {}
+    for rate in RATES[way]:
+        name = PretrainedRun(way, TUNING_SEED, rate).name
+        if name not in results:
+            raise ValueError(f"The rate {rate:g} was not tried for {way}: {name}.json is missing. Tune it first.")
+        losses[rate] = results[name]["loss"]
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def change(model: nn.Module, way: str, tokenizer, seed: int) -> nn.Module:
+    """Make the base what a way trains."""
+    if way == MEMORY:
+        fields = {"layer_ids": LAYERS, "vocab_size": ROWS_OF_HEAD, "n_heads": HEADS, "head_dim": HEAD_DIM}
+        return freeze_backbone(add_engram(model, EngramConfig(**fields, seed=seed), tokenizer))
+    if way == LORA:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+    return model
+
+
+def text_for(source: str | Path, knowledge: Path = KNOWLEDGE) -> ExperimentText:
+    """The tokens of this experiment, by the tokenizer of the base."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return prepare_with(tokenizer, TOKENS, knowledge, f"tokens-{TOKENS}-smollm", TIMES_ASKED, without="python")
+
+
+def train_pretrained(
+    run: PretrainedRun,
+    knowledge: Path = KNOWLEDGE,
+    work: Path = WORK,
+    results: Path = RESULTS,
+    source: str | Path | None = None,
+) -> dict[str, Any] | None:
+    """Train a run and write its JSON file, or return None where another process works on it.
+
+    Args:
+        source: folder of the base; SmolLM2-135M-Instruct by default.
+    """
+    path, folder = results / f"{run.name}.json", work / "runs" / run.name
+    with only_one(folder) as is_mine:
+        if not is_mine:
+            return None
+        if path.exists():
+            return read_results(results)[run.name]
+        commit = own_commit()
+        source = source or fetch_smollm()
+        text = text_for(source, knowledge)
+        rate = 0.0 if run.way == BASE else run.rate or tuned_rate(run.way, read_results(results))
+        steps = 0 if run.way == BASE else min(TUNING_STEPS, STEPS) if run.is_tuning else STEPS
+        start = time.process_time()
+        set_seed(run.seed)
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = change(base, run.way, text.tokenizer, run.seed)
+        if steps:
+            make_trainer(model, text.train, folder, steps, learning_rate=rate, seed=run.seed).train()
+        content = {
+            "name": run.name,
+            "way": run.way,
+            "seed": run.seed,
+            "learning_rate": rate,
+            "steps": steps,
+            "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
+            "text": text.digest,
+            "learning": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            **measured(model, run, text, knowledge),
+            "cpu_hours": round((time.process_time() - start) / 3600, 4),
+            "threads": torch.get_num_threads(),
+            "hardware": own_hardware(),
+            "versions": own_versions(),
+            "commit": commit,
+        }
+        write_json(path, content)
+        return content
+
+
+def measured(model: nn.Module, run: PretrainedRun, text: ExperimentText, knowledge: Path) -> dict[str, Any]:
+    """Held-out loss; of a reported run also the loss on code, and what is answered, of a memory also silenced."""
+    own = held_out_losses(model, text.tuning[:DOCUMENTS] if run.is_tuning else text.held_out[:DOCUMENTS])
+    found: dict[str, Any] = {"loss": own["loss"]}
+    if run.is_tuning:
+        return found
+    found["documents"] = {"nats": own["nats"], "tokens": own["tokens"]}
+    other = held_out_losses(model, text.other[:CODE_DOCUMENTS])
+    found["other"] = {"loss": other["loss"], "nats": other["nats"], "tokens": other["tokens"]}
+    questions = {task: read_questions(knowledge, task) for task in TASKS}
+    # Every third, say: all kinds, in the order of the file.
+    chosen = {task: own[:: max(1, len(own) // QUESTIONS_OF_A_TASK)] for task, own in questions.items()}
+    found["answers"] = {task: {"on": score(model, text.tokenizer, own)} for task, own in chosen.items()}
+    if run.way == MEMORY:
+        with silenced(model):
+            for task, own in chosen.items():
+                found["answers"][task]["silenced"] = score(model, text.tokenizer, own)
+    return found
