@@ -47,6 +47,7 @@ LEVELS = [
     ["checkpoints."],
     [
         "training.row_rules",
+        "training.trained_rows",
         "training.row_exchange",
         "training.work_files",
         "training.dense_parts",

@@ -26,7 +26,7 @@ from helpers.results import Results, Table, about, add_results_argument
 from engram_hf import PatchedRows, RowPatch
 from engram_hf.modeling.table import EngramTable
 from engram_hf.modeling.table_blocks import DISK, HOST, RESIDENT
-from engram_hf.modeling.table_patches import add_patch, set_patches, use_patches
+from engram_hf.modeling.table_patches import ModelPatches
 
 
 HEADS, WIDTH, ROWS_OF_PATCH, BATCH, TOKENS_OF_PREFILL = 16, 128, 2_000, 8, 2_048
@@ -75,11 +75,11 @@ def hitting(patch: RowPatch, shape: tuple[int, ...], share: float, generator: to
     return row_ids
 
 
-def check(table: EngramTable, patches: list[RowPatch], generator: torch.Generator) -> None:
+def check(known: ModelPatches, table: EngramTable, patches: list[RowPatch], generator: torch.Generator) -> None:
     """Raise unless patched lookups give the rows of a table that was written to."""
     first = patches[0]
     row_ids = hitting(first, (4, 300, HEADS), 0.1, generator)
-    set_patches({"table": table}, [])
+    known.set({"table": table}, [])
     expected = table(row_ids).view(*row_ids.shape, WIDTH).clone()
     of_row = {row_id: i for i, row_id in enumerate(first.tables["table"].row_ids.tolist())}
     in_table = row_ids + torch.arange(HEADS) * rows_of_head(first)
@@ -88,14 +88,14 @@ def check(table: EngramTable, patches: list[RowPatch], generator: torch.Generato
         if row_id in of_row:
             expected[place] = first.tables["table"].rows[of_row[row_id]].to(expected.dtype)
             hits += 1
-    set_patches({"table": table}, [first.name])
+    known.set({"table": table}, [first.name])
     if not hits or not torch.equal(table(row_ids), expected.flatten(-2)):
         raise RuntimeError("A patched lookup gives other rows than a table with these rows; nothing is timed.")
     batch = torch.cat([hitting(patch, (1, 50, HEADS), 0.1, generator) for patch in patches[:BATCH]])
-    with use_patches({"table": table}, [patch.name for patch in patches[:BATCH]]):
+    with known.use({"table": table}, [patch.name for patch in patches[:BATCH]]):
         together = table(batch)
     for i, patch in enumerate(patches[:BATCH]):
-        set_patches({"table": table}, [patch.name])
+        known.set({"table": table}, [patch.name])
         if not torch.equal(table(batch[i : i + 1])[0], together[i]):
             raise RuntimeError("A batch of users gives other rows than single lookups; nothing is timed.")
 
@@ -107,7 +107,9 @@ def time_turn(table: EngramTable, row_ids: torch.Tensor, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def compare(table: EngramTable, patches: list[RowPatch], part: str, share: float, turns: int, generator) -> list:
+def compare(
+    known: ModelPatches, table: EngramTable, patches: list[RowPatch], part: str, share: float, turns: int, generator
+) -> list:
     """Median milliseconds of plain lookups, and median and quartiles of patched over plain in percent."""
     tables, first = {"table": table}, patches[0]
     plain, ratios = [], []
@@ -116,7 +118,7 @@ def compare(table: EngramTable, patches: list[RowPatch], part: str, share: float
         table(row_ids)
         times = {}
         for names in ([], [first.name]) if turn % 2 else ([first.name], []):
-            set_patches(tables, names)
+            known.set(tables, names)
             times[len(names)] = time_turn(table, row_ids, LOOKUPS[part])
         if turn >= 3:
             plain.append(times[0])
@@ -125,31 +127,31 @@ def compare(table: EngramTable, patches: list[RowPatch], part: str, share: float
     return [1e3 * statistics.median(plain), middle, f"{low:+.1f} to {high:+.1f}"]
 
 
-def time_users(table: EngramTable, patches: list[RowPatch], turns: int, generator) -> list[list]:
+def time_users(known: ModelPatches, table: EngramTable, patches: list[RowPatch], turns: int, generator) -> list[list]:
     """A decode step of 8 users against a plain one, and the time of a switch."""
     tables, steps, plain, switches, first_switches = {"table": table}, [], [], [], []
     for patch in patches:
         start = time.perf_counter()
-        set_patches(tables, [patch.name])
+        known.set(tables, [patch.name])
         first_switches.append(1e6 * (time.perf_counter() - start))
     for patch in patches:
         start = time.perf_counter()
-        set_patches(tables, [patch.name])
+        known.set(tables, [patch.name])
         switches.append(1e6 * (time.perf_counter() - start))
-    set_patches(tables, [])
+    known.set(tables, [])
     names = [patch.name for patch in patches]
     for turn in range(turns):
         users = [names[(turn * BATCH + i) % len(names)] for i in range(BATCH)]
         row_ids = draw(SHAPES["decode"], rows_of_head(patches[0]), generator)
         table(row_ids)
         plain.append(1e6 * time_turn(table, row_ids, 20))
-        with use_patches(tables, users):
+        with known.use(tables, users):
             steps.append(1e6 * time_turn(table, row_ids, 20))
     contexts = []
     for turn in range(turns):
         users = [names[(turn * BATCH + i) % len(names)] for i in range(BATCH)]
         start = time.perf_counter()
-        with use_patches(tables, users):
+        with known.use(tables, users):
             pass
         contexts.append(1e6 * (time.perf_counter() - start))
     middle = statistics.median
@@ -184,15 +186,16 @@ def main() -> None:
         for tier in (RESIDENT, HOST, DISK):
             table = open_table(path, [arguments.rows_of_head] * HEADS, WIDTH, torch.bfloat16, tier)
             table.block_records[0].rows.view(torch.int16).amax()
+            known = ModelPatches()
             for patch in patches:
-                add_patch({"table": table}, patch, 1.0)
-            check(table, patches, generator)
+                known.add({"table": table}, patch, 1.0)
+            check(known, table, patches, generator)
             for part in SHAPES:
                 for share in (0.0, 0.1):
-                    figures = compare(table, patches, part, share, arguments.turns, generator)
+                    figures = compare(known, table, patches, part, share, arguments.turns, generator)
                     lookups.rows.append([part, tier, share, *figures])
             if tier == DISK:
-                users.rows = time_users(table, patches, arguments.turns, generator)
+                users.rows = time_users(known, table, patches, arguments.turns, generator)
     rows = sum(patch.nbytes for patch in patches)
     memory = Table(
         {f"{arguments.users} patches": "", "MB": ",.0f"},

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from architectures import tiny_backbone, with_memory
+from architectures import tiny_backbone, tiny_memory, with_memory
 from cases import slow
 from foreign import gemma3n_text, publish, qwen_text
 from peft import LoraConfig, get_peft_model
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from engram_hf import (
     EngramBestPatchCallback,
     active_patches,
+    add_engram,
     add_patch,
     compare_patches,
     disable_patches,
@@ -33,12 +35,15 @@ from engram_hf import (
     make_patch,
     merge_changed_rows,
     merge_patch,
+    remove_engram,
     remove_patch,
     save_patch,
+    set_engram,
     set_patches,
     use_patches,
     verify_tables,
 )
+from engram_hf.training.trained_rows import TrainedRows
 from engram_hf_command import app
 
 
@@ -310,7 +315,7 @@ def test_what_a_run_cannot_train_is_refused(tmp_path):
         train(model, tmp_path / "run", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
     train(model, tmp_path / "run", max_steps=1, save_strategy="no")
     set_patches(model, [])
-    with pytest.raises(ValueError, match="the patch 'alice' are being trained.*none.*Activate it alone"):
+    with pytest.raises(ValueError, match=r"the patch 'alice' are being trained.*none.*set_patches.model, \['alice'\]"):
         model.train()(IDS, labels=IDS)
     with pytest.raises(ValueError, match="follows"):
         EngramBestPatchCallback(tmp_path / "x").on_evaluate(None, None, None, metrics={}, model=model)
@@ -361,6 +366,141 @@ def test_tables_of_other_peoples_models_take_patches(tmp_path, made):
     assert torch.equal(logits(model, ids), plain)
 
 
+@pytest.mark.parametrize("mode, scale", [("replace", 1.0), ("replace", 0.5), ("add", 1.0)])
+def test_rows_of_a_patch_over_fp8_rows_of_other_peoples_models_are_not_rounded_to_fp8(tmp_path, mode, scale):
+    publish(qwen_text(), tmp_path / "model", is_fp8=True)
+    model = load_with_tables(tmp_path / "model", device_map={"": "cpu", "...ngram_embedding": "disk"}).eval()
+    ids = tiny_ids(2, 8)
+    plain = logits(model, ids)
+    (name, table), patch = next(iter(model.named_tables().items())), random_patch(model, mode=mode, share=0.5)
+    every = torch.arange(table.num_rows)
+    own = table(every).float()
+    add_patch(model, patch, scale)
+    given, expected = patch.tables[name], own.clone()
+    old = own[given.row_ids]
+    expected[given.row_ids] = (
+        given.rows
+        if mode == "replace" and scale == 1
+        else (old + scale * (given.rows if mode == "add" else given.rows - old))
+    )
+    assert torch.equal(table(every), expected) and table(every).dtype == torch.float32
+    patched = logits(model, ids)
+    assert not torch.equal(patched, plain)
+    with use_patches(model, [None, "alice"]):
+        found = logits(model, ids)
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], patched[1])
+
+
+# Memories that come and go.
+
+
+def test_a_memory_that_is_added_later_knows_the_patches():
+    model = with_memory(tiny_backbone("llama"))
+    plain = logits(model)
+    add_patch(model, random_patch(model, share=0.5))
+    add_engram(model, tiny_memory(start="random"), name="second")
+    set_engram(model, "default")
+    assert active_patches(model) == ["alice"] and not torch.equal(logits(model), plain)
+    remove_patch(model, "alice")
+    assert active_patches(model) == [] and torch.equal(logits(model), plain)
+
+
+def test_a_memory_that_is_added_in_front_does_not_hide_the_patches():
+    model = with_memory(tiny_backbone("llama"), layer_ids=[2])
+    plain = logits(model)
+    add_patch(model, random_patch(model, share=0.5))
+    add_engram(model, tiny_memory(layer_ids=[0]), name="second")
+    set_engram(model, "default")
+    assert active_patches(model) == ["alice"]
+    with disable_patches(model):
+        assert torch.equal(logits(model), plain)
+    assert not torch.equal(logits(model), plain)
+
+
+def test_a_patch_goes_with_its_only_tables():
+    model = with_memory(tiny_backbone("llama"))
+    table = next(iter(model.named_tables()))
+    add_engram(model, tiny_memory(start="random"), name="second")
+    patch = random_patch(model, tables=[table])
+    add_patch(model, patch)
+    add_patch(model, random_patch(model, "bob", tables=[table.replace("default", "second")]))
+    remove_engram(model, "default")
+    assert active_patches(model) == ["bob"]
+    remove_engram(model)
+    assert not any("patches" in name for module in model.modules() for name in vars(module))
+    add_patch(add_engram(model, tiny_memory(start="random")), patch)
+    assert active_patches(model) == ["alice"]
+
+
+# Runs behind each other.
+
+
+def test_a_run_behind_one_that_trained_a_patch_leaves_that_patch_as_it_is(tmp_path):
+    model, args = tiny_model(), {"max_steps": 2, "save_strategy": "no"}
+    train(model, tmp_path / "patch", **args)
+    before, tables = model.trained_patch(), stored_rows(model)
+    held = sum(table.patches.nbytes for table in model.named_tables().values())
+    assert held > sum(each.row_ids.nbytes + each.rows.nbytes for each in before.tables.values())
+    with pytest.raises(ValueError, match=r"the patches that lie over the table are alice.*set_patches\(model, \[\]\)"):
+        train(model, tmp_path / "table", name=None, **args)
+    assert model.trained_patch() is None and active_patches(model) == ["alice"]
+    set_patches(model, [])
+    train(model, tmp_path / "table", name=None, **args)
+    assert not all(torch.equal(stored_rows(model)[name], rows) for name, rows in tables.items())
+    for name, each in before.tables.items():
+        layer = model.named_tables()[name].patches.layers["alice"]
+        assert torch.equal(layer.rows, each.rows) and torch.equal(layer.row_ids, each.row_ids)
+
+
+def test_an_optimizer_whose_patch_was_removed_does_not_write_to_the_table(tmp_path):
+    model = tiny_model()
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    factory, options = engram_optimizers(args, "sgd", train_as_patch="alice")
+    optimizer = factory()(model, args=args, **{k: v for k, v in options.items() if k != "args"})
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    remove_patch(model, "alice")
+    with pytest.raises(ValueError, match="was made to train a patch of .*removed a patch since"):
+        optimizer.step()
+
+
+def test_rows_in_training_are_what_a_dictionary_would_hold():
+    table = tiny_model().named_tables()[FIRST]
+    trained, expected = TrainedRows("alice", table), {}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        row_ids = torch.randint(0, table.num_rows, (30,), generator=generator).unique()
+        rows = torch.randn(len(row_ids), 8, generator=generator)
+        trained.write(row_ids, rows)
+        expected |= dict(zip(row_ids.tolist(), rows))
+        asked = torch.randint(0, table.num_rows, (20,), generator=generator)
+        found = torch.zeros(20, 8)
+        trained.read(asked, found)
+        assert torch.equal(found, torch.stack([expected.get(int(each), torch.zeros(8)) for each in asked]))
+    layer = trained.fixed()
+    assert layer.row_ids.tolist() == sorted(expected)
+    assert torch.equal(layer.rows, torch.stack([expected[int(each)] for each in layer.row_ids]))
+    trained.clear()
+    assert not len(trained.fixed().row_ids)
+
+
+def test_merging_a_model_does_not_take_the_patches_from_its_requests(tmp_path, monkeypatch):
+    model, seen = tiny_model(), []
+    patch = random_patch(model, share=0.5)
+    add_patch(model, patch)
+    expected, save = logits(model), type(model).save_pretrained
+
+    def save_while_somebody_asks(self, *args, **kwargs):
+        thread = threading.Thread(target=lambda: seen.append(logits(model)))
+        thread.start()
+        thread.join()
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "save_pretrained", save_while_somebody_asks)
+    merge_patch(model, patch, tmp_path / "merged")
+    assert torch.equal(seen[0], expected)
+
+
 # Many users.
 
 
@@ -374,8 +514,8 @@ def test_eight_users_of_two_hundred_in_a_batch_get_what_each_gets_alone(tmp_path
     set_patches(model, [])
     held = sum(table.patches.nbytes for table in model.named_tables().values())
     rows = sum(patch.nbytes for patch in patches)
-    # The filters: at most 128 bytes for each row.
-    assert rows < held < rows + 128 * sum(patch.num_rows for patch in patches)
+    # The filters: at most 64 bytes for each row.
+    assert rows < held < rows + 64 * sum(patch.num_rows for patch in patches)
     ids = tiny_ids(8, 10)
     for users in ([3, 50, 199, 7, 7, 120, 0, 81], [11, 12, 13, 14, 15, 16, 17, 18]):
         with use_patches(model, [f"user {user}" for user in users]):

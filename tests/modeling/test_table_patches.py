@@ -1,5 +1,6 @@
 """Row patches over tables: the rows of a patch where it has some, the table's own everywhere else, on every tier."""
 
+import contextvars
 import copy
 import json
 import logging
@@ -27,6 +28,7 @@ from engram_hf import (
     set_patches,
     use_patches,
 )
+from engram_hf.modeling.table_patches import has_requests
 
 
 FIRST, SECOND = "layers.0.engram.table", "layers.2.engram.table"
@@ -62,6 +64,43 @@ def some_patch(model, name="alice", ids=IDS, seed=0, tables=(FIRST, SECOND), mod
         row_ids = torch.cat([read[is_kept], others]).unique()
         rows[table] = row_ids, 0.5 * torch.randn(len(row_ids), 8, generator=generator).to(dtype)
     return make_patch(model, name, rows, mode)
+
+
+def whole_patch(model, name="alice", seed=0, mode="replace", tables=None):
+    """Every row of some tables, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = {
+        table_name: (
+            torch.arange(table.num_rows),
+            0.5 * torch.randn(table.num_rows, table.head_dim, generator=generator),
+        )
+        for table_name, table in model.named_tables().items()
+        if tables is None or table_name in tables
+    }
+    return make_patch(model, name, rows, mode)
+
+
+@pytest.fixture
+def open_request():
+    """Opens `use_patches` in a thread of its own, until the test ends."""
+    go, threads = threading.Event(), []
+
+    def start(model, names):
+        is_open = threading.Event()
+
+        def serve():
+            with use_patches(model, names):
+                is_open.set()
+                go.wait(60)
+
+        threads.append(threading.Thread(target=serve))
+        threads[-1].start()
+        is_open.wait(60)
+
+    yield start
+    go.set()
+    for thread in threads:
+        thread.join()
 
 
 def naive(model, *patches_and_scales):
@@ -248,6 +287,40 @@ def test_copies_have_the_patches_and_are_independent(is_pickled):
     assert active_patches(model) == ["b"] and not torch.equal(logits(twin), logits(model))
 
 
+def test_a_copy_of_a_model_does_not_follow_rows_that_are_trained():
+    model = tiny_model().requires_grad_(False)
+    made = whole_patch(model)
+    rows = {name: (each.row_ids, each.rows.clone().requires_grad_()) for name, each in made.tables.items()}
+    add_patch(model, make_patch(model, "learning", rows))
+    reference = copy.deepcopy(model)
+    before = logits(reference)
+    with torch.no_grad():
+        for _, given in rows.values():
+            given.add_(1.0)
+    assert torch.equal(logits(reference), before) and not torch.equal(logits(model), before)
+
+
+def test_a_pickle_holds_rows_and_row_ids_of_patches_and_little_else():
+    model = tiny_model()
+    size = len(pickle.dumps(model))
+    patch = whole_patch(model)
+    add_patch(model, patch)
+    assert len(pickle.dumps(model)) - size < patch.nbytes + 2000
+    held = sum(table.patches.nbytes for table in model.named_tables().values())
+    assert patch.nbytes < held <= patch.nbytes + 64 * patch.num_rows
+
+
+@pytest.mark.parametrize("mode, scale, size", [("replace", 1.0, 1e5), ("add", 1.0, 1e5), ("add", 1e300, 1.0)])
+def test_numbers_that_the_type_of_the_table_cannot_hold_are_refused(mode, scale, size):
+    model = tiny_model(tiny_config(engram_table_dtype="float16"))
+    patch = make_patch(model, "x", {FIRST: (torch.arange(3), torch.full((3, 8), size))}, mode)
+    with pytest.raises(ValueError, match="would be infinite: lookups are float16, whose largest number is 6.55e"):
+        add_patch(model, patch, scale)
+    assert active_patches(model) == []
+    add_patch(model, patch, 1e-4)
+    assert torch.isfinite(model.named_tables()[FIRST](torch.zeros(1, 1, 4, dtype=torch.long))).all()
+
+
 def test_a_save_leaves_patches_out_and_says_so(tmp_path, caplog):
     model = tiny_model()
     plain, names = logits(model), set(model.state_dict())
@@ -282,11 +355,13 @@ def test_a_table_is_not_trained_under_a_patch():
     for table in model.named_tables().values():
         table.collect_row_gradients()
     model.train()
-    with pytest.raises(ValueError, match="lie over the table are alice.*disable_patches"):
+    with pytest.raises(ValueError, match=r"lie over the table are alice.*set_patches\(model, \[\]\)"):
         model(IDS, labels=IDS)
     logits(model)
     with disable_patches(model):
-        model(IDS, labels=IDS).loss.backward()
+        model(IDS, labels=IDS)
+    set_patches(model, [])
+    model(IDS, labels=IDS).loss.backward()
     assert model.named_tables()[FIRST].row_gradients.rows is not None
 
 
@@ -372,9 +447,9 @@ def test_each_sequence_of_a_batch_sees_its_own_patch(tmp_path, tier):
         # The same batch in a model with this patch alone.
         assert torch.equal(found[i], logits(plain[name])[i])
     assert torch.equal(logits(model), logits(plain["carol"]))
-    with use_patches(model, [None]):
+    with use_patches(model, [None] * 3):
         assert torch.equal(logits(model), logits(plain[None]))
-        with disable_patches(model), use_patches(model, ["bob"]):
+        with disable_patches(model), use_patches(model, ["bob"] * 3):
             assert torch.equal(logits(model), logits(plain["bob"]))
     with use_patches(model, ["alice"]), disable_patches(model):
         assert torch.equal(logits(model), logits(plain[None]))
@@ -446,7 +521,7 @@ def test_requests_are_checked():
     model.train()
     with pytest.raises(ValueError, match="a forward that trains"), use_patches(model, ["bob", None, None]):
         model(IDS)
-    assert not any(table.patches.has_requests for table in model.named_tables().values())
+    assert not has_requests()
 
 
 def test_threads_do_not_see_each_others_patches():
@@ -457,7 +532,7 @@ def test_threads_do_not_see_each_others_patches():
     def serve(name):
         start.wait()
         for _ in range(15):
-            with use_patches(model, [name]):
+            with use_patches(model, [name] * 3):
                 if not torch.equal(logits(model), expected[name]):
                     wrong.append(name)
 
@@ -474,6 +549,107 @@ def test_threads_do_not_see_each_others_patches():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_contexts_of_plain_tables_are_those_of_one_thread_and_end_in_any_order():
+    model = tiny_model()
+    plain = logits(model)
+    add_patch(model, whole_patch(model))
+    patched, seen = logits(model), []
+    one, other = disable_patches(model), disable_patches(model)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert active_patches(model) == [] and torch.equal(logits(model), plain)
+    thread = threading.Thread(target=lambda: seen.append(logits(model)))
+    thread.start()
+    thread.join()
+    assert torch.equal(seen[0], patched)
+    # What is added inside is there afterwards.
+    add_patch(model, whole_patch(model, "bob", seed=1))
+    other.__exit__(None, None, None)
+    assert active_patches(model) == ["alice", "bob"] and not torch.equal(logits(model), patched)
+
+
+def test_a_request_whose_patch_is_removed_goes_on_with_it():
+    model = tiny_model()
+    add_patch(model, whole_patch(model))
+    with use_patches(model, ["alice"] * 3):
+        before = logits(model)
+        remove_patch(model, "alice")
+        assert torch.equal(logits(model), before) and active_patches(model) == []
+    assert not torch.equal(logits(model), before)
+
+
+def test_a_forward_refuses_a_batch_with_another_number_of_sequences():
+    """Chosen and rejected answers of two users, behind each other: the second half would see the wrong users."""
+    model = tiny_model()
+    add_patch(model, whole_patch(model, "a", seed=1))
+    add_patch(model, whole_patch(model, "b", seed=2))
+    for names, ids in ((["a", "b"], torch.cat([IDS[:2], IDS[:2]])), (["a"], IDS), (["a", "b", None], IDS[:2])):
+        for call in (logits, lambda model, ids: model.generate(ids, max_new_tokens=2, do_sample=False)):
+            with use_patches(model, names), pytest.raises(ValueError, match=f"for {len(names)} seq.*has {len(ids)}"):
+                call(model, ids)
+    beams = {"max_new_tokens": 2, "do_sample": False, "num_beams": 2}
+    with use_patches(model, ["a", "b"]), pytest.raises(ValueError, match="2 sequences, each 2 times.*batch has 6"):
+        model.generate(IDS, **beams)
+    with use_patches(model, ["a", "b"]):
+        model.generate(IDS[:2], **beams)
+        with pytest.raises(ValueError, match="for 2 sequences, and the batch has 4"):
+            logits(model, torch.cat([IDS[:2], IDS[:2]]))
+
+
+def test_a_context_that_is_taken_to_another_thread_is_seen_there():
+    torch._dynamo.reset()
+    model = tiny_model()
+    add_patch(model, whole_patch(model))
+    patched = logits(model)
+    set_patches(model, [])
+    ids, seen = IDS[:1], []
+    with use_patches(model, ["alice"]):
+        context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(lambda: seen.append(logits(model, ids)),))
+    thread.start()
+    thread.join()
+    assert torch.equal(seen[0], logits(model, ids, engram_patches=["alice"]))
+    assert not torch.equal(seen[0], logits(model, ids)) and patched.shape[0] == 3
+
+
+def test_a_forward_that_trains_something_else_refuses_contexts_that_its_backward_would_not_know():
+    model = tiny_model().train()
+    add_patch(model, whole_patch(model))
+    for table in model.named_tables().values():
+        table.requires_grad_(False)
+    with disable_patches(model), pytest.raises(ValueError, match=r"cannot use them.*set_patches\(model, names\)"):
+        model(IDS)
+    with use_patches(model, ["alice"] * 3):
+        model(IDS)
+    set_patches(model, [])
+    with disable_patches(model):
+        model(IDS)
+
+
+def test_a_compiled_forward_does_not_mind_requests_of_other_threads(open_request):
+    torch._dynamo.reset()
+    model = tiny_model()
+    add_patch(model, whole_patch(model))
+    set_patches(model, [])
+    table, row_ids = model.named_tables()[FIRST], model.model.ngram_hash(IDS).row_ids[0]
+    compiled = torch.compile(table, backend="eager", fullgraph=True)
+    expected = compiled(row_ids)
+    open_request(model, ["alice"])
+    assert torch.equal(compiled(row_ids), expected)
+
+
+def test_training_does_not_mind_requests_of_other_threads(open_request):
+    model = tiny_model()
+    add_patch(model, whole_patch(model))
+    set_patches(model, [])
+    for table in model.named_tables().values():
+        table.collect_row_gradients()
+    open_request(model, ["alice"])
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
 
 
 # The file.

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 from ..modeling.configuration_memory import usual_pad
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
+from ..modeling.memory_model import ROW_PATCHES
 from .memory_class import Decoder, attach, build_layer, class_with_memory, decoder_of, device_of, stock_class
 from .memory_config import EngramConfig, MemoryOfModel, ModelFacts, text_config
 from .memory_hooks import (
@@ -331,10 +332,12 @@ def remove_engram(model: PreTrainedModel, name: str | None = None) -> PreTrained
                     del module.engram
     if memory.active in names:
         memory.active = next(iter(memory), None)
+    cast(Any, whole).forget_lost_patches()
     if not len(memory):
         del decoder.engram
         for module in whole.modules():
             _remove_hooks(module)
+            module.__dict__.pop(ROW_PATCHES, None)
         whole.__class__ = stock_class(whole)
     return model
 

@@ -29,7 +29,7 @@ from ..modeling.configuration_checks import shorten
 from ..modeling.disk_safetensors import read_json
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
-from ..modeling.memory_model import Memory, ModelWithTables
+from ..modeling.memory_model import CountsCopies, Memory, ModelWithTables
 from ..modeling.modeling_engram_moe import WithoutContinuousBatching
 from .memory_config import MemoryOfModel
 from .memory_files import MODEL_TYPE, Description, check_tensors
@@ -135,7 +135,7 @@ def loading(description: Description) -> Iterator[None]:
         _DESCRIPTION.reset(token)
 
 
-class ModelWithMemory(WithoutContinuousBatching, ModelWithTables):
+class ModelWithMemory(WithoutContinuousBatching, CountsCopies, ModelWithTables):
     """Part of a model that a memory was added to: what any model with tables can do."""
 
     # The modeling code of this package runs an EngramMoE. A model with an added memory needs the package.

@@ -142,13 +142,17 @@ def load_patch(path_or_repo: str | Path, **hub: Any) -> RowPatch:
 def add_patch(model: nn.Module, patch: RowPatch | str | Path, scale: float = 1.0) -> None:
     """Lay a patch over the tables of a model, on whatever tier they are. It is active at once, behind those that are.
 
+    At once is also for requests that are being answered by other threads. A server that adds patches of users therefore
+    answers every request inside of `use_patches`, also those of users without a patch: `use_patches(model, [None])`.
+
     Args:
         model: with tables.
         patch: the patch, or where `load_patch` finds it.
         scale: what the difference to the table's own rows is multiplied by.
 
     Raises:
-        ValueError: it is one of another hash, table or width; the model has one of this name.
+        ValueError: it is one of another hash, table or width; the model has one of this name; the type of the table
+            cannot hold the patched rows.
 
     Example:
         >>> add_patch(model, patch)
@@ -160,6 +164,8 @@ def add_patch(model: nn.Module, patch: RowPatch | str | Path, scale: float = 1.0
 
 def remove_patch(model: nn.Module, name: str) -> None:
     """Forget a patch. Without patches the model computes what it did before, bit for bit.
+
+    Contexts of `use_patches` that are open go on with it to their end.
 
     Raises:
         ValueError: the model has no patch of this name.
@@ -196,7 +202,10 @@ def active_patches(model: nn.Module) -> list[str]:
 
 
 def disable_patches(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which the tables are plain, in all threads but for requests with patches of their own.
+    """A context in which, in this thread, the tables are plain for any batch. Other threads do not notice.
+
+    Like that of `use_patches`, it is for forwards that do not train: what a backward computes again would not know it.
+    Train the plain table after `set_patches(model, [])`.
 
     Example:
         >>> add_patch(model, patch)
@@ -210,13 +219,26 @@ def disable_patches(model: nn.Module) -> AbstractContextManager[None]:
 def use_patches(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> AbstractContextManager[None]:
     """A context in which, in this thread, each sequence of a batch sees its own patches and no others.
 
+    A new thread begins outside of it, and would answer with the patches that are active. Open the context inside of
+    the thread, in the function that it runs:
+
+        def answer():
+            with use_patches(model, ["alice"]):
+                model.generate(**prompt, streamer=streamer)
+
+        Thread(target=answer).start()
+
+    `asyncio.to_thread` and `contextvars.copy_context().run` take the context along. A generator must not `yield` inside
+    of it: who takes what it yields would be inside as well.
+
     Args:
         model: with tables.
-        names: one per sequence: a name, a list of names in their order, or None for the plain table. Beams and several
-            returned sequences are counted for you.
+        names: one per sequence of the batch, neither more nor fewer: a name, a list of names in their order, or None
+            for the plain table. `generate` counts beams and several returned sequences for you.
 
     Raises:
-        ValueError: the model has no patch of a name.
+        ValueError: the model has no patch of a name. A forward raises it where the batch has another number of
+            sequences, or where it trains.
 
     Example:
         >>> add_patch(model, patch)

@@ -24,7 +24,7 @@ from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_reading import PageReader
 from ..modeling.disk_safetensors import TensorPlace, read_json
 from ..modeling.ids_hashing import NgramHash
-from ..modeling.memory_model import Memory, ModelWithTables, TableInfo
+from ..modeling.memory_model import CountsCopies, Memory, ModelWithTables, TableInfo
 from ..modeling.table import EngramTable, tables_without_blocks
 from ..modeling.table_blocks import DISK, block_name
 from ..modeling.table_placement import (
@@ -105,7 +105,7 @@ def _serve(model: Any, parts: TableParts) -> TableOfParts:
     return table
 
 
-class ModelWithServedTables(ModelWithTables):
+class ModelWithServedTables(CountsCopies, ModelWithTables):
     """Part of somebody else's model whose tables are served from tiers.
 
     served: name of a table's embedding to its parts, as a save of the model names them.

@@ -60,19 +60,17 @@ from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_patches import (
     PATCH_DTYPES,
+    ModelPatches,
     PatchedRows,
     RowPatch,
-    active_patches,
-    add_patch,
+    RowsInTraining,
     base_digest,
     check_patch,
+    count_copies,
     describe_patch_in,
-    disable_patches,
+    generating,
     read_patch,
-    remove_patch,
     save_trained_patch,
-    set_patches,
-    use_patches,
 )
 from .table_placement import (
     AUTOMATIC,
@@ -94,6 +92,8 @@ from .table_ranks import RowService, open_parts, start_ranks
 logger = logging.get_logger(__name__)
 # Read by torch's DistributedDataParallel.
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+# An attribute of base models.
+ROW_PATCHES = "_engram_row_patches"
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
 
@@ -150,6 +150,20 @@ def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> 
             f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '
             f"{mesh[0] if mesh else 'hot_rows'}. Leave one of them out."
         )
+
+
+class CountsCopies:
+    """Part of a model that generates: patches of requests are chosen for sequences, and `generate` may repeat each."""
+
+    def generate(self, *args, **kwargs):
+        """As in transformers."""
+        with generating():
+            return cast(Any, super()).generate(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args, **kwargs):
+        """As in transformers, which calls it once, with the number of copies, before the first forward."""
+        count_copies(kwargs.get("expand_size", args[0] if args else 1))
+        return cast(Any, super())._expand_inputs_for_generation(*args, **kwargs)
 
 
 class Memory(NamedTuple):
@@ -576,7 +590,7 @@ class ModelWithTables:
                     f"{name} has other rows than the table that the patch {patch.name!r} was made for. What the patch "
                     "says may not fit them."
                 )
-        add_patch(tables, patch, scale)
+        self._row_patches().add(tables, patch, scale)
 
     def remove_patch(self, name: str) -> None:
         """Forget a row patch.
@@ -584,7 +598,7 @@ class ModelWithTables:
         Raises:
             ValueError: there is none of this name.
         """
-        remove_patch(self.named_tables(), name)
+        self._row_patches().remove(self.named_tables(), name)
 
     def set_patches(self, names: Sequence[str]) -> None:
         """Choose the row patches that lie over the tables from now on, in this order; none for the plain tables.
@@ -592,44 +606,68 @@ class ModelWithTables:
         Raises:
             ValueError: there is none of a name, or a name is there twice.
         """
-        set_patches(self.named_tables(), names)
+        self._row_patches().set(self.named_tables(), names)
 
     def active_patches(self) -> list[str]:
         """Names of the row patches that lie over the tables, in their order."""
-        return active_patches(self.named_tables())
+        return self._row_patches().seen()
 
     def disable_patches(self) -> AbstractContextManager[None]:
-        """A context in which the tables are plain."""
-        return disable_patches(self.named_tables())
+        """A context in which the tables are plain, in this thread."""
+        return self._row_patches().disable(self.named_tables())
 
     def use_patches(self, names: Sequence[str | Sequence[str] | None]) -> AbstractContextManager[None]:
-        """A context in which each sequence of a batch sees its own row patches and no others.
+        """A context in which, in this thread, each sequence of a batch sees its own row patches and no others.
 
         Args:
-            names: one per sequence: a name, a list of names in their order, or None for the plain tables.
+            names: one per sequence: a name, a list of names in their order, or None for the plain tables. `generate`
+                counts beams and several returned sequences.
 
         Raises:
             ValueError: there is none of a name.
         """
-        return use_patches(self.named_tables(), names)
+        return self._row_patches().use(self.named_tables(), names)
 
     def trained_patch(self) -> RowPatch | None:
         """The patch that a run trains, with `engram_optimizers(args, train_as_patch="name")`; None where there is none.
 
         It is as it is now, and later steps do not change it.
         """
-        tables = self.named_tables()
-        found, name, steps, fingerprint = {}, "", 0, {}
-        for table_name, table in tables.items():
+        found, steps, fingerprint = {}, 0, {}
+        for table_name, table in self.named_tables().items():
             if (trained := table.patches.trained) is None:
                 continue
-            name, steps = table.patches.trained_name, 0 if table.changes.run is None else table.changes.run.steps
-            row_ids, rows = trained.row_ids.cpu().clone(), trained.rows.cpu().clone()
-            rows = rows if rows.dtype in PATCH_DTYPES else rows.float()
-            found[table_name] = PatchedRows(row_ids, rows, table.num_rows, base_digest(table, row_ids))
+            steps, now = 0 if table.changes.run is None else table.changes.run.steps, trained.fixed()
+            rows = now.rows if now.rows.dtype in PATCH_DTYPES else now.rows.float()
+            found[table_name] = PatchedRows(now.row_ids, rows, table.num_rows, base_digest(table, now.row_ids))
             ngram_hash = self.hash_of_table(table_name)
             fingerprint = {} if ngram_hash is None else ngram_hash.fingerprint()
+        name = self._row_patches().trained
         return RowPatch(name, found, fingerprint=fingerprint, provenance={"steps": steps}) if found else None
+
+    def begin_patch_training(self, name: str, rows: Mapping[str, RowsInTraining]) -> None:
+        """Before training: have it change the rows of a new patch, which is active, and never the tables.
+
+        Args:
+            name: of the patch.
+            rows: name of a table inside the base model to its rows in the patch.
+
+        Raises:
+            ValueError: there are patches already.
+        """
+        self._row_patches().train(self.named_tables(), name, rows)
+
+    def end_patch_training(self) -> None:
+        """From now on, the patch that was trained is one as any other."""
+        self._row_patches().end_training(self.named_tables())
+
+    def forget_lost_patches(self) -> None:
+        """Forget the row patches of tables that have been taken out of the model."""
+        self._row_patches().forget_lost(self.named_tables())
+
+    def _row_patches(self) -> ModelPatches:
+        """The names of row patches, in one place for the base model and for those around it."""
+        return self.base_model.__dict__.setdefault(ROW_PATCHES, ModelPatches())
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As `PreTrainedModel.resize_token_embeddings`. Ids that are added count as padding for the memory, so the

@@ -57,7 +57,7 @@ from .ids_hashing import HashedTokens, NgramHash
 from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, tokens_under_mask
 from .ids_recovery import recover_token_ids
 from .memory_layer import EngramLayer, MemoryCacheLayer, ShortConvolution, find_rows, keep_ids, memory_cache_layer
-from .memory_model import ModelWithTables
+from .memory_model import CountsCopies, ModelWithTables
 from .table import EngramTable
 from .table_blocks import RowBlocks
 
@@ -434,7 +434,7 @@ class WithoutContinuousBatching:
 
 
 @auto_docstring(custom_intro="An EngramMoE for causal language modeling.")
-class EngramMoEForCausalLM(WithoutContinuousBatching, EngramMoEPreTrainedModel, GenerationMixin):
+class EngramMoEForCausalLM(WithoutContinuousBatching, CountsCopies, EngramMoEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}

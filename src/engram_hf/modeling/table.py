@@ -191,23 +191,15 @@ class EngramTable(nn.Module):
             `row_ids`.
 
         Raises:
-            IndexError, ValueError: as `look_up`; or a table is being trained under a patch.
+            IndexError, ValueError: as `look_up`; a table is being trained under a patch; or a forward trains under
+                patches of a request.
         """
         if self.is_in_training and torch.is_grad_enabled():
-            self._refuse_to_train_under_patches()
+            self.patches.refuse_to_train_rows()
             return self.look_up(row_ids)
-        return self.patches.lay_over(row_ids, self.look_up(row_ids), self.training)
-
-    def _refuse_to_train_under_patches(self) -> None:
-        name = self.patches.trained_name
-        if self.patches.active != ((name,) if name else ()) or self.patches.has_requests:
-            what = f"the patch {name!r}" if name else "this table"
-            todo = "Activate it alone" if name else "Train inside of disable_patches(model)"
-            raise ValueError(
-                f"Rows of {what} are being trained, and the patches that lie over the table are "
-                f"{', '.join(self.patches.active) or 'none'}, so what is learned would not be read. {todo}, or make "
-                "other patches part of the table first, with merge_patch."
-            )
+        if self.training and torch.is_grad_enabled():
+            self.patches.refuse_to_train_requests()
+        return self.patches.lay_over(row_ids, self.look_up(row_ids))
 
     def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look the table's own rows up; as `forward`, without patches.
@@ -529,20 +521,6 @@ class EngramTable(nn.Module):
             self.changes.run = run
         self.row_gradients.exchange = exchange
         return self.row_gradients
-
-    def train_as_patch(self, name: str) -> None:
-        """Before training: have it change the rows of a new patch, which is active, and never the table.
-
-        Raises:
-            ValueError: there are patches already.
-            NotImplementedError: the table is cut over ranks.
-        """
-        if self.ranks is not None:
-            raise NotImplementedError(
-                "A patch of a table that is cut over ranks cannot be trained. Leave out train_as_patch, or load the "
-                'model without engram_ranks="shard".'
-            )
-        self.patches.train(name, self.head_dim, self.dtype, self.home)
 
     def gather_trained(self, row_ids: torch.Tensor, are_read: bool = False) -> torch.Tensor:
         """As `gather_held`, with the rows that training has changed, whether they are the table's or a patch's."""

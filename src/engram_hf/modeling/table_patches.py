@@ -14,11 +14,10 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .disk_safetensors import read_header, write_pieces
 from .table_blocks import put_rows
+from .table_formats import RowFormat
 
 
 PATCH_FILE = "patch.safetensors"
@@ -39,7 +39,7 @@ MODES = (REPLACE, ADD)
 PATCH_DTYPES = (torch.float32, torch.bfloat16)
 ROW_IDS, ROWS = "patch.row_ids", "patch.rows"
 # Places of the filter for each patched row. The share of lookups that pass it by chance is at most one in as many.
-PLACES_PER_ROW = 64
+PLACES_PER_ROW = 32
 LONGEST_NAME = 200
 # In the provenance of a patch that a save of its model has written, and a later save may remove.
 SAVED_WITH_MODEL = "saved_with_model"
@@ -49,7 +49,11 @@ class PatchableTable(Protocol):
     """What this file needs of a table."""
 
     head_dim: int
+    row_width: int
+    stored_as: RowFormat
 
+    @property
+    def dtype(self) -> torch.dtype: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -300,16 +304,16 @@ class Layer:
     A filter tells of nearly every lookup that it asks for no patched row. The others are searched for.
     """
 
-    def __init__(self, patched: PatchedRows, mode: str, scale: float, first_row_ids: np.ndarray):
+    def __init__(self, name: str, patched: PatchedRows, mode: str, scale: float, first_row_ids: np.ndarray):
         """
         Args:
-            patched: at least one row.
-            mode, scale: of the patch.
+            name, mode, scale: of the patch.
+            patched: its rows.
             first_row_ids: as in `TablePatches`.
         """
-        self.mode, self.scale = mode, scale
+        self.name, self.mode, self.scale = name, mode, scale
         self.row_ids, self.rows = patched.row_ids, patched.rows
-        places = 1 << math.ceil(math.log2(len(self.row_ids) * PLACES_PER_ROW))
+        places = 1 << math.ceil(math.log2(max(1, len(self.row_ids)) * PLACES_PER_ROW))
         self._mask = places - 1
         self._filter = np.zeros(places, dtype=np.bool_)
         self._known, self._first_row_ids = self.row_ids.numpy(), first_row_ids
@@ -319,14 +323,14 @@ class Layer:
         self._filter[in_head & self._mask] = True
         self._copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def fixed(self) -> "Layer":
+        """Itself: it does not change."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes that it holds in host memory."""
         return self.row_ids.nbytes + self.rows.nbytes + self._filter.nbytes
-
-    def fixed(self) -> "Layer | None":
-        """The same, for a copy of the model; None where it has no rows."""
-        return self
 
     def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None:
         """Write patched rows over those of a lookup.
@@ -356,7 +360,9 @@ class Layer:
         """(..., heads) row ids of the table and (..., heads, head_dim) rows to the patched rows, without a look at what
         is hit. An accelerator would wait for that, and a graph cannot hold it."""
         row_ids, own = self._on(rows.device)
-        is_hit, places = _find(in_table, row_ids)
+        if not len(row_ids):
+            return rows
+        is_hit, places = find_rows_among(row_ids, in_table)
         return torch.where(is_hit.unsqueeze(-1), patched_rows(rows, own[places], self.mode, self.scale), rows)
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -369,65 +375,49 @@ class Layer:
                 self._copies[device] = found
         return found
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_copies": {}}
+    def __deepcopy__(self, memo: dict) -> "Layer":
+        """Copies of a model share rows that do not change. Rows that are trained become rows of their own."""
+        if not self.rows.requires_grad:
+            return self
+        patched = PatchedRows(self.row_ids, self.rows.detach().clone().requires_grad_(), 0)
+        return Layer(self.name, patched, self.mode, self.scale, self._first_row_ids)
+
+    def __reduce__(self):
+        patched = PatchedRows(self.row_ids, self.rows, 0)
+        return Layer, (self.name, patched, self.mode, self.scale, self._first_row_ids)
 
 
-class TrainedRows(Layer):
-    """A patch that is being trained: it grows by the rows that steps move, and the table is never written to."""
+class Overlaid(Protocol):
+    """What lies over a table: a layer, or rows that training changes."""
 
-    def __init__(self, head_dim: int, dtype: torch.dtype, home: torch.device, first_row_ids: np.ndarray):
-        """
-        Args:
-            head_dim, dtype: of the rows of the table.
-            home: where the table's rows are gathered and updated.
-            first_row_ids: as in `TablePatches`.
-        """
-        self.mode, self.scale, self._first_row_ids = REPLACE, 1.0, first_row_ids
-        self.row_ids = torch.zeros(0, dtype=torch.int64, device=home)
-        self.rows = torch.zeros(0, head_dim, dtype=dtype, device=home)
-        # Made of the rows as they are, for lookups outside of training.
-        self._fixed: Layer | None = None
+    name: str
 
-    def clear(self) -> None:
-        """Forget all rows."""
-        self.row_ids, self.rows, self._fixed = self.row_ids[:0], self.rows[:0], None
+    @property
+    def nbytes(self) -> int: ...
+    def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None: ...
+    def lay_over_all(self, in_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
+    def fixed(self) -> Layer:
+        """As it is now. Later steps do not change it."""
+
+
+class RowsInTraining(Overlaid, Protocol):
+    """Rows of a patch that training changes; the table is never written to."""
 
     def read(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Write the rows that are known over those of the table, (n, head_dim), by their row ids, (n,)."""
-        if len(self.row_ids):
-            is_known, places = _find(row_ids, self.row_ids)
-            rows[is_known] = self.rows[places[is_known]]
 
     def write(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Keep rows, (n, head_dim), by their row ids, (n,) ascending and distinct."""
-        self._fixed = None
-        if len(self.row_ids):
-            is_known, places = _find(row_ids, self.row_ids)
-            self.rows[places[is_known]] = rows[is_known]
-            row_ids, rows = row_ids[~is_known], rows[~is_known]
-        if len(row_ids):
-            self.row_ids, order = torch.cat([self.row_ids, row_ids]).sort()
-            self.rows = torch.cat([self.rows, rows])[order]
 
-    def fixed(self) -> Layer | None:
-        """The rows as they are now, as those of any patch; None where there are none."""
-        if self._fixed is None and len(self.row_ids):
-            patched = PatchedRows(self.row_ids.cpu().clone(), self.rows.cpu().clone(), 0)
-            self._fixed = Layer(patched, self.mode, self.scale, self._first_row_ids)
-        return self._fixed
-
-    def put(self, numbers: np.ndarray, rows: torch.Tensor) -> None:
-        if (fixed := self.fixed()) is not None:
-            fixed.put(numbers, rows)
-
-    def lay_over_all(self, in_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        fixed = self.fixed()
-        return rows if fixed is None else fixed.lay_over_all(in_table, rows)
+    def clear(self) -> None:
+        """Forget all rows."""
 
 
-def _find(in_table: torch.Tensor, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each row id, of any shape, is among those of a patch, (n,), and where: both of the shape of the first."""
+def find_rows_among(row_ids: torch.Tensor, in_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each row id, of any shape, is among those of a patch, (n,) ascending, and where.
+
+    Both are of the shape of `in_table`.
+    """
     places = torch.searchsorted(row_ids, in_table).clamp_max(len(row_ids) - 1)
     return row_ids[places] == in_table, places
 
@@ -451,104 +441,131 @@ def is_traced(row_ids: torch.Tensor) -> bool:
 
 
 Names = tuple[str, ...]
-Overlay = tuple[Layer, ...]
-_COUNTING = threading.Lock()
-# For tables that are asked with patches for each sequence: the names of the patches of each sequence of the batch.
-_REQUESTS: ContextVar[Mapping["TablePatches", tuple[Names, ...]]] = ContextVar(
-    "engram_patches", default=MappingProxyType({})
-)
+Overlay = tuple[Overlaid, ...]
+# What this context has asked to see, the latest last: for the patches of a table one overlay per sequence of a batch,
+# for those of a model the names. An empty tuple is the plain table, whatever the batch.
+_REQUESTS: ContextVar[tuple[Mapping[Any, tuple], ...]] = ContextVar("engram_patches", default=())
+# How often `generate` repeats each sequence of a batch, for beams and for several sequences that it returns.
+_COPIES: ContextVar[int] = ContextVar("engram_copies", default=1)
+
+
+class _OfThread(threading.local):
+    """open: contexts with patches of their own that this thread has open. A graph reads it, and no context variable."""
+
+    open = 0
+
+
+_OF_THREAD = _OfThread()
+
+
+def has_requests() -> bool:
+    """Whether patches are chosen for this context."""
+    return _OF_THREAD.open > 0 if torch.compiler.is_compiling() else len(_REQUESTS.get()) > 0
+
+
+def _asked_of(patches: Any) -> tuple | None:
+    """What this context asks to see of a table or of a model; None for what is active."""
+    return next((each[patches] for each in reversed(_REQUESTS.get()) if patches in each), None)
+
+
+@contextmanager
+def _asking(requests: Mapping[Any, tuple]) -> Iterator[None]:
+    """In this context these are to be seen. Contexts may end in any order."""
+    _REQUESTS.set((*_REQUESTS.get(), requests))
+    _OF_THREAD.open += 1
+    try:
+        yield
+    finally:
+        _OF_THREAD.open -= 1
+        _REQUESTS.set(tuple(each for each in _REQUESTS.get() if each is not requests))
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """In this context, `count_copies` says how often sequences are repeated."""
+    token = _COPIES.set(1)
+    try:
+        # Requests that have come from another thread, in a copy of its context, are told to graphs of this one.
+        with _asking({}) if len(_REQUESTS.get()) else nullcontext():
+            yield
+    finally:
+        _COPIES.reset(token)
+
+
+def count_copies(copies: int) -> None:
+    """From now on, in this call of `generate`, each sequence stands `copies` times in a batch, one beside the other."""
+    _COPIES.set(copies)
 
 
 class TablePatches:
-    """The patches that one table knows, and which of them are active.
+    """What patches say of one table, and what of it is to be seen. Their names and order are in `ModelPatches`.
 
-    scales: name to scale, of all patches of the model, in the order in which they were added.
-    active: names, in the order in which they are laid over the table.
+    layers: name to what the patch says. Patches of other tables have no entry.
+    overlay: of the active patches.
+    trained: rows that training changes; None where the table itself is trained.
     first_row_ids: (heads,) or (1,) int64, what makes row ids of the table out of those of a lookup.
     """
 
     def __init__(self, first_row_ids: torch.Tensor):
-        self.scales: dict[str, float] = {}
-        self.active: Names = ()
         self.first_row_ids = first_row_ids if first_row_ids.any() else first_row_ids[:1]
-        self._first_on_cpu = self.first_row_ids.numpy()
+        self.first_on_cpu = self.first_row_ids.numpy()
         self._first_copies: dict[torch.device, torch.Tensor] = {}
-        # Whether somebody, in whatever thread, asks with patches for each sequence.
-        self.has_requests = False
-        self._open_requests = 0
-        # Name to what the patch says of this table. Patches of other tables have no entry.
-        self._layers: dict[str, Layer] = {}
-        # Of the active patches.
-        self._overlay: Overlay = ()
-        # Of the patch that training writes to; empty where the table itself is trained.
-        self.trained_name = ""
+        self.layers: dict[str, Overlaid] = {}
+        self.overlay: Overlay = ()
+        self.trained: RowsInTraining | None = None
 
-    def add(self, name: str, patched: PatchedRows | None, mode: str, scale: float) -> None:
-        """Know a patch from now on. None: it says nothing of this table."""
-        self.scales[name] = scale
-        if patched is not None and len(patched.row_ids):
-            self._layers[name] = Layer(patched, mode, scale, self._first_on_cpu)
+    def add(self, name: str, patched: PatchedRows, mode: str, scale: float) -> None:
+        """Know a patch from now on."""
+        self.layers[name] = Layer(name, patched, mode, scale, self.first_on_cpu)
 
-    def train(self, name: str, head_dim: int, dtype: torch.dtype, home: torch.device) -> None:
-        """Know a patch without rows, which training gives it.
+    def begin_training(self, rows: RowsInTraining) -> None:
+        """Have training change these rows, and never the table."""
+        self.layers[rows.name] = self.trained = rows
 
-        Raises:
-            ValueError: there is one of this name, or others lie over the table.
-        """
-        if name in self.scales or self.active:
-            raise ValueError(
-                f"A patch {name!r} is to be trained, and the model has the patches {', '.join(map(repr, self.scales))} "
-                "already. Remove them first, or merge them into the tables."
-            )
-        self.scales[name] = 1.0
-        self.trained_name = name
-        self._layers[name] = TrainedRows(head_dim, dtype, home, self._first_on_cpu)
-        self.activate((name,))
+    def end_training(self) -> None:
+        """From now on, the patch that was trained is one as any other."""
+        if self.trained is not None:
+            self.layers[self.trained.name], self.trained = self.trained.fixed(), None
 
-    @property
-    def trained(self) -> "TrainedRows | None":
-        """The patch that is being trained."""
-        found = self._layers.get(self.trained_name) if self.trained_name else None
-        return found if isinstance(found, TrainedRows) else None
+    def forget(self, name: str) -> None:
+        """Know a patch no more."""
+        if self.trained is not None and self.trained.name == name:
+            self.trained = None
+        self.layers.pop(name, None)
 
-    def remove(self, name: str) -> None:
-        self.activate(tuple(each for each in self.active if each != name))
-        del self.scales[name]
-        self._layers.pop(name, None)
-
-    def activate(self, names: Names) -> None:
-        """Lay these patches over the table from now on."""
-        self._overlay, self.active = self._overlay_of(names), names
-
-    def _overlay_of(self, names: Names) -> Overlay:
-        return tuple(self._layers[name] for name in names if name in self._layers)
+    def overlay_of(self, names: Names) -> Overlay:
+        """What these patches say of the table."""
+        return tuple(self.layers[name] for name in names if name in self.layers)
 
     def hits(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Which of the row ids of a lookup, (..., heads), are patched by the active patches: bool, of this shape."""
+        """Which of the row ids of a lookup, (..., heads), are patched in what this context sees: bool, as large."""
         in_table = row_ids.cpu().long() + self.first_row_ids
         found = torch.zeros(in_table.shape, dtype=torch.bool)
-        for layer in self._overlay:
-            if (fixed := layer.fixed()) is not None:
-                found |= torch.isin(in_table, fixed.row_ids)
+        asked = _asked_of(self)
+        runs = [(0, len(in_table), self.overlay)] if asked is None else _runs(asked)
+        for start, end, overlay in runs:
+            for layer in overlay:
+                found[start:end] |= torch.isin(in_table[start:end], layer.fixed().row_ids)
         return found
 
     @property
     def nbytes(self) -> int:
         """Bytes that the patches of this table hold in host memory."""
-        fixed = (layer.fixed() for layer in self._layers.values())
-        return sum(layer.nbytes for layer in fixed if layer is not None)
+        return sum(layer.nbytes for layer in self.layers.values())
 
-    def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor, is_training: bool = False) -> torch.Tensor:
+    def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The rows of a lookup under the patches that are to be seen.
 
         Args:
             row_ids: (batch, ..., heads) of a lookup.
             rows: (batch, ..., heads * head_dim) as the lookup has found them. They may be written to.
-            is_training: whether the model is in training mode.
+
+        Returns:
+            the rows, in their type; in float32 where patches lie over FP8 rows, which are not rounded to FP8.
         """
-        if self.has_requests:
-            return self._lay_over_each(row_ids, rows, is_training)
-        return self._lay_over(self._overlay, row_ids, rows) if self._overlay else rows
+        if has_requests():
+            return self._lay_over_each(row_ids, rows)
+        return self._lay_over(self.overlay, row_ids, _widened(rows)) if self.overlay else rows
 
     def _lay_over(self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
@@ -570,30 +587,21 @@ class TablePatches:
                 self._first_copies[device] = found
         return found
 
-    def count_requests(self, more: int) -> None:
-        """One more, or one less, context of `use_patches` is open."""
-        with _COUNTING:
-            self._open_requests += more
-            self.has_requests = self._open_requests > 0
-
     @torch.compiler.disable
-    def _lay_over_each(self, row_ids: torch.Tensor, rows: torch.Tensor, is_training: bool) -> torch.Tensor:
-        requests = _REQUESTS.get().get(self)
-        if requests is None:
-            return self._lay_over(self._overlay, row_ids, rows) if self._overlay else rows
-        if is_training and torch.is_grad_enabled():
+    def _lay_over_each(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        overlays = _asked_of(self)
+        if overlays is None:
+            return self._lay_over(self.overlay, row_ids, _widened(rows)) if self.overlay else rows
+        batch, copies = row_ids.shape[0], _COPIES.get()
+        if overlays and batch != len(overlays) * copies:
+            beams = f", each {copies} times for beams or several returned sequences" if copies > 1 else ""
             raise ValueError(
-                "use_patches chooses patches for a batch of requests, and a forward that trains cannot use it: what a "
-                "backward computes again would not know them. Train with set_patches(model, names), or call eval()."
+                f"use_patches got patches for {len(overlays)} sequences{beams}, and the batch has {batch}. Give one "
+                "name (or None) per sequence; generate counts beams and several returned sequences for you."
             )
-        batch, copies = row_ids.shape[0], row_ids.shape[0] // len(requests)
-        if copies * len(requests) != batch:
-            raise ValueError(
-                f"use_patches got patches for {len(requests)} sequences, and the batch has {batch}. Give one name (or "
-                "None) per sequence; beams and several returned sequences are counted for you."
-            )
-        for start, end, names in _runs(requests):
-            overlay = self._overlay_of(names)
+        if any(overlays):
+            rows = _widened(rows)
+        for start, end, overlay in _runs(overlays):
             if overlay:
                 part = slice(start * copies, end * copies)
                 before = rows[part]
@@ -601,40 +609,73 @@ class TablePatches:
                     before.copy_(found)
         return rows
 
-    def __deepcopy__(self, memo: dict) -> "TablePatches":
-        return self._copy()
+    def refuse_to_train_rows(self) -> None:
+        """
+        Raises:
+            ValueError: rows are trained that a forward would not read, because patches lie over them.
+        """
+        own = self.trained
+        is_read = len(self.overlay) == 0 if own is None else len(self.overlay) == 1 and self.overlay[0] is own
+        if has_requests() or not is_read:
+            self._refuse_to_train_rows(is_read)
 
-    def __reduce__(self):
-        return _restore, (self.first_row_ids, dict(self.scales), self._fixed_layers(), self.active)
+    @torch.compiler.disable
+    def _refuse_to_train_rows(self, is_read: bool) -> None:
+        overlays = _asked_of(self)
+        if overlays == () and self.trained is None or overlays is None and is_read:
+            return
+        asked = overlays if overlays is not None else (self.overlay,)
+        names = dict.fromkeys(layer.name for overlay in asked for layer in overlay)
+        what = "this table" if self.trained is None else f"the patch {self.trained.name!r}"
+        alone = [] if self.trained is None else [self.trained.name]
+        raise ValueError(
+            f"Rows of {what} are being trained, and the patches that lie over the table are "
+            f"{', '.join(names) or 'none'}, so what is learned would not be read. Choose before, outside of "
+            f"use_patches and disable_patches: set_patches(model, {alone}). To keep what other patches say, make them "
+            "part of the table first, with merge_patch."
+        )
 
-    def _copy(self) -> "TablePatches":
-        return _restore(self.first_row_ids, dict(self.scales), self._fixed_layers(), self.active)
+    def refuse_to_train_requests(self) -> None:
+        """
+        Raises:
+            ValueError: this context has chosen other patches than those that are active.
+        """
+        if has_requests():
+            self._refuse_to_train_requests()
 
-    def _fixed_layers(self) -> dict[str, Layer]:
-        """For copies, which share the rows, since those of a patch do not change."""
-        fixed = {name: layer.fixed() for name, layer in self._layers.items()}
-        return {name: layer for name, layer in fixed.items() if layer is not None}
+    @torch.compiler.disable
+    def _refuse_to_train_requests(self) -> None:
+        overlays = _asked_of(self)
+        if overlays is not None and any(overlay != self.overlay for overlay in overlays or ((),)):
+            raise ValueError(
+                "use_patches and disable_patches choose patches for requests, and a forward that trains cannot use "
+                "them: what a backward computes again would not know them. Train with set_patches(model, names), or "
+                "call eval()."
+            )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "trained": None, "_first_copies": {}}
 
 
-def _restore(first_row_ids: torch.Tensor, scales: dict, layers: dict, active: Names) -> TablePatches:
-    made = TablePatches(first_row_ids)
-    made.scales, made._layers = scales, layers
-    made.activate(active)
-    return made
+def _widened(rows: torch.Tensor) -> torch.Tensor:
+    """Rows in a type that one can calculate with, and that holds rows of patches."""
+    return rows.float() if rows.dtype.itemsize == 1 else rows
 
 
-def _runs(requests: Sequence[Names]) -> Iterator[tuple[int, int, Names]]:
-    """Neighbours with the same patches together: first, end, names."""
+def _runs(overlays: Sequence[Overlay]) -> Iterator[tuple[int, int, Overlay]]:
+    """Neighbours with the same patches together: first, end, what they see."""
     start = 0
-    for end in range(1, len(requests) + 1):
-        if end == len(requests) or requests[end] != requests[start]:
-            yield start, end, requests[start]
+    for end in range(1, len(overlays) + 1):
+        if end == len(overlays) or overlays[end] != overlays[start]:
+            yield start, end, overlays[start]
             start = end
 
 
 # Patches of all tables of a model together. `tables` are those of one model by their names inside the base model.
 
 Tables = Mapping[str, PatchableTable]
+# Rows of a patch that are looked through at a time.
+ROWS_AT_ONCE = 2**16
 
 
 def check_patch(patch: RowPatch, tables: Tables) -> None:
@@ -658,110 +699,157 @@ def check_patch(patch: RowPatch, tables: Tables) -> None:
             )
 
 
-def add_patch(tables: Tables, patch: RowPatch, scale: float) -> None:
-    """Make a patch that was checked known to all tables, and active behind those that are active.
-
-    Raises:
-        ValueError: there is one of this name; the scale is no number.
-    """
-    known = known_patches(tables)
-    if patch.name in known:
-        raise ValueError(
-            f"The model has a patch {patch.name!r} already. Take it out with remove_patch(model, {patch.name!r}), or "
-            "give the new one another name."
-        )
-    check_scale(scale)
-    for name, table in tables.items():
-        table.patches.add(patch.name, patch.tables.get(name), patch.mode, float(scale))
-    set_patches(tables, [*active_patches(tables), patch.name])
-
-
-def remove_patch(tables: Tables, name: str) -> None:
+def refuse_overflow(patch: RowPatch, scale: float, tables: Tables) -> None:
     """
     Raises:
-        ValueError: there is no patch of this name.
+        ValueError: a row of the patch, laid over the row of the table, is too large for the type of lookups.
     """
-    refuse_unknown(tables, [name])
-    for table in tables.values():
-        table.patches.remove(name)
+    for name, (row_ids, rows, *_) in patch.tables.items():
+        table = tables[name]
+        for part, given in zip(row_ids.split(ROWS_AT_ONCE), rows.detach().cpu().split(ROWS_AT_ONCE), strict=True):
+            if patch.mode == REPLACE and scale == 1:
+                own = torch.zeros(1, table.row_width, dtype=table.dtype)
+            else:
+                own = table.gather_rows(part.to(table.home)).cpu()
+            own = _widened(table.stored_as.decode(own, table.head_dim))
+            if not torch.isfinite(patched_rows(own, given, patch.mode, scale)).all():
+                dtype = str(own.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"Under the patch {patch.name!r} with the scale {scale:g}, rows of {name} would be infinite: "
+                    f"lookups are {dtype}, whose largest number is {torch.finfo(own.dtype).max:.4g}. Use a smaller "
+                    "scale or smaller rows, or a table of another type."
+                )
 
 
-def set_patches(tables: Tables, names: Sequence[str]) -> None:
+class ModelPatches:
+    """The row patches that a model knows, in the order in which they were added, and which of them are active.
+
+    known: name to the names of the tables that the patch says something of.
+    active: names, in the order in which they are laid over tables.
+    trained: name of the patch that training changes; empty where there is none.
     """
-    Raises:
-        ValueError: there is no patch of a name, or a name is there twice.
-    """
-    refuse_unknown(tables, names)
-    for table in tables.values():
-        table.patches.activate(tuple(names))
 
+    def __init__(self) -> None:
+        self.known: dict[str, Names] = {}
+        self.active: Names = ()
+        self.trained = ""
 
-def refuse_unknown(tables: Tables, names: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: there is no patch of a name, or a name is there twice.
-    """
-    known = known_patches(tables)
-    if isinstance(names, str):
-        raise ValueError(f"Patches are given as a list of names, got the text {names!r}. Write [{names!r}].")
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"The model has no patch {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}. Add it with "
-            "add_patch(model, patch)."
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"Each patch can be laid over the tables once, got {list(names)}.")
+    def add(self, tables: Tables, patch: RowPatch, scale: float) -> None:
+        """Know a patch that was checked, and make it active behind those that are.
 
+        Raises:
+            ValueError: there is one of this name; the scale is no number; rows would be infinite.
+        """
+        if patch.name in self.known:
+            raise ValueError(
+                f"The model has a patch {patch.name!r} already. Take it out with remove_patch(model, {patch.name!r}), "
+                "or give the new one another name."
+            )
+        check_scale(scale)
+        refuse_overflow(patch, scale, tables)
+        for name, each in patch.tables.items():
+            tables[name].patches.add(patch.name, each, patch.mode, float(scale))
+        self.known[patch.name] = tuple(patch.tables)
+        self._activate(tables, (*self.active, patch.name))
 
-def known_patches(tables: Tables) -> dict[str, float]:
-    """Name to scale of the patches of a model, in the order in which they were added."""
-    first = next(iter(tables.values()), None)
-    return {} if first is None else dict(first.patches.scales)
+    def remove(self, tables: Tables, name: str) -> None:
+        """Know a patch no more. Requests that have begun with it go on with it.
 
+        Raises:
+            ValueError: there is no patch of this name.
+        """
+        self._refuse_unknown([name])
+        self._activate(tables, tuple(each for each in self.active if each != name))
+        self.trained = "" if name == self.trained else self.trained
+        for table in tables.values():
+            table.patches.forget(name)
+        del self.known[name]
 
-def active_patches(tables: Tables) -> list[str]:
-    """Names of the patches that lie over the tables, in their order."""
-    first = next(iter(tables.values()), None)
-    return [] if first is None else list(first.patches.active)
+    def forget_lost(self, tables: Tables) -> None:
+        """Know those patches no more whose tables have all gone."""
+        for name in [name for name, own in self.known.items() if own and not any(each in tables for each in own)]:
+            self.remove(tables, name)
 
+    def set(self, tables: Tables, names: Sequence[str]) -> None:
+        """Lay these patches over the tables from now on.
 
-@contextmanager
-def use_patches(tables: Tables, names: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
-    """In this context, and in this thread, each sequence of a batch sees its own patches and no others.
+        Raises:
+            ValueError: there is no patch of a name, or a name is there twice.
+        """
+        self._refuse_unknown(names)
+        self._activate(tables, tuple(names))
 
-    Args:
-        tables: of a model.
-        names: one per sequence: a name, a list of names in their order, or None for the plain table.
+    def _activate(self, tables: Tables, names: Names) -> None:
+        for table in tables.values():
+            table.patches.overlay = table.patches.overlay_of(names)
+        self.active = names
 
-    Raises:
-        ValueError: there is no patch of a name, or no sequence.
-    """
-    if isinstance(names, str) or not len(names):
-        raise ValueError(f"use_patches takes one name or None per sequence of the batch, got {names!r}.")
-    requests = tuple(() if each is None else (each,) if isinstance(each, str) else tuple(each) for each in names)
-    for each in dict.fromkeys(requests):
-        refuse_unknown(tables, each)
-    asked = [table.patches for table in tables.values()]
-    token = _REQUESTS.set({**_REQUESTS.get(), **dict.fromkeys(asked, requests)})
-    for patches in asked:
-        patches.count_requests(1)
-    try:
-        yield
-    finally:
-        for patches in asked:
-            patches.count_requests(-1)
-        _REQUESTS.reset(token)
+    def seen(self) -> list[str]:
+        """Names of the patches that lie over the tables; in a context of `disable`, none."""
+        return [] if _asked_of(self) == () else list(self.active)
 
+    def train(self, tables: Tables, name: str, rows: Mapping[str, RowsInTraining]) -> None:
+        """Know a patch whose rows training changes, and make it active.
 
-@contextmanager
-def disable_patches(tables: Tables) -> Iterator[None]:
-    """In this context the tables are plain, in all threads but for requests with patches of their own."""
-    before = active_patches(tables)
-    patches = [table.patches for table in tables.values()]
-    token = _REQUESTS.set({each: held for each, held in _REQUESTS.get().items() if each not in patches})
-    set_patches(tables, [])
-    try:
-        yield
-    finally:
-        set_patches(tables, [name for name in before if name in known_patches(tables)])
-        _REQUESTS.reset(token)
+        Args:
+            tables: of the model.
+            name: of the patch.
+            rows: name of a table to its rows in the patch.
+
+        Raises:
+            ValueError: there is one of this name, or others are active.
+        """
+        if name in self.known or self.active:
+            raise ValueError(
+                f"A patch {name!r} is to be trained, and the model has the patches {', '.join(map(repr, self.known))} "
+                "already. Remove them first, or merge them into the tables."
+            )
+        for table_name, each in rows.items():
+            tables[table_name].patches.begin_training(each)
+        self.known[name], self.trained = tuple(rows), name
+        self._activate(tables, (name,))
+
+    def end_training(self, tables: Tables) -> None:
+        """From now on, the patch that was trained is one as any other."""
+        for table in tables.values():
+            table.patches.end_training()
+        self.trained = ""
+        self._activate(tables, self.active)
+
+    def use(self, tables: Tables, names: Sequence[str | Sequence[str] | None]) -> AbstractContextManager[None]:
+        """A context in which each sequence of a batch sees its own patches and no others, as they are now.
+
+        Args:
+            tables: of the model.
+            names: one per sequence: a name, a list of names in their order, or None for the plain table.
+
+        Raises:
+            ValueError: there is no patch of a name, or no sequence.
+        """
+        if not isinstance(names, list | tuple) or not names:
+            raise ValueError(f"use_patches takes one name or None per sequence of the batch, got {names!r:.80}.")
+        if wrong := [each for each in names if not isinstance(each, str | list | tuple | None)]:
+            raise ValueError(f"use_patches takes a name, a list of names or None per sequence, got {wrong[0]!r:.80}.")
+        asked = tuple(() if each is None else (each,) if isinstance(each, str) else tuple(each) for each in names)
+        for each in dict.fromkeys(asked):
+            self._refuse_unknown(each)
+        found = {table.patches: tuple(table.patches.overlay_of(each) for each in asked) for table in tables.values()}
+        return _asking({**found, self: asked})
+
+    def disable(self, tables: Tables) -> AbstractContextManager[None]:
+        """A context in which the tables are plain, for any batch."""
+        return _asking({self: (), **{table.patches: () for table in tables.values()}})
+
+    def _refuse_unknown(self, names: Sequence[str]) -> None:
+        if isinstance(names, str):
+            raise ValueError(f"Patches are given as a list of names, got the text {names!r}. Write [{names!r}].")
+        if unknown := [name for name in names if name not in self.known]:
+            raise ValueError(
+                f"The model has no patch {unknown[0]!r}; it has {', '.join(map(repr, self.known)) or 'none'}. Add it "
+                "with add_patch(model, patch)."
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each patch can be laid over the tables once, got {list(names)}.")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "trained": ""}

@@ -36,6 +36,7 @@ from .dense_parts import (
 from .row_exchange import RowExchange
 from .row_rules import RowAdam, RowRule, RowSGD, RowwiseAdagrad, RowwiseAdam
 from .row_updates import RowUpdates
+from .trained_rows import TrainedRows
 
 
 # Steps after which a table that has not moved is worth a warning.
@@ -149,8 +150,9 @@ class EngramOptimizerFactory:
                     "and keep the best patch with EngramBestPatchCallback(file)."
                 )
             refuse_several_memories(model)
-            for table in tables.values():
-                table.train_as_patch(train_as_patch)
+            begin_patch(model, train_as_patch)
+        else:
+            end_patch(model)
         # A checkpoint of an adapted model holds the adapter alone.
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):
@@ -239,6 +241,30 @@ def refuse_several_memories(model: nn.Module) -> None:
             f"train_as_patch trains the rows of one memory, and this model has tables of several: "
             f"{', '.join(whole.named_tables())}. Take the others out first, with remove_engram(model, name)."
         )
+
+
+def begin_patch(model: nn.Module, name: str) -> None:
+    """Have a run train a new patch of this name.
+
+    Raises:
+        ValueError: the model has patches already.
+        NotImplementedError: tables are cut over ranks.
+    """
+    whole: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    tables = whole.named_tables()
+    if any(table.ranks is not None for table in tables.values()):
+        raise NotImplementedError(
+            "A patch of a table that is cut over ranks cannot be trained. Leave out train_as_patch, or load the model "
+            'without engram_ranks="shard".'
+        )
+    whole.begin_patch_training(name, {each: TrainedRows(name, table) for each, table in tables.items()})
+
+
+def end_patch(model: nn.Module) -> None:
+    """A patch that an earlier run has trained is one as any other."""
+    whole: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(whole, "end_patch_training"):
+        whole.end_patch_training()
 
 
 def refuse_checkpoints_without_rows(args: "TrainingArguments") -> None:

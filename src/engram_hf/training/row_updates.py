@@ -72,7 +72,8 @@ class RowUpdates:
             )
         self.name, self.table, self.rule, self.seed = name, table, rule, seed
         # A patch that is trained is in no file of the model.
-        self.saves_rows = saves_rows or table.patches.trained is not None
+        self.patch = table.patches.trained
+        self.saves_rows = saves_rows or self.patch is not None
         # Steps that have moved a row.
         self.steps = 0
         self.run = TrainingRun() if run is None else run
@@ -95,7 +96,7 @@ class RowUpdates:
                     f"{name} is on disk, and the files of a checkpoint are never written. Name a folder for the "
                     "training copy, engram_optimizers(args, work_folder=...), or place the table in host memory."
                 )
-            if table.patches.trained is None:
+            if self.patch is None:
                 open_training_copy(table, work_folder)
             self.work_file = WorkFile(work_folder, shapes)
             self.stores = {key: self.work_file.tensor(key) for key in shapes}
@@ -127,6 +128,11 @@ class RowUpdates:
         taken = self.gradients.take()
         if taken is None:
             return 0
+        if self.table.patches.trained is not self.patch:
+            raise ValueError(
+                f"This optimizer was made to train {'the rows' if self.patch is None else 'a patch'} of {self.name}, "
+                "and the model has begun, ended or removed a patch since. Make a new optimizer."
+            )
         self.steps += 1
         row_ids, gradients = (each.to(self.table.home) for each in taken)
         if not len(row_ids):
@@ -297,8 +303,8 @@ class RowUpdates:
             saved = {**saved, **{name: saved[name][are_held.to(saved[name].device)] for name in self.stores}}
             row_ids = self.table.held_ids(row_ids[are_held])
         if self.saves_rows:
-            if self.table.patches.trained is not None:
-                self.table.patches.trained.clear()
+            if self.patch is not None:
+                self.patch.clear()
             for part, rows in _pieces(row_ids, saved["rows"]):
                 self.table.write_trained(part.to(self.table.home), rows.to(self.table.home, self.table.dtype))
         was_used, self.steps = self.steps > 0, saved["steps"]
