@@ -232,7 +232,7 @@ def test_the_example_of_the_guide_of_ranks_trains_on_two(scratch):
     script = re.search(r"^```py\n(.*?)^```$", read("docs/ranks.md"), re.DOTALL | re.MULTILINE)[1]
     Path("train.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     def started() -> subprocess.CompletedProcess:
         return subprocess.run([*command, "train.py"], capture_output=True, text=True, env=environment, timeout=240)

@@ -452,7 +452,9 @@ _COPIES: ContextVar[int] = ContextVar("engram_copies", default=1)
 class _OfThread(threading.local):
     """open: contexts with patches of their own that this thread has open. A graph reads it, and no context variable."""
 
-    open = 0
+    def __init__(self) -> None:
+        # Of the instance, in each thread: a graph does not notice where an attribute hides one of the class.
+        self.open = 0
 
 
 _OF_THREAD = _OfThread()
