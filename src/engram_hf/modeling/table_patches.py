@@ -78,7 +78,7 @@ class PatchedRows(NamedTuple):
     base_digest: str = ""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class RowPatch:
     """Changed rows of the tables of one model.
 
@@ -103,6 +103,10 @@ class RowPatch:
     def nbytes(self) -> int:
         """Bytes of its rows and row ids."""
         return sum(each.row_ids.nbytes + each.rows.nbytes for each in self.tables.values())
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_rows:,} rows of {len(self.tables)} tables, {self.mode}, {self.nbytes:,} bytes"
+        return f"RowPatch({self.name!r}: {sizes})"
 
     def check(self, where: str) -> None:
         """
@@ -219,6 +223,8 @@ def read_patch(file: str | Path) -> RowPatch:
         ValueError: the file is damaged, of a later version, or holds no patch.
     """
     path = Path(file) / PATCH_FILE if Path(file).is_dir() else Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no patch {path}. Name its file, or the folder that holds {PATCH_FILE}.")
     read_header(path)
     with safe_open(path, "pt") as opened:
         facts, names = _facts_of(opened.metadata(), path), list(opened.keys())
