@@ -10,7 +10,7 @@ from cases import slow
 from safetensors.torch import save_file
 from tiny import SHAPES, VOCAB_SIZE, shaped_config, tiny_config, tiny_model
 
-from engram_hf import add_patch, make_patch
+from engram_hf import add_patch, make_patch, set_patches, use_patches
 from engram_hf.insight import show, tracing
 from engram_hf.insight.silencing import silenced
 from engram_hf.insight.tracing import trace
@@ -273,3 +273,10 @@ def test_rows_that_a_patch_changes_are_marked():
         heads = expected.shape[1]
         assert json.loads(found.to_json())["patched"][str(layer_id)][2] == [True] * heads
     assert f"({heads} of {heads} patched)" in show(found).detail(2)
+    # A request of one sequence sees what it asks for, and nothing else.
+    last = layer_id
+    set_patches(model, [])
+    assert trace_of(model, effects=False).patched is None
+    with use_patches(model, [f"of {last}"]):
+        asked = trace_of(model, effects=False).patched
+    assert np.array_equal(asked[last], expected) and not any(asked[each].any() for each in asked if each != last)

@@ -52,8 +52,8 @@ class Explorer:
         >>> from engram_hf.insight.explorer import Explorer
         >>> explorer = Explorer(model, tokenizer)
         >>> view = explorer.look("import os, sys")
-        >>> len(explorer.predictions(view.trace, position=1))
-        5
+        >>> len(explorer.predictions(view.trace, position=1)) >= 5
+        True
     """
 
     def __init__(

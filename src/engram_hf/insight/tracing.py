@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 from ..counting import STATISTICS_FILE
 from ..modeling.memory_layer import MemoryCacheLayer
 from ..modeling.modeling_engram_moe import CACHE_NAME
+from ..modeling.table_patches import has_requests
 from .memory_layers import device_of, find_memory_layers
 from .silencing import refuse_compiled, silenced
 
@@ -70,7 +71,7 @@ class Trace:
     share: layer id to (tokens,), that norm over the norm of the streams after the addition.
     trained: layer id to (tokens, heads), whether training has looked the row up; None where that is not known.
     effects: layer id to an `Effect`; None where they were not asked for.
-    patched: layer id to (tokens, heads), whether an active row patch changes the row; None where no patch is active.
+    patched: layer id to (tokens, heads), whether a row patch changes the row; None where none is active or asked for.
     """
 
     text: str
@@ -412,10 +413,11 @@ def _texts_of_ngrams(tokenizer: Any, token_ids: list[int], reach: np.ndarray, or
 
 def _find_patched(layers: dict[int, Any], seen: dict[int, dict]) -> dict[int, np.ndarray] | None:
     """Layer id to (tokens, heads) bool: which of these rows the active patches change."""
-    if not any(layer.table.patches.active for layer in layers.values()):
+    if not any(layer.table.patches.overlay for layer in layers.values()) and not has_requests():
         return None
     return {
-        layer_id: layer.table.patches.hits(torch.as_tensor(seen[layer_id]["row_ids"])).numpy()
+        # As a batch of one sequence.
+        layer_id: layer.table.patches.hits(torch.as_tensor(seen[layer_id]["row_ids"])[None])[0].numpy()
         for layer_id, layer in layers.items()
     }
 
