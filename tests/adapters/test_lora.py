@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import slow
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny import tiny_config, tiny_ids, tiny_model
@@ -76,8 +77,9 @@ def made(folder, trains_tables, tier="cpu"):
     return model
 
 
-@pytest.mark.parametrize("tier", ["cpu", "disk"])
-@pytest.mark.parametrize("trains_tables", [True, False])
+@pytest.mark.parametrize(
+    ("trains_tables", "tier"), [(True, "disk"), slow(True, "cpu"), slow(False, "cpu"), slow(False, "disk")]
+)
 def test_adapters_train_with_tables_or_without_and_resume_bit_for_bit(tmp_path, trains_tables, tier):
     tiny_model().save_pretrained(tmp_path / "base")
     before = tiny_model().state_dict()

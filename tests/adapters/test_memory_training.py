@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from architectures import draw, memory_layers, tiny_backbone, tiny_memory, with_memory
+from cases import slow
 from datasets import Dataset
 from dense_rows import DenseReference
 from packaging.version import Version
@@ -99,8 +100,15 @@ def run(tmp_path_factory):
     return folder, model.state_dict()
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("start", ["base", "run/checkpoint-4"])
+@pytest.mark.parametrize(
+    ("start", "tier"),
+    [
+        ("base", "disk"),
+        ("run/checkpoint-4", "host"),
+        *(slow("base", tier) for tier in ("resident", "host")),
+        *(slow("run/checkpoint-4", tier) for tier in ("resident", "disk")),
+    ],
+)
 def test_a_run_is_resumed_bit_for_bit_on_every_tier(run, tmp_path, tier, start):
     folder, expected = run
     model = freeze_backbone(load(folder / start, tier))
@@ -296,6 +304,7 @@ def test_dpo_trains_a_memory(tmp_path, tokenizer):
     assert all(block.abs().sum() > 0 for layer in memory_layers(model) for block in layer.table.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_has_no_graph_break_and_the_same_logits():
     torch._dynamo.reset()

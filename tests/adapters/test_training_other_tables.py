@@ -107,7 +107,7 @@ def test_rows_and_losses_are_those_of_the_dense_rule(folders, tmp_path, case, ru
         assert 0 < has_moved.float().mean() < 0.5 and not has_moved[0]
 
 
-@pytest.mark.parametrize("case", [slow("qwen"), "gemma3n"])
+@pytest.mark.parametrize("case", [slow("qwen"), slow("gemma3n")])
 def test_a_resumed_run_goes_on_bit_for_bit_and_its_checkpoint_holds_changed_rows(folders, tmp_path, case):
     whole = train_by_rows(served(folders[case], case, "disk"), tmp_path / "whole", max_steps=6)
     run = tmp_path / "run"

@@ -163,6 +163,7 @@ def test_the_code_for_each_tier_loads_the_tables_there_and_generates(folder, cap
     assert len(needs) == 3
 
 
+@pytest.mark.slow
 def test_the_code_runs_where_this_package_is_not_installed(folder, tmp_path):
     code = "import sys\nsys.modules['engram_hf'] = None\n" + code_of(render_card(gather_facts(folder)))
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}

@@ -288,7 +288,8 @@ save_file({"ids": ids, "logits": logits}, out)
 """
 
 
-@pytest.mark.parametrize("tables_repo", [None, pytest.param("user/tables", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tables_repo", [None, "user/tables"])
 def test_code_from_the_hub_gives_the_logits_of_the_package_and_pushes_whole_models(
     hub, folder, model, tmp_path, monkeypatch, tables_repo
 ):
@@ -625,6 +626,7 @@ for what in (model, sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_push_on_every_rank_pushes_once(hub, tmp_path):
     model = tiny_model(tiny_config(), seed=1)
     model.save_pretrained(tmp_path / "model")

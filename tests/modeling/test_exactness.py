@@ -269,6 +269,7 @@ def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backe
         compiled(ids, position_ids=positions, attention_mask=padded, use_cache=False)
 
 
+@pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_the_compiled_forward_gives_no_cache_of_packed_documents(model):
     _, ids, positions = packed([3, 1, 11, 6])
