@@ -440,3 +440,7 @@ def explore(
         name = Path(model).resolve().name if Path(model).is_dir() else model
         serve(Explorer(loaded, tokenizer, name=name), host, port)
     return None
+
+
+if __name__ == "__main__":
+    app()
