@@ -85,20 +85,21 @@ class RowExchange:
                 table.ranks.kept = []
         if not tables or not GradientState().sync_gradients:
             return
-        owned, were_any, failure = self._to_owners(tables)
+        owned, are_given, failure = self._to_owners(tables)
         means = [(row_ids, gradients / self.ranks) for row_ids, gradients in owned]
-        measures = self._measure(means, failure)
-        for (table, _), mean, were_there, measure in zip(tables, means, were_any, measures, strict=True):
-            if not were_there:
+        measures = self._measure(means, are_given, failure)
+        for (table, _), mean, (largest, norm, are_any) in zip(tables, means, measures, strict=True):
+            # Of any process: what follows is done by all of them, or by none.
+            if not are_any:
                 continue
             if table.ranks is None:
-                table.row_gradients.replace(*self._to_all(mean), measure)
+                table.row_gradients.replace(*self._to_all(mean), (largest, norm))
             else:
-                table.row_gradients.replace(*mean, measure, weight=self.ranks)
+                table.row_gradients.replace(*mean, (largest, norm), weight=self.ranks)
 
     def _to_owners(self, tables: Sequence[tuple[EngramTable, RowCut]]) -> tuple[list[Rows], list[bool], str | None]:
         """For each table the rows that this process owns, (n,) and (n, width), with the sums of their gradients;
-        whether any process has a row of it; and what has gone wrong here."""
+        whether this process has given any of it; and what has gone wrong here."""
         device, parts, failure = device_of_collectives(self.group), [], None
         for table, cut in tables:
             row_ids, gradients = table.row_gradients.rows_to_exchange() or none_of(table.row_gradients)
@@ -136,7 +137,7 @@ class RowExchange:
                 )
                 row_ids, arrived = row_ids[:0], arrived[:0]
             owned.append(sum_rows(row_ids, arrived.view(gradients.dtype).view(-1, gradients.shape[1])))
-        return owned, theirs.any(0).tolist(), failure
+        return owned, given.any(0).tolist(), failure
 
     def _by_process(self, of_tables: Sequence[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
         """What each table sends, in the order of processes, to one tensor in the order of processes and then tables."""
@@ -148,16 +149,20 @@ class RowExchange:
         dist.all_to_all_single(received, sent, taken, given, group=self.group)
         return received
 
-    def _measure(self, means: Sequence[Rows], failure: str | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each table the largest number in the gradients of all processes' rows, and their norm.
+    def _measure(
+        self, means: Sequence[Rows], are_given: Sequence[bool], failure: str | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+        """For each table the largest number in the gradients of all processes' rows, their norm, and whether any
+        process has given rows.
 
         Every process adds the same parts in the same order, so all have the same bits.
         """
-        own = torch.zeros(len(means) + 1, 2, dtype=torch.float64, device=device_of_collectives(self.group))
+        own = torch.zeros(len(means) + 1, 3, dtype=torch.float64, device=device_of_collectives(self.group))
         for number, (_, gradients) in enumerate(means):
             if gradients.numel():
                 norm = torch.linalg.vector_norm(torch.linalg.vector_norm(gradients, dim=-1))
-                own[number] = torch.stack([torch.maximum(gradients.amax(), -gradients.amin()), norm.square()])
+                own[number, :2] = torch.stack([torch.maximum(gradients.amax(), -gradients.amin()), norm.square()])
+            own[number, 2] = are_given[number]
         own[-1] = failure is not None
         all_measures = [torch.empty_like(own) for _ in range(self.ranks)]
         dist.all_gather(all_measures, own, group=self.group)
@@ -165,7 +170,10 @@ class RowExchange:
             others = [rank for rank, each in enumerate(all_measures) if each[-1, 0]]
             raise RuntimeError(failure or f"Rank {others[0]} has failed to exchange rows; its own message says why.")
         stacked = torch.stack(all_measures)
-        return [(of_table[:, 0].amax(), of_table[:, 1].sum().sqrt()) for of_table in stacked.unbind(1)[:-1]]
+        return [
+            (of_table[:, 0].amax(), of_table[:, 1].sum().sqrt(), bool(of_table[:, 2].any()))
+            for of_table in stacked.unbind(1)[:-1]
+        ]
 
     def _to_all(self, mean: Rows) -> Rows:
         """The rows of every owner, in the order of their row ids."""
