@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from test_import_order import LEVELS
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -231,17 +232,12 @@ def test_the_guide_of_ranks_has_the_table_that_its_script_writes(monkeypatch):
 def test_the_example_of_the_guide_of_ranks_trains_on_two(scratch):
     script = re.search(r"^```py\n(.*?)^```$", read("docs/ranks.md"), re.DOTALL | re.MULTILINE)[1]
     Path("train.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-    def started() -> subprocess.CompletedProcess:
-        return subprocess.run([*command, "train.py"], capture_output=True, text=True, env=environment, timeout=240)
-
-    ran = started()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    ran = run_processes(command)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert AutoModelForCausalLM.from_pretrained("output/ranks/checkpoint-4").engram_tables()
     Path("train.py").write_text(script.replace(", use_cpu=True", ""))
-    assert "use_cpu=True" in started().stderr
+    assert "use_cpu=True" in run_processes(command).stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

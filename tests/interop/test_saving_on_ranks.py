@@ -1,13 +1,12 @@
 """transformers 5.24 calls `save_pretrained` on every rank: one whole checkpoint is left, whoever calls it."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from run_saves import WAYS
 from tiers import load
 from tiny import tiny_model
@@ -15,18 +14,8 @@ from tiny import tiny_model
 from engram_hf import verify_tables
 
 
-TESTS = Path(__file__).parents[1]
-
-
 def save_in_processes(out: Path, **options) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    ran = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("run_saves.py")), str(out), json.dumps(options)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    ran = run_processes([sys.executable, Path(__file__).with_name("run_saves.py"), out, json.dumps(options)])
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 

@@ -60,6 +60,12 @@ def batch(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]
     return ids, ranks * torch.randint(-4, 5, (tokens, WIDTH * len(ROWS_OF_HEAD)), generator=generator).double()
 
 
+def rows_of_one_owner(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `batch`, of rows that lie at the first process, whoever reads them."""
+    ids, weights = batch(step, rank + 1, ranks)
+    return torch.zeros_like(ids), weights
+
+
 def write_table(path: Path, dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in (26, 2)]
@@ -78,7 +84,7 @@ def open_table(path: Path, tier: str, dtype: str, service=None) -> EngramTable:
     return table
 
 
-def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = False, saved=None) -> dict:
+def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = False, saved=None, make=batch) -> dict:
     """What a table has become.
 
     Args:
@@ -88,6 +94,7 @@ def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = Fa
         service: where the table is cut over them.
         is_alone: whether this process does by itself what so many ranks do together.
         saved: the state of an optimizer, to go on from.
+        make: what a process reads in a step.
     """
     rule, tier, dtype = case
     table = open_table(path, tier, dtype, service)
@@ -106,7 +113,7 @@ def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = Fa
     for step in range(STEPS):
         for part in range(2):
             for rank in [dist.get_rank()] if exchange else range(ranks):
-                loss = task(*batch(10 * step + part, rank, ranks))
+                loss = task(*make(10 * step + part, rank, ranks))
                 (loss if exchange else loss / ranks).backward()
         norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], HIGHEST_NORM)))
         updates.step(0.5)
@@ -139,8 +146,8 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_traffic(path: Path, ranks: int) -> dict:
-    """What one step of a table sends, beside the fewest bytes that can do."""
+def task_over_ranks(path: Path) -> Task:
+    """A task whose table is cut over the processes and trained."""
     service = start_ranks()
     table = open_table(path, "resident", "float64", service)
     exchange = RowExchange()
@@ -149,27 +156,31 @@ def count_traffic(path: Path, ranks: int) -> dict:
     exchange.add(table)
     exchange.follow(task, [task.scale])
     service.meet()
-    rank = dist.get_rank()
+    return task
+
+
+def count_traffic(path: Path, ranks: int) -> dict:
+    """What one step of a table sends, beside the fewest bytes that can do."""
+    task, rank = task_over_ranks(path), dist.get_rank()
+    table = task.table
     row_ids, weights = batch(0, rank, ranks)
     with Sent() as sent:
         task(row_ids, weights).backward()
     distinct = (row_ids + table.first_rows_of_heads).unique()
     foreign = int((table.ranks.cut.owner(distinct) != rank).sum())
-    service.meet()
-    return {"sent": dict(sent.nbytes), "moved": dict(service.moved), "foreign": foreign, "distinct": len(distinct)}
+    table.ranks.service.meet()
+    return {
+        "sent": dict(sent.nbytes),
+        "moved": dict(table.ranks.service.moved),
+        "foreign": foreign,
+        "distinct": len(distinct),
+    }
 
 
 def cut_otherwise(path: Path, ranks: int) -> str:
     """What is raised on this process where the last one cuts the table differently."""
-    service = start_ranks()
-    table = open_table(path, "resident", "float64", service)
-    exchange = RowExchange()
-    RowUpdates("table", table, RULES["sgd"], exchange=exchange)
-    task = Task(table).train()
-    exchange.add(table)
-    exchange.follow(task, [task.scale])
-    service.meet()
-    rank = dist.get_rank()
+    task, rank = task_over_ranks(path), dist.get_rank()
+    table = task.table
     if rank == ranks - 1:
         # It takes every row for the next rank's.
         owner = table.ranks.cut.owner
@@ -232,6 +243,9 @@ def run(rank: int, out: Path, ranks: int) -> None:
         result[case] = train(path, case, ranks, service)
         result[case, "replicated"] = train(path, case, ranks)
     if ranks == 3:
+        path, case = out / "float64.safetensors", ("sgd", "resident", "float64")
+        ways = {"sharded": service, "replicated": None}
+        result["one owner"] = {way: train(path, case, 3, each, make=rows_of_one_owner) for way, each in ways.items()}
         result["traffic"] = count_traffic(out / "float64.safetensors", ranks)
         result["otherwise"] = cut_otherwise(out / "float64.safetensors", ranks)
         result["model"] = use_model(out / "base", out, ranks)

@@ -1,21 +1,18 @@
 """Two processes train what one does with the joint batch: rows are exchanged as rows, nothing of a table's size is."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import slow
+from processes import run_processes
 
 from engram_hf import EngramMoEForCausalLM
 
 
-TESTS = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "run_distributed.py"
-SEARCHED = os.pathsep.join([str(TESTS), *sys.path])
 
 
 def launch(out, processes, **options):
@@ -25,14 +22,7 @@ def launch(out, processes, **options):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
     command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED}
-    ran = subprocess.run(
-        [*command, str(SCRIPT), str(out), json.dumps(options)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    ran = run_processes([*command, SCRIPT, out, json.dumps(options)])
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [torch.load(out / f"result{i}of{processes}.pt") for i in range(processes)]
 

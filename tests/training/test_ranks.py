@@ -1,13 +1,12 @@
 """Tables over 2, 3 and 4 processes, which trains, computes and saves what one process does."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from run_ranks import CASES, RANKS, ROWS_OF_HEAD, STEPS, train
+from processes import run_processes
+from run_ranks import CASES, RANKS, ROWS_OF_HEAD, STEPS, rows_of_one_owner, train
 from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
 
@@ -15,21 +14,14 @@ from engram_hf.modeling.disk_safetensors import file_digest
 
 
 SCRIPT = Path(__file__).parent / "run_ranks.py"
-SEARCHED = os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The folder, and what each process of each run has left: number of processes to a list."""
     folder = tmp_path_factory.mktemp("ranks")
-    ran = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED},
-        capture_output=True,
-        text=True,
-        # A process that waits for another one for ever is an error.
-        timeout=600,
-    )
+    # A process that waits for another one for ever is an error.
+    ran = run_processes([sys.executable, SCRIPT, folder])
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder, {n: [torch.load(folder / f"result{i}of{n}.pt") for i in range(n)] for n in RANKS}
 
@@ -42,6 +34,16 @@ def test_a_table_over_ranks_trains_bit_for_bit_like_whole_tables_on_the_same_ran
             torch.testing.assert_close(sharded["rows"], replicated["rows"], rtol=0, atol=0)
             torch.testing.assert_close(sharded["state"], replicated["state"], rtol=0, atol=0)
             assert sharded["norms"] == replicated["norms"]
+
+
+@pytest.mark.parametrize("way", ["sharded", "replicated"])
+def test_rows_of_one_owner_are_exchanged_by_all(results, way):
+    case = ("sgd", "resident", "float64")
+    alone = train(results[0] / "float64.safetensors", case, 3, is_alone=True, make=rows_of_one_owner)
+    for result in results[1][3]:
+        torch.testing.assert_close(result["one owner"][way]["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result["one owner"][way]["norms"], alone["norms"], rtol=1e-12, atol=0)
+    assert min(alone["norms"]) > 0
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

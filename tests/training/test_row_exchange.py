@@ -1,30 +1,22 @@
 """Processes whose losses touch different tables, or none: nobody waits for ever, and all end with the same rows."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from run_exchange import Task, optimizer_of, train
 
 
 SCRIPT = Path(__file__).parent / "run_exchange.py"
-SEARCHED = os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["one", "none", "turns", "both"])
 def test_a_process_whose_loss_touches_no_table_takes_part(tmp_path, way):
-    ran = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path), way],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED},
-        capture_output=True,
-        text=True,
-        # A process that waits for the other one for ever is an error.
-        timeout=600,
-    )
+    # A process that waits for the other one for ever is an error.
+    ran = run_processes([sys.executable, SCRIPT, tmp_path, way])
     assert ran.returncode == 0, ran.stderr[-3000:]
     task = Task()
     norms = train(task, optimizer_of(task, tmp_path / "alone"), way, None)
