@@ -63,19 +63,7 @@ def update_card(path: str | Path, facts: CardFacts) -> None:
 
 def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
     """As `update_card`, for what a file holds. `where` names the file in errors."""
-    try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-        # huggingface_hub warns about a card without metadata.
-        card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
-        parts = re.split(rf"^({BEGIN}|{END})[ \t]*$", card.text, flags=re.MULTILINE)
-        if parts[1::2] not in ([], [BEGIN, END]):
-            raise ValueError(f"the lines {BEGIN} and {END} must be there once each and in this order, or not at all")
-    # Damaged metadata raise errors of many types.
-    except Exception as error:
-        raise ValueError(
-            f"{where} cannot be read: {' '.join(str(error).split())}. Repair its metadata (YAML between two lines of "
-            "---) or its text (UTF-8); nothing was changed."
-        ) from error
+    card, parts = parts_of_readme(content, where, BEGIN, END)
     before = facts_in(content, where)
     above, below = (parts[0], parts[-1]) if len(parts) > 1 else (card.text.rstrip() + "\n\n", "\n")
     # Nobody wrote an empty text, nor the form of transformers. A title that is still ours follows the name.
@@ -85,6 +73,28 @@ def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
     _merge(card.data, _metadata(facts), {} if before is None else _metadata(before))
     card.text = above + _render_section(facts, card.data) + below
     return str(card).encode("utf-8", "replace")
+
+
+def parts_of_readme(content: bytes, where: object, begin: str, end: str) -> tuple[RepoCard, list[str]]:
+    """A README with its metadata, and its text cut at the lines around our section: whole, where there is none.
+
+    Raises:
+        ValueError: it is not UTF-8, its metadata cannot be read, or the two lines are not one pair.
+    """
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        # huggingface_hub warns about a card without metadata.
+        card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
+        parts = re.split(rf"^({begin}|{end})[ \t]*$", card.text, flags=re.MULTILINE)
+        if parts[1::2] not in ([], [begin, end]):
+            raise ValueError(f"the lines {begin} and {end} must be there once each and in this order, or not at all")
+    # Damaged metadata raise errors of many types.
+    except Exception as error:
+        raise ValueError(
+            f"{where} cannot be read: {' '.join(str(error).split())}. Repair its metadata (YAML between two lines of "
+            "---) or its text (UTF-8); nothing was changed."
+        ) from error
+    return card, parts
 
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:

@@ -1,19 +1,19 @@
 """`push_patch`: a row patch and a card of its own, in one commit."""
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import CommitInfo, CommitOperationAdd, RepoCard
+from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import hf_api
 
 from ..adapters.row_patches import load_patch
 from ..modeling.disk_safetensors import file_digest
 from ..modeling.table_patches import PATCH_FILE, RowPatch, write_patch
+from .card import parts_of_readme
 from .uploading import CARD_FILE, open_repository
 
 
@@ -111,17 +111,7 @@ def _card(
     Raises:
         ValueError: it cannot be read.
     """
-    try:
-        text = before.decode("utf-8-sig").replace("\r\n", "\n")
-        card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
-        parts = re.split(rf"^({BEGIN}|{END})[ \t]*$", card.text, flags=re.MULTILINE)
-        if parts[1::2] not in ([], [BEGIN, END]):
-            raise ValueError(f"the lines {BEGIN} and {END} must be there once each and in this order, or not at all")
-    # Damaged metadata raise errors of many types.
-    except Exception as error:
-        raise ValueError(
-            f"{CARD_FILE} of {repo_id} cannot be read: {' '.join(str(error).split())}. Repair it; nothing was pushed."
-        ) from error
+    card, parts = parts_of_readme(before, f"{CARD_FILE} of {repo_id}", BEGIN, END)
     data: Any = card.data
     base_model = base_model or data.get("base_model")
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *TAGS]))
