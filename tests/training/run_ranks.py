@@ -6,6 +6,7 @@ Arguments: a folder, and numbers of processes.
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.modeling.table_ranks import open_parts, start_ranks
+from engram_hf.modeling.table_ranks import RowCut, open_parts, start_ranks
 from engram_hf.training.row_exchange import RowExchange
 from engram_hf.training.row_updates import RowUpdates
 
@@ -37,6 +38,9 @@ CASES = [
     ("adam", "disk", "bfloat16"),
 ]
 ROUNDED = ("sgd", "resident", "bfloat16")
+EARLY = ("adam", "disk", "float64")
+# Tables of other heads, by the name of their file: one with fewer rows than processes, one with four heads.
+HEADS = {"few": [2], "four": [5, 7, 3, 4]}
 
 
 class Task(nn.Module):
@@ -51,13 +55,13 @@ class Task(nn.Module):
         return self.scale * ((self.table(row_ids).double() * weights).sum() if len(row_ids) else 1)
 
 
-def batch(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, rank: int, ranks: int, heads=ROWS_OF_HEAD) -> tuple[torch.Tensor, torch.Tensor]:
     """What a process reads in a step: each another number of tokens, and the first one none. Weights are small whole
     numbers, so that sums have no error."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     tokens = 3 * rank + (rank > 0)
-    ids = torch.stack([torch.randint(0, rows, (tokens,), generator=generator) for rows in ROWS_OF_HEAD], -1)
-    return ids, ranks * torch.randint(-4, 5, (tokens, WIDTH * len(ROWS_OF_HEAD)), generator=generator).double()
+    ids = torch.stack([torch.randint(0, rows, (tokens,), generator=generator) for rows in heads], -1)
+    return ids, ranks * torch.randint(-4, 5, (tokens, WIDTH * len(heads)), generator=generator).double()
 
 
 def rows_of_one_owner(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,26 +78,34 @@ def share_of_tokens(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, tor
     return ids[rank::ranks], weights[rank::ranks]
 
 
-def write_table(path: Path, dtype: str) -> None:
+def write_table(path: Path, dtype: str, rows_of_block=(26, 2)) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in (26, 2)]
+    rows = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in rows_of_block]
     blocks = {f"blocks.{i}": each.to(getattr(torch, dtype)) for i, each in enumerate(rows)}
     write_file(path, {name: TensorContent.of(block) for name, block in blocks.items()})
 
 
 def open_table(path: Path, tier: str, dtype: str, service=None) -> EngramTable:
     with tables_without_blocks():
-        table = EngramTable(ROWS_OF_HEAD, WIDTH, BLOCK_ELEMENTS, row_format(dtype))
-    file = TableFile(path)
-    sources = {("table", i): BlockSource(file, f"blocks.{i}") for i in range(2)}
+        table = EngramTable(HEADS.get(path.stem, ROWS_OF_HEAD), WIDTH, BLOCK_ELEMENTS, row_format(dtype))
+    file, blocks = TableFile(path), len(table.block_records)
+    sources = {("table", i): BlockSource(file, f"blocks.{i}") for i in range(blocks)}
     if service is not None:
         sources = open_parts(sources, {"table": table.cut_over_ranks(service)}, service.rank)
-    table.open_blocks(list(sources.values()), [tier] * 2, ["cpu"] * 2)
+    table.open_blocks(list(sources.values()), [tier] * blocks, ["cpu"] * blocks)
     return table
 
 
 def train(
-    path: Path, case: tuple, ranks: int, service=None, is_alone=False, saved=None, make=batch, highest=HIGHEST_NORM
+    path: Path,
+    case: tuple,
+    ranks: int,
+    service=None,
+    is_alone=False,
+    saved=None,
+    make=batch,
+    highest=HIGHEST_NORM,
+    is_early=False,
 ) -> dict:
     """What a table has become.
 
@@ -106,6 +118,7 @@ def train(
         saved: the state of an optimizer, to go on from.
         make: what a process reads in a step.
         highest: the norm that gradients are clipped to.
+        is_early: whether each forward is announced before the backward ahead of it, and others are that never come.
     """
     rule, tier, dtype = case
     table = open_table(path, tier, dtype, service)
@@ -120,11 +133,15 @@ def train(
         exchange.follow(task, [task.scale])
     if service is not None:
         service.meet()
-    norms = []
+    norms, seen = [], []
+    if is_early:
+        table.ranks.bring["seen"] = seen.append
     for step in range(STEPS):
         for part in range(2):
             for rank in [dist.get_rank()] if exchange else range(ranks):
                 loss = task(*make(10 * step + part, rank, ranks))
+                if is_early:
+                    look_ahead(table, 10 * step + part, rank, ranks)
                 (loss if exchange else loss / ranks).backward()
         norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], highest)))
         updates.step(0.5)
@@ -136,7 +153,18 @@ def train(
         # Nobody may end while another one asks.
         service.meet()
     shutil.rmtree(work, ignore_errors=True)
-    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows}
+    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen}
+
+
+def look_ahead(table: EngramTable, number: int, rank: int, ranks: int) -> None:
+    """Between a forward and its backward: announce lookups to come, and look up what has no part in the training."""
+    following = number + 1 if number % 10 == 0 else number + 9
+    for each in (number + 100, following):
+        table.bring_pages(batch(each, rank, ranks)[0])
+    row_ids, _ = batch(number + 200, rank, ranks)
+    if len(row_ids):
+        with torch.no_grad():
+            table(row_ids)
 
 
 class Sent(TorchDispatchMode):
@@ -200,16 +228,37 @@ def count_traffic(path: Path, ranks: int) -> dict:
     }
 
 
-def cut_otherwise(path: Path, ranks: int) -> str:
-    """What is raised on this process where the last one cuts the table differently."""
+class NextRanksCut(RowCut):
+    """Takes every row for the next rank's."""
+
+    def owner(self, row_ids: torch.Tensor) -> torch.Tensor:
+        return (super().owner(row_ids) + 1) % self.ranks
+
+
+class ShiftingCut(RowCut):
+    """What a network does that mixes messages up: every row id becomes the one before it."""
+
+    def pack(self, row_ids: torch.Tensor, rank: int) -> torch.Tensor:
+        return super().pack(row_ids - 1, rank)
+
+
+def cut_otherwise(path: Path, ranks: int, kind: type[RowCut], in_lookup: bool) -> str:
+    """What is raised on this process where the last one cuts the table differently.
+
+    Args:
+        kind: how.
+        in_lookup: whether it does so when it looks rows up; else when gradients travel.
+    """
     task, rank = task_over_ranks(path), dist.get_rank()
-    table = task.table
-    if rank == ranks - 1:
-        # It takes every row for the next rank's.
-        owner = table.ranks.cut.owner
-        table.ranks.cut.owner = lambda row_ids: (owner(row_ids) + 1) % ranks
+    exchange = task.table.row_gradients.exchange
+    other = kind(task.table.ranks.cut.rows_of_block, ranks)
     try:
-        task(*batch(0, rank, ranks)).backward()
+        if rank == ranks - 1 and in_lookup:
+            task.table.ranks.cut = other
+        loss = task(*batch(0, rank, ranks))
+        if rank == ranks - 1 and not in_lookup:
+            exchange.tables = [(table, other) for table, _ in exchange.tables]
+        loss.backward()
     except RuntimeError as error:
         return str(error)
     return ""
@@ -268,7 +317,15 @@ def run(rank: int, out: Path, ranks: int) -> None:
     path, case, ways = out / "float64.safetensors", ("sgd", "resident", "float64"), [service, None]
     result["one owner"] = [train(path, case, ranks, each, make=rows_of_one_owner) for each in ways]
     result["traffic"] = count_traffic(path, ranks)
-    result["otherwise"] = cut_otherwise(path, ranks)
+    for kind in (NextRanksCut, ShiftingCut):
+        for in_lookup in (False, True):
+            result[kind.__name__, in_lookup] = cut_otherwise(path, ranks, kind, in_lookup)
+    for name, heads in HEADS.items():
+        make = partial(batch, heads=heads)
+        case = ("adam", "disk" if name == "few" else "host", "float64")
+        result[name] = [train(out / f"{name}.safetensors", case, ranks, each, make=make) for each in ways]
+    result["early"] = train(path, EARLY, ranks, service, is_early=True)
+    result["announced"] = dict(service.moved)
     if ranks == 3:
         result["model"] = use_model(out / "base", out, ranks)
     if ranks == 2:
@@ -284,6 +341,8 @@ if __name__ == "__main__":
     tiny_model(tiny_config(engram_table_dtype="float64")).save_pretrained(folder / "base")
     for dtype in ("float64", "float32", "bfloat16"):
         write_table(folder / f"{dtype}.safetensors", dtype)
+    for name, heads in HEADS.items():
+        write_table(folder / f"{name}.safetensors", "float64", [sum(heads)])
     for number in map(int, sys.argv[2:]):
         # A fork has imported everything already.
         start_processes(run, (folder, number), nprocs=number, start_method="fork")

@@ -1,13 +1,26 @@
 """Tables over 2, 3 and 4 processes, which trains, computes and saves what one process does."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import slow
 from processes import run_processes
-from run_ranks import CASES, ROUNDED, ROWS_OF_HEAD, STEPS, WIDTH, rows_of_one_owner, share_of_tokens, train
+from run_ranks import (
+    CASES,
+    EARLY,
+    HEADS,
+    ROUNDED,
+    ROWS_OF_HEAD,
+    STEPS,
+    WIDTH,
+    batch,
+    rows_of_one_owner,
+    share_of_tokens,
+    train,
+)
 from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
 
@@ -134,9 +147,45 @@ def test_row_ids_above_four_billion_travel_in_four_bytes_each():
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results):
-    messages = [result["otherwise"] for result in results]
+@pytest.mark.parametrize("in_lookup", [True, False])
+@pytest.mark.parametrize("kind", ["NextRanksCut", "ShiftingCut"])
+def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results, kind, in_lookup):
+    messages = [result[kind, in_lookup] for result in results]
     assert all(messages) and any("differently" in each for each in messages)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", HEADS)
+def test_ranks_without_a_row_and_heads_that_lie_on_several_ranks_train_alike(folder, results, ranks, name):
+    tier = "disk" if name == "few" else "host"
+    make = partial(batch, heads=HEADS[name])
+    alone = train(folder / f"{name}.safetensors", ("adam", tier, "float64"), ranks, is_alone=True, make=make)
+    held = [result[name][0]["held"] for result in results]
+    assert sum(held) == sum(HEADS[name]) and (name != "few" or held == [1, 1, 0, 0][:ranks])
+    for result in results:
+        sharded, replicated = result[name]
+        torch.testing.assert_close(sharded["rows"], replicated["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(sharded["state"], replicated["state"], rtol=0, atol=0)
+        torch.testing.assert_close(sharded["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_lookups_that_were_announced_train_the_same_bits_and_owners_know_their_rows_early(results, ranks):
+    cut = RowCut([26, 2], ranks)
+    firsts = torch.tensor(ROWS_OF_HEAD).cumsum(0) - torch.tensor(ROWS_OF_HEAD)
+    for rank, result in enumerate(results):
+        early, late = result["early"], result[EARLY]
+        torch.testing.assert_close(early["rows"], late["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(early["state"], late["state"], rtol=0, atol=0)
+        assert early["norms"] == late["norms"]
+        # Of each batch but the first one.
+        steps = [10 * step + part for step in range(STEPS) for part in range(2)][1:]
+        asked = [(batch(step, each, ranks)[0] + firsts).flatten().unique() for step in steps for each in range(ranks)]
+        wanted = torch.cat(asked)[cut.owner(torch.cat(asked)) == rank].unique()
+        assert torch.isin(cut.to_held(wanted, rank), torch.cat(early["seen"])).all()
+        own = [(batch(step, rank, ranks)[0] + firsts).flatten().unique() for step in steps]
+        foreign = sum(int((cut.owner(each) != rank).sum()) for each in own)
+        assert result["announced"].get("announced", 0) == foreign
 
 
 @pytest.mark.parametrize("ranks", [slow(3)])

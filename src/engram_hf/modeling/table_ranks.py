@@ -514,12 +514,13 @@ class RowService:
         for other in range(self.ranks):
             if other != self.rank:
                 try:
-                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait()
+                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait(self._patience)
                 except RuntimeError:
                     self._others.discard(other)
+        patience = min(LINGER_SECONDS, self._patience.total_seconds()) if has_failed else LINGER_SECONDS
         while self._others and self._thread.is_alive():
             self._was_asked = False
-            self._thread.join(LINGER_SECONDS)
+            self._thread.join(patience)
             if not self._was_asked:
                 return
 
