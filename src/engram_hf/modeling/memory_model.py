@@ -87,6 +87,7 @@ from .table_placement import (
     split_device_map,
 )
 from .table_ranks import RowService, open_parts, start_ranks
+from .table_traffic import nbytes_of_step, rows_of_step
 
 
 logger = logging.get_logger(__name__)
@@ -115,6 +116,8 @@ class TableInfo:
     """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts.
 
     ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
+    moved_per_step: bytes that a rank then moves in a training step of 16,384 tokens, if half of their rows are
+        distinct; computed by table_traffic.py. `engram-hf plan --ranks` does it for other steps.
     """
 
     name: str
@@ -125,6 +128,7 @@ class TableInfo:
     blocks: tuple[BlockInfo, ...]
     hot_rows: HotRows | None
     ranks: int = 1
+    moved_per_step: int = 0
 
     @property
     def tiers(self) -> dict[str, int]:
@@ -470,6 +474,9 @@ class ModelWithTables:
                 )
                 for block in table.block_records
             )
+            ranks = 1 if table.ranks is None else table.ranks.cut.ranks
+            rows_read = rows_of_step(sum(len(block.rows_of_head) for block in table.block_records))
+            moved = nbytes_of_step(rows_read, table.head_dim, table.row_nbytes, ranks, table.is_trainable)
             infos.append(
                 TableInfo(
                     name=name,
@@ -479,7 +486,8 @@ class ModelWithTables:
                     nbytes=sum(block.nbytes for block in blocks),
                     blocks=blocks,
                     hot_rows=table.hot_rows,
-                    ranks=1 if table.ranks is None else table.ranks.cut.ranks,
+                    ranks=ranks,
+                    moved_per_step=round(moved),
                 )
             )
         return infos
