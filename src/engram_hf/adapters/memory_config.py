@@ -96,8 +96,10 @@ class EngramConfig:
             raise ValueError(f"start must be one of {', '.join(STARTS)}; got {shorten(self.start)}.")
         if not 0 < self.rms_norm_eps <= 1:
             raise ValueError(f"rms_norm_eps must be above 0 and at most 1, got {self.rms_norm_eps}.")
-        # As much as can be said without a model.
-        MemoryOfModel(copy.copy(self), ModelFacts()).check()
+        # As much as can be said without a model, which may have a pad.
+        alone = copy.copy(self)
+        alone.pad_token_id = self.pad_token_id or 0
+        MemoryOfModel(alone, ModelFacts()).check()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON has them."""
@@ -234,8 +236,6 @@ class MemoryOfModel(MemoryFields):
         Raises:
             ValueError: names the field.
         """
-        if self.memory.pad_token_id is None:
-            self.memory.pad_token_id = 0
         try:
             check_range(self, [name for name in SIZES if name.startswith(PREFIX)])
             self.validate_engram()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.table import EngramTable
+from ..modeling.table_blocks import RESIDENT, BlockSource
 from ..modeling.table_formats import FloatRows
 from .rows_in_memory import RowsInMemory, addresses_of
 from .same_name import class_of_same_name, without_attributes
@@ -44,6 +45,19 @@ class TableOfParts(EngramTable):
         super().__init__(rows_of_part, width, block_elements=1, stored_as=stored_as)
         self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
         self._rows: RowsInMemory | None = None
+
+    def take_over(self, parts: Sequence[torch.Tensor], sources: Sequence[BlockSource | None], train: bool) -> None:
+        """Begin with rows that are in memory, whatever file they came from.
+
+        Args:
+            parts: the rows of each part, (rows, width).
+            sources: where each part lies in a file, if it does. Rows are compared before a part goes to disk.
+            train: whether they may be trained.
+        """
+        for block, rows, source in zip(self.block_records, parts, sources, strict=True):
+            self.blocks.append(nn.Parameter(rows, requires_grad=train and self.stored_as.is_trainable))
+            block.tier, block.source = RESIDENT, source
+        self._move_heads(self.blocks[0].device)
 
     def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look the table's own rows up.

@@ -55,7 +55,7 @@ from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint, differing_parts
 from .memory_layer import EngramLayer
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import RESIDENT, block_name, is_of_table
+from .table_blocks import block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_patches import (
@@ -373,7 +373,7 @@ class ModelWithTables:
                 continue
             name = f"{self._tables_prefix()}{name}"
             ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
-            blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
+            blocks = {block_name(name, block.number) for block in table.block_records if block.is_resident}
             if table.ranks is not None:
                 # Each process has other rows.
                 blocks = set()

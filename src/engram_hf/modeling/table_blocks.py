@@ -168,8 +168,16 @@ class Block:
         return self.row_width * self.parameter.dtype.itemsize
 
     @property
+    def is_resident(self) -> bool:
+        return self.tier == RESIDENT
+
+    @property
     def is_on_disk(self) -> bool:
         return self.tier == DISK
+
+    def goes_to_disk(self, tier: str) -> bool:
+        """Whether moving to a tier takes the rows out of memory."""
+        return tier == DISK and not self.is_on_disk
 
     def require_memory(self) -> None:
         """
