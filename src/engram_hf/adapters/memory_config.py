@@ -1,4 +1,4 @@
-"""What a memory is that is added to somebody else's model: its own fields, and what it knows of that model.
+"""The config of a memory that is added to somebody else's model, and the facts that it needs about that model.
 
 The fields are the memory's half of `EngramMoEConfig` without the prefix `engram_`. Hash, memory layer and checks are
 the same as there: they read both configs under the names of `EngramMoEConfig`, here through `MemoryOfModel`.
@@ -181,7 +181,7 @@ class ModelFacts:
     passes_kwargs: whether the decoder hands keyword arguments that it does not know to its layers.
     passes_ids: whether a model around the decoder, which sees more than text, hands `engram_input_ids` to it.
     num_cache_layers: cache layers that the model itself needs.
-    base_model: where the model came from, as it was loaded; "" where nobody knows.
+    base_model: the name that the model was loaded by; "" if it is not known.
     """
 
     hidden_size: int = 1

@@ -87,8 +87,8 @@ class TableOfParts(EngramTable):
         return not self.is_resident and not torch.compiler.is_compiling() and self._in_memory() is not None
 
     def bring_pages(self, row_ids: torch.Tensor) -> None:
-        """As `EngramTable.bring_pages`, for row ids of the table, in any order. Those that it does not have are passed
-        over, since nobody may ever look them up."""
+        """As `EngramTable.bring_pages`, for row ids of the table in any order. Ids that it lacks are skipped, and
+        looking them up raises."""
         # Over ranks, the owner of a row reads it when it is asked.
         if self.is_resident or self.ranks is not None:
             return
