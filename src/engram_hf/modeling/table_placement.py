@@ -34,6 +34,10 @@ class Place(NamedTuple):
     device: torch.device | str | int = "cpu"
 
     @property
+    def is_on_host(self) -> bool:
+        return self.tier == HOST
+
+    @property
     def is_on_disk(self) -> bool:
         return self.tier == DISK
 
