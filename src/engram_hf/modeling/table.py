@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -299,13 +300,17 @@ class EngramTable(nn.Module):
     def bring_pages(self, row_ids: torch.Tensor) -> None:
         """Begin to read the pages of rows that somebody may look up later, and return at once.
 
-        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU.
+        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU. Where the table is cut over ranks,
+        the owners read these pages, and a lookup of the same rows sends no row ids any more.
 
         Args:
             row_ids: as in `forward`.
         """
-        # Over ranks, the owner of a row reads it when it is asked.
-        if not self.is_resident and self.ranks is None:
+        if self.ranks is not None:
+            on_cpu = row_ids.cpu()
+            self._check_row_ids(on_cpu)
+            self.ranks.announce(group(self._row_ids_in_table(on_cpu).flatten()).distinct)
+        elif not self.is_resident:
             for pages, file in self._pages_on_disk(self._split_on_cpu(row_ids)):
                 self._reader.start(pages, file)
 
@@ -395,6 +400,7 @@ class EngramTable(nn.Module):
         # The table knows its type when its blocks are open.
         self.ranks = TableRanks(cut, service, 0, self._read_for_ranks)
         self.ranks.handlers |= {CHANGED: self._answer_changed, BASE: self._answer_base, SAVED: self._answer_saved}
+        self.ranks.bring["rows"] = partial(self._bring_held, PageReader())
         return cut
 
     def held_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
@@ -413,6 +419,13 @@ class EngramTable(nn.Module):
         """(n,) held ids to (n, row width); another rank may have asked for them, in another thread."""
         return self.gather_held(held.to(self.home))
 
+    def _bring_held(self, reader: PageReader, held: torch.Tensor) -> None:
+        """Read the pages of rows that a step to come needs, (n,) held ids, behind everything else; returns at once."""
+        for block, _, wanted in self.parts(held):
+            if block.is_on_disk and block.source is not None:
+                pages = pages_of_rows(block.addresses(wanted.numpy()), self.row_nbytes)
+                reader.read_aside(pages, block.source.file)
+
     def _ask_ranks(self, ranks: TableRanks, on_cpu: torch.Tensor) -> tuple[Grouping, PendingRows]:
         """Ask for the rows of a lookup, (..., heads) on the CPU; returns at once."""
         self._check_files()
@@ -426,7 +439,8 @@ class EngramTable(nn.Module):
         if kept is not None:
             return group(self._row_ids_in_table(row_ids.cpu()).flatten()), kept
         groups, pending = ranks.take(row_ids) or self._ask_ranks(ranks, row_ids.cpu())
-        rows = pending.result()
+        with self._watched(groups.distinct):
+            rows = pending.result()
         if self.training and self.is_in_training:
             ranks.keep(row_ids, rows)
         return groups, rows
@@ -541,6 +555,10 @@ class EngramTable(nn.Module):
         """Put a context around the reading of every lookup in training; it gets the distinct row ids. None ends it."""
         self._watch = watch
 
+    def _watched(self, distinct: torch.Tensor) -> AbstractContextManager:
+        """What somebody has put around the reading of rows in training, (n,) row ids."""
+        return nullcontext() if self._watch is None or not self.is_in_training else self._watch(distinct)
+
     @torch.compiler.disable
     def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
         """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
@@ -549,9 +567,8 @@ class EngramTable(nn.Module):
         else:
             self.ranks.meets_later = True
             groups, rows = self._rows_of_ranks(self.ranks, row_ids)
-            with nullcontext() if self._watch is None else self._watch(groups.distinct):
-                # An alias: the graph of each forward begins at a leaf of its own.
-                rows = rows.detach()
+            # An alias: the graph of each forward begins at a leaf of its own.
+            rows = rows.detach()
         rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
         return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
@@ -562,7 +579,7 @@ class EngramTable(nn.Module):
         home = row_ids.to(self.home)
         self._check_row_ids(home)
         groups = group(self._row_ids_in_table(home).flatten())
-        with nullcontext() if self._watch is None else self._watch(groups.distinct):
+        with self._watched(groups.distinct):
             started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()

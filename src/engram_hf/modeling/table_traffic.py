@@ -7,7 +7,7 @@ in the type of the table where that is wider. Other ranks ask this one for as ma
 # What is assumed of a step where nobody says better: tokens of a rank, and how many of their rows are distinct.
 TOKENS_OF_A_STEP = 16_384
 DISTINCT_SHARE = 0.5
-ROW_ID_NBYTES = 8
+ROW_ID_NBYTES = 4
 # A row id goes to the owner with the question, and once more with the gradient.
 ROW_ID_TRIPS = 2
 # Of one number in a gradient.
@@ -43,7 +43,7 @@ def nbytes_of_step(rows: float, width: int, row_nbytes: int, ranks: int, is_trai
         >>> nbytes_of_step(rows=1000, width=80, row_nbytes=160, ranks=1)
         0.0
         >>> nbytes_of_step(rows=1000, width=80, row_nbytes=160, ranks=4)
-        372000.0
+        366000.0
     """
     foreign = rows * (ranks - 1) / ranks
     if not is_trained:
