@@ -421,8 +421,7 @@ def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, note
 
 def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[str, dict]:
     """Results of all experiments: EngramMoE is better by `gain`, more rows are better, and shares make a U."""
-    from helpers.evidence_page import ON, SILENT
-    from helpers.experiment_measures import name_of
+    from helpers.experiment_measures import ON, SILENT, name_of
     from helpers.experiment_runs import Run
     from helpers.experiments import ALLOCATIONS, ENGRAM, EXPERIMENTS, MEMORY_SIZES, MOE, ROW_FACTORS, SHARES
 
@@ -469,7 +468,8 @@ def uneven(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def test_verdicts_follow_the_figures():
-    from helpers.evidence_page import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW, section_of
+    from helpers.evidence_page import section_of
+    from helpers.evidence_sections import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW
     from helpers.experiments import EXPERIMENTS
 
     experiments = {experiment.name: experiment for experiment in EXPERIMENTS}
