@@ -52,7 +52,7 @@ def recall(scale: str, results: Results) -> Section:
             verdict = TOO_FEW
         elif min(values) > 0:
             verdict = HOLDS
-        elif max(values) <= 0:
+        elif max(values) < 0:
             verdict = FAILS
     else:
         here += "; a model that has not learned a task at its trained length says nothing of longer rows"

@@ -81,14 +81,15 @@ def recall_runs() -> list[RecallRun]:
 class RecallRows(Dataset):
     """Rows of both kinds in turn, each made anew from its place. name: other names give other rows."""
 
-    def __init__(self, name: str, count: int, length: int):
-        self.name, self.count, self.length = name, count, length
+    def __init__(self, name: str, count: int, length: int, are_asked_at_end: bool = False):
+        self.name, self.count, self.length, self.are_asked_at_end = name, count, length, are_asked_at_end
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = make_row(KINDS[index % len(KINDS)], self.length, random.Random(f"{self.name} {index}"))
+        draw = random.Random(f"{self.name} {index}")
+        row = make_row(KINDS[index % len(KINDS)], self.length, draw, self.are_asked_at_end)
         return {"input_ids": row.ids, "labels": row.labels}
 
 
@@ -110,12 +111,12 @@ def extended(model: EngramMoEForCausalLM) -> EngramMoEForCausalLM:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, length: int, rows: int = ASKED_ROWS) -> dict[str, str]:
+def answers(model: nn.Module, length: int) -> dict[str, str]:
     """For each kind of row a digit per question: 1 where the likeliest token is the answer, otherwise 0."""
     model.eval()
-    asked = RecallRows("asked", rows, length)
+    asked = RecallRows("asked", ASKED_ROWS, length, are_asked_at_end=True)
     found = dict.fromkeys(KINDS, "")
-    for index in range(rows):
+    for index in range(ASKED_ROWS):
         row = asked[index]
         predicted = model(row["input_ids"][None].to(model.device)).logits[0].argmax(-1).cpu()
         is_answer = row["labels"] != IGNORED
