@@ -322,7 +322,7 @@ def test_a_question_is_answered_by_the_likeliest_letters(tokenizer):
     assert {digit for digits in expected.values() for digit in digits} == {"0", "1"}
 
 
-def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None):
+def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None, best: float = 4e-3):
     """Train an arm in a folder of its own; optionally stop it at a step, as a kill does."""
     from helpers import experiment_runs
     from helpers.experiments import CONTROLS, MEMORY_SIZES, ON_DISK
@@ -332,7 +332,7 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
     for family in ("engram", "moe", "dense"):
         for rate in experiment_runs.RATES:
             name = f"tiny-tuning-{family}-{rate:g}.json"
-            (results / name).write_text(json.dumps({"loss": abs(rate - 4e-3)}))
+            (results / name).write_text(json.dumps({"loss": abs(rate - best)}))
     arms = [*CONTROLS, MEMORY_SIZES[-1], ON_DISK]
     arm = next(arm for arm in arms if arm.name == arm_name)
     run = experiment_runs.Run(arm, 0)
@@ -349,7 +349,7 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
             experiment_runs.train(run, text, folder, results)
     assert not (results / f"{run.name}.json").exists()
     # A kill in the middle of a save leaves a checkpoint without its last file.
-    broken = folder / "runs" / f"{run.name}-{text.digest}" / "checkpoint-99"
+    broken = folder / "runs" / f"{run.name}-{text.digest}-0.004" / "checkpoint-99"
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')
 
@@ -375,6 +375,17 @@ def test_a_rerun_and_a_run_that_was_killed_give_the_same_loss_to_the_last_digit(
     assert whole["steps"] == 4 and whole["learning_rate"] == 4e-3 and whole["cpu_hours"] > 0
     # The second call reads the file of the first.
     assert train_in(tmp_path / "whole", text, "shuffled-hash") == whole
+
+
+def test_a_run_that_began_at_another_rate_begins_anew(text, tmp_path, monkeypatch):
+    from helpers import experiment_runs
+
+    train_in(tmp_path, text, "moe", 3, monkeypatch)
+    begun: list[int] = []
+    record = lambda self, args, state, control, **kwargs: begun.append(state.global_step)  # noqa: E731
+    monkeypatch.setattr(experiment_runs.CpuSeconds, "on_step_begin", record, raising=False)
+    content = train_in(tmp_path, text, "moe", best=8e-3)
+    assert begun == [0, 1, 2, 3] and content["learning_rate"] == 8e-3
 
 
 # Trains 60 steps as run.py does, of a corpus and in a folder of its own.
@@ -646,8 +657,9 @@ def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[
             nats = of_articles + tokens * loss + draw.normal(0, 0.05, 60)
             run = Run(arm, seed)
             found[run.name] = {
-                "name": run.name, "arm": arm.name, "seed": seed, "learning_rate": 4e-3, "steps": 5, "tokens": 9,
-                "text": "t", "threads": 1, "parameters": {"total": 1, "active": 1, "tables": 1}, "curve": [[1, 5.0]],
+                "name": run.name, "arm": arm.name, "family": arm.family, "seed": seed, "learning_rate": 4e-3,
+                "steps": 5, "tokens": 9, "text": "t", "threads": 1, "curve": [[1, 5.0]],
+                "parameters": {"total": 1, "active": 1, "tables": 1},
                 "loss": float(nats.sum() / tokens.sum()), "cpu_hours": 0.25, "hardware": "h", "commit": "c",
                 "versions": {"torch": "2"}, "documents": {"nats": nats.tolist(), "tokens": tokens.tolist()},
             }  # fmt: skip
@@ -851,6 +863,19 @@ def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_fou
     one.write_text(content.replace('"text": "t"', '"text": "other"'))
     with pytest.raises(SystemExit, match="Runs of scale tiny differ in text"):
         report("--check")
+    one.write_text(content)
+    for rate, loss in ((2e-3, 5.0), (4e-3, 4.0), (8e-3, 4.1)):
+        tuning = {"loss": loss, "text": "t", "cpu_hours": 0.1}
+        (folder / f"tiny-tuning-engram-{rate:g}.json").write_text(json.dumps(tuning))
+    report()
+    later = folder / "tiny-tuning-engram-0.008.json"
+    later.write_text(later.read_text().replace("4.1", "3.9"))
+    with pytest.raises(SystemExit, match="tiny-engram-seed0 was trained at the rate 0.004, and tuning chooses 0.008"):
+        report()
+    later.write_text(later.read_text().replace("3.9", "4.1").replace('"t"', '"other"'))
+    with pytest.raises(SystemExit, match="tiny-tuning-engram-0.008 has read the text other"):
+        report()
+    later.unlink()
     one.write_text("{")
     with pytest.raises(SystemExit, match="tiny-moe-seed2.json is no JSON"):
         report("--check")

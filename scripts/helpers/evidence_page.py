@@ -10,9 +10,10 @@ from helpers.evidence_pretrained import pretrained
 from helpers.evidence_recall import recall
 from helpers.evidence_sections import NOT_RUN, Results, Section
 from helpers.evidence_sizes import allocation, memory_sizes
+from helpers.experiment_files import best_rate
 from helpers.experiment_measures import MEASURES, measured_runs, name_of
 from helpers.experiment_plan import count_reported, hours_of_run, runs_of
-from helpers.experiment_runs import RATES, TUNING_STEPS, tuning_runs
+from helpers.experiment_runs import RATES, TUNING_STEPS, names_of_tuning, tuning_runs
 from helpers.experiments import CONTROLS, EXPERIMENTS, TUNING_SEED, Experiment
 from helpers.experiments_text import TIMES_ASKED
 from helpers.results import Table, wrap
@@ -115,6 +116,7 @@ def provenance(scale: str, results: Results) -> str:
                 f"Runs of scale {scale} differ in {key}: {sorted(map(str, values))}. Remove those that do not belong, "
                 "and run them again."
             )
+    check_tuning(scale, runs, results)
     first = runs[0]
     tokens = sum(first["documents"]["tokens"])
     hardware, commits = sorted({run["hardware"] for run in runs}), sorted({run["commit"] for run in runs})
@@ -127,6 +129,29 @@ def provenance(scale: str, results: Results) -> str:
         f"{'; '.join(hardware)}; {versions}; commit {', '.join(commits)}. All runs and their tuning took {hours:.2f} "
         "CPU hours."
     )
+
+
+def check_tuning(scale: str, runs: list[dict], results: Results) -> None:
+    """
+    Raises:
+        ValueError: a run was trained at another rate than tuning chooses now, or tuning has read another text.
+    """
+    for arm in CONTROLS:
+        names = names_of_tuning(arm.name, scale) if arm.name == arm.family else {}
+        tuning = [name for name in names.values() if name in results]
+        for name in tuning:
+            if results[name]["text"] != runs[0]["text"]:
+                raise ValueError(
+                    f"{name} has read the text {results[name]['text']}, and runs have read {runs[0]['text']}. Remove "
+                    "it, and run the experiment again."
+                )
+        rate = best_rate(names, results) if tuning and len(tuning) == len(names) else None
+        for run in runs:
+            if rate is not None and run["family"] == arm.name and run["learning_rate"] != rate:
+                raise ValueError(
+                    f"{run['name']} was trained at the rate {run['learning_rate']:g}, and tuning chooses {rate:g} now. "
+                    "Remove it, and run its experiment again."
+                )
 
 
 TEXT = """## The text and the runs
@@ -150,11 +175,10 @@ def tuning_tables(scale: str, results: Results) -> list[str]:
     for arm in families:
         tried = [results.get(run.name) for run in tuning_runs(arm.family, scale)]
         if None not in tried:
-            texts = ", ".join(sorted({each["text"] for each in tried}))
-            rows.append([arm.title, *(each["loss"] for each in tried), texts])
+            rows.append([arm.title, *(each["loss"] for each in tried)])
     if not rows:
         return []
-    columns = {"held-out loss of tuning": "", **{f"rate {rate:g}": ".3f" for rate in RATES}, "text": ""}
+    columns = {"held-out loss of tuning": "", **{f"rate {rate:g}": ".3f" for rate in RATES}}
     return [Table(columns, rows).markdown()]
 
 

@@ -181,18 +181,18 @@ def train(run: Run, text: ExperimentText, work: Path = WORK, results: Path = RES
 
     The trained model stays in `<work>/models/<name>`, for experiments that measure models of others.
     """
-    # A checkpoint of other text is another run's.
-    folder = work / "runs" / f"{run.name}-{text.digest}"
-    content = finish(results / f"{run.name}.json", folder, lambda: trained(run, text, folder, work, results))
+    rate = run.rate or best_rate(names_of_tuning(run.arm.family, run.scale), read_results(results))
+    # A checkpoint of other text, or of another rate, is another run's.
+    folder = work / "runs" / f"{run.name}-{text.digest}-{rate:g}"
+    content = finish(results / f"{run.name}.json", folder, lambda: trained(run, text, rate, folder, work))
     if content is not None:
         for leftover in (*folder.glob("checkpoint-*"), folder / "start", folder / "work"):
             shutil.rmtree(leftover, ignore_errors=True)
     return content
 
 
-def trained(run: Run, text: ExperimentText, folder: Path, work: Path, results: Path) -> dict[str, Any]:
+def trained(run: Run, text: ExperimentText, rate: float, folder: Path, work: Path) -> dict[str, Any]:
     """Train to the end from the newest checkpoint, and measure."""
-    rate = run.rate or best_rate(names_of_tuning(run.arm.family, run.scale), read_results(results))
     steps = steps_of(run, text)
     model = build(run, text, folder)
     work_folder = folder / "work" if run.arm.is_on_disk else None

@@ -127,18 +127,18 @@ def answers(model: nn.Module, length: int) -> dict[str, str]:
 
 def train_recall(run: RecallRun, work: Path = WORK, results: Path = RESULTS) -> dict[str, Any] | None:
     """Train a run to its end and write its JSON file, or return None where another process works on it."""
-    folder = work / "runs" / run.name
-    content = finish(results / f"{run.name}.json", folder, lambda: trained(run, folder, results))
+    tuning = {rate: RecallRun(run.arm, TUNING_SEED, rate).name for rate in RATES}
+    rate = run.rate or best_rate(tuning, read_results(results))
+    folder = work / "runs" / f"{run.name}-{rate:g}"
+    content = finish(results / f"{run.name}.json", folder, lambda: trained(run, rate, folder))
     if content is not None:
         for leftover in (folder / "short", folder / "long"):
             shutil.rmtree(leftover, ignore_errors=True)
     return content
 
 
-def trained(run: RecallRun, folder: Path, results: Path) -> dict[str, Any]:
+def trained(run: RecallRun, rate: float, folder: Path) -> dict[str, Any]:
     """Train at both lengths, each from its newest checkpoint, and ask after each."""
-    tuning = {rate: RecallRun(run.arm, TUNING_SEED, rate).name for rate in RATES}
-    rate = run.rate or best_rate(tuning, read_results(results))
     set_seed(run.seed)
     model = EngramMoEForCausalLM(config_of(run.arm))
     steps = TUNING_STEPS if run.is_tuning else STEPS
