@@ -191,7 +191,9 @@ def verify(
 ) -> None:
     """Read every byte of a checkpoint, and say what is not as it was saved or does not belong together.
 
-    Takes as long as reading the files once. Ends with exit code 1 where something is wrong.
+    Takes as long as reading the files once. Ends with exit code 1 where something is wrong. Of other models with lookup
+    tables (Qwen, Gemma) it compares files with the SHA-256 that save_pretrained wrote, and sees that the tables fit the
+    config and that their rows are finite.
     """
     with sentences(as_json):
         from engram_hf.checkpoints.verifying import verify_tables

@@ -336,7 +336,7 @@ def estimate_memory(
         if values[name] == DISK or main_device.type != "cpu" and values[name] == "cpu":
             _add(estimate.moved_per_forward, str(values[name]), nbytes)
     for name, places in planned.items():
-        on_disk = any(place.tier == DISK for place in places)
+        on_disk = any(place.is_on_disk for place in places)
         for place, block, rows in zip(places, tables[name].block_records, held[name], strict=True):
             is_resident = place.tier not in (HOST, DISK)
             where = str(as_device(place.device)) if is_resident else place.tier

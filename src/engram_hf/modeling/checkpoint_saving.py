@@ -64,6 +64,7 @@ CODE_FILES = (
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_nodes.py",
     "table_patches.py",
     "table_placement.py",
     "table_ranks.py",

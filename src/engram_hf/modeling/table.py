@@ -23,7 +23,6 @@ from .disk_reading import PageReader, Prefetches, pages_of_rows
 from .disk_safetensors import PIECE_BYTES, TensorContent
 from .table_blocks import (
     DIGESTS,
-    DISK,
     OLD_ROW_IDS,
     RESIDENT,
     ROW_IDS,
@@ -159,7 +158,7 @@ class EngramTable(nn.Module):
         return self.ranks is None and self._are_blocks_resident()
 
     def _are_blocks_resident(self) -> bool:
-        return all(block.tier == RESIDENT for block in self.block_records)
+        return all(block.is_resident for block in self.block_records)
 
     @property
     def is_trainable(self) -> bool:
@@ -356,7 +355,7 @@ class EngramTable(nn.Module):
         """(..., heads of the block) rows on the CPU to (..., heads of the block, row width) on a device."""
         block.require_memory()
         hot = self.hot_rows
-        if block.tier == RESIDENT:
+        if block.is_resident:
             return F.embedding(rows.to(block.rows.device), block.rows).to(device)
         if hot is None:
             return self._copy_out(block, rows, device)
@@ -648,7 +647,7 @@ class EngramTable(nn.Module):
         """
         block = self.block_records[number]
         self.changes.settle()
-        if tier == DISK and self.is_in_training and not block.is_on_disk:
+        if self.is_in_training and block.goes_to_disk(tier):
             raise ValueError(
                 f"Block {number} is in training and cannot move to disk now. Place tables before Trainer makes its "
                 "optimizer, with engram_optimizers(args, work_folder=...), or load the trained model again."
@@ -816,7 +815,7 @@ class EngramTable(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
-        staying = {id(block.parameter) for block in self._present() if block.tier != RESIDENT}
+        staying = {id(block.parameter) for block in self._present() if not block.is_resident}
         if not len(self.blocks):
             return super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device))
