@@ -51,8 +51,12 @@ class Task(nn.Module):
         self.table, self.scale = table, nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def forward(self, row_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        # A batch without tokens reads no rows.
-        return self.scale * ((self.table(row_ids).double() * weights).sum() if len(row_ids) else 1)
+        if not len(row_ids):
+            # A batch without tokens reads no rows.
+            return self.scale * 1
+        rows = self.table(row_ids).double()
+        # Gradients depend on the rows, and are multiples of a half, so that their sums have no error.
+        return self.scale * ((rows.detach().floor() + 0.5) * rows * weights).sum()
 
 
 def batch(step: int, rank: int, ranks: int, heads=ROWS_OF_HEAD) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +72,13 @@ def rows_of_one_owner(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, t
     """As `batch`, of rows that lie at the first process, whoever reads them."""
     ids, weights = batch(step, rank + 1, ranks)
     return torch.zeros_like(ids), weights
+
+
+def turns(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `batch`, of which one process reads the table at a time, and in the second step none does."""
+    is_reading = step // 10 != 1 and step % 10 == rank
+    ids, weights = batch(step, rank + 1, ranks)
+    return (ids, weights) if is_reading else (ids[:0], weights[:0])
 
 
 def share_of_tokens(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +129,8 @@ def train(
         saved: the state of an optimizer, to go on from.
         make: what a process reads in a step.
         highest: the norm that gradients are clipped to.
-        is_early: whether each forward is announced before the backward ahead of it, and others are that never come.
+        is_early: whether each forward is announced before the backward ahead of it, and others are that never come;
+            and whether a forward behind a step is prefetched ahead of it.
     """
     rule, tier, dtype = case
     table = open_table(path, tier, dtype, service)
@@ -136,13 +148,19 @@ def train(
     norms, seen = [], []
     if is_early:
         table.ranks.bring["seen"] = seen.append
+    coming = None
     for step in range(STEPS):
         for part in range(2):
             for rank in [dist.get_rank()] if exchange else range(ranks):
-                loss = task(*make(10 * step + part, rank, ranks))
+                loss = task(*(coming or make(10 * step + part, rank, ranks)))
+                coming = None
                 if is_early:
                     look_ahead(table, 10 * step + part, rank, ranks)
                 (loss if exchange else loss / ranks).backward()
+        if is_early:
+            # Rows that are fetched ahead of a step are of no use behind it.
+            coming = make(10 * step + 10, rank, ranks)
+            table.prefetch(coming[0])
         norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], highest)))
         updates.step(0.5)
         updates.gradients.norm.grad = None
@@ -191,7 +209,11 @@ class Sent(TorchDispatchMode):
                 # The first tensor is what arrives.
                 tensor, splits = tensors[1], args[4]
                 share = 1 - splits[dist.get_rank()] / max(1, sum(splits))
-            self.calls.append((name.split(".")[1], str(tensor.dtype), round(tensor.nbytes * share)))
+            operation = name.split(".")[1]
+            if operation == "send" and args[3] % 2 == 0:
+                # A question that has waited for a step of this process.
+                operation = "answer"
+            self.calls.append((operation, str(tensor.dtype), round(tensor.nbytes * share)))
         return func(*args, **(kwargs or {}))
 
     def nbytes(self, operation: str, dtype: str) -> int:
@@ -322,6 +344,7 @@ def run(rank: int, out: Path, ranks: int) -> None:
     result["rounded"] = train(out / "bfloat16.safetensors", ROUNDED, ranks, service, make=share_of_tokens, highest=1e9)
     path, case, ways = out / "float64.safetensors", ("sgd", "resident", "float64"), [service, None]
     result["one owner"] = [train(path, case, ranks, each, make=rows_of_one_owner) for each in ways]
+    result["turns"] = [train(path, ("adam", "host", "float64"), ranks, each, make=turns) for each in ways]
     result["traffic"] = count_traffic(path, ranks)
     for kind in (NextRanksCut, ShiftingCut):
         for in_lookup in (False, True):
