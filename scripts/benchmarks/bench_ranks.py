@@ -5,8 +5,9 @@
 The model is as small as the demo's, and has one memory layer with a table of 2,000,000 rows of 32 numbers. Each process
 trains it on 512 tokens of the demo's text a step, in a bare loop: torch's DistributedDataParallel, clipping, row-wise
 Adagrad. All ways are models of the same processes and take turns of four steps. Unless all have had the same losses and
-have the same rows bit for bit, nothing is shown. Milliseconds are medians over the steps of the first process, without
-the first turn and without the first step of each turn. Processes talk over loopback, and 4 of them share 2 cores.
+have the same rows bit for bit, nothing is shown. Milliseconds are means over the steps of the first process, without
+the first turn and without the first step of each turn. The time to whole tables is the median of the ratios of steps
+with the same batch. Processes talk over loopback, and 4 of them share 2 cores.
 
 "Ahead" announces the rows of the next step before each step. A fetch alone asks for the rows of a step and waits for
 them, with nothing between. What of it a step does not wait for is hidden.
@@ -163,13 +164,14 @@ def count_bytes(way: Way, ids: torch.Tensor) -> dict[str, float]:
     with Sent() as sent:
         way.model(input_ids=ids, labels=ids).loss.backward()
     way.optimizer.zero_grad()
-    # Rows and gradients are float32.
+    # Rows and gradients are float32. Gradients carry their row ids.
     return {
         "rows": ranks.service.moved["row_bytes"] - before,
         "gradients": sent.nbytes["all to all", torch.uint8],
         "bound": foreign * table.row_nbytes,
         "ids": sent.nbytes["send", torch.uint8],
         "bound of ids": foreign * ROW_ID_NBYTES,
+        "bound of gradients": foreign * (table.row_nbytes + ROW_ID_NBYTES),
     }
 
 
@@ -255,9 +257,9 @@ def table_of_steps(found: dict[int, list[dict]]) -> Table:
                 alone = statistics.mean(value for each in of_ranks for value in each["alone"])
                 waits = [waited, alone, 1 - waited / alone]
             held = of_ranks[0]["held"][name] / 1e6
-            middle_ms = statistics.median(times[name])
+            mean_ms = statistics.mean(times[name])
             quartiles = "" if name == WHOLE else f"{low:.2f} to {high:.2f}"
-            rows.append([str(ranks), name, held, middle_ms, middle, quartiles, *waits])
+            rows.append([str(ranks), name, held, mean_ms, middle, quartiles, *waits])
     note = "Waited and alone are means over the steps of all processes."
     return Table(columns, rows, "Training steps", note)
 
@@ -267,7 +269,7 @@ def table_of_bytes(found: dict[int, list[dict]]) -> Table:
         "processes": "",
         "rows, bytes": ",.0f",
         "of the bound ": ".3f",
-        "gradients, bytes": ",.0f",
+        "gradients with row ids, bytes": ",.0f",
         "of the bound": ".3f",
         "row ids with questions, bytes": ",.0f",
         "of 4 bytes a row": ".3f",
@@ -275,9 +277,14 @@ def table_of_bytes(found: dict[int, list[dict]]) -> Table:
     rows = []
     for ranks, of_ranks in found.items():
         total = {key: sum(each["bytes"][key] for each in of_ranks) for key in of_ranks[0]["bytes"]}
-        own = [total["rows"], total["rows"] / total["bound"], total["gradients"], total["gradients"] / total["bound"]]
+        own = [
+            total["rows"],
+            total["rows"] / total["bound"],
+            total["gradients"],
+            total["gradients"] / total["bound of gradients"],
+        ]
         rows.append([str(ranks), *own, total["ids"], total["ids"] / total["bound of ids"]])
-    note = "Of one step, over all processes. Gradients carry their row ids, of 4 bytes each."
+    note = "Of one step, over all processes. The bound of gradients counts their row ids too, of 4 bytes each."
     return Table(columns, rows, "Bytes that travel in a step", note)
 
 
