@@ -548,7 +548,8 @@ class PendingRows:
         """
         self._ranks = ranks
         self._order, asked = ranks.cut.by_owner(row_ids)
-        self._own = asked[ranks.rank]
+        # Held ids of the rows that are here, (n,).
+        self.own = ranks.cut.to_held(asked[ranks.rank], ranks.rank)
         self._answers = {}
         with ranks.service.order:
             announced = ranks.take_announced(row_ids)
@@ -570,7 +571,7 @@ class PendingRows:
         if self._rows is not None:
             return self._rows
         ranks = self._ranks
-        own = ranks.read(ranks.cut.to_held(self._own, ranks.rank)).cpu()
+        own = ranks.read(self.own).cpu()
         parts, start = [], time.perf_counter()
         for owner in range(ranks.cut.ranks):
             if owner == ranks.rank:
