@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
 
+from ..modeling.checkpoint_saving import numbers_of_files
 from ..modeling.table import EngramTable
 from ..modeling.table_changes import TrainingRun
 from .dense_parts import (
@@ -193,7 +194,10 @@ class EngramOptimizerFactory:
         if rest := {n: p for n, p in dense.items() if n not in matrices}:
             parts.append(dense_part(model, args, rest))
         patience = min(STEPS_WITHOUT_GRADIENT, args.max_steps) if args.max_steps > 0 else STEPS_WITHOUT_GRADIENT
-        return EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience, run)
+        optimizer = EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience, run)
+        if args.save_only_model:
+            run.write_row_state = None
+        return optimizer
 
 
 def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
@@ -371,6 +375,8 @@ class EngramOptimizer(torch.optim.Optimizer):
         # Schedulers with an absolute floor divide it by this rate.
         super().__init__(groups, {"lr": lr})
         self.is_made = True
+        if any(updates.table.ranks is not None for updates in rows.values()):
+            self.run.write_row_state = self._write_row_state
         self._show_state()
 
     def _show_state(self) -> None:
@@ -441,6 +447,15 @@ class EngramOptimizer(torch.optim.Optimizer):
         """See `train`."""
         for part in self.parts:
             part.switch("eval")
+
+    def _write_row_state(self, folder: Path) -> dict[str, str]:
+        """What a checkpoint holds of rows beside optimizer.pt: files, name to SHA-256."""
+        written: dict[str, str] = {}
+        numbers = numbers_of_files(self.rows)
+        for name, updates in self.rows.items():
+            if updates.table.ranks is not None:
+                written |= updates.write_state(folder, f"row-state-layer-{numbers[name]:02d}")
+        return written
 
     def state_dict(self) -> dict:
         """torch's layout: `state`, by the number of a parameter, and `param_groups`.
