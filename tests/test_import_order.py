@@ -16,6 +16,8 @@ LEVELS = [
         "modeling.table_formats",
         "modeling.table_gradients",
         "modeling.table_hot_rows",
+        "modeling.table_nodes",
+        "modeling.table_traffic",
     ],
     ["modeling.configuration_memory", "modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.configuration_engram_moe"],

@@ -64,10 +64,12 @@ CODE_FILES = (
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_nodes.py",
     "table_patches.py",
     "table_placement.py",
     "table_ranks.py",
     "table_saving.py",
+    "table_traffic.py",
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 
 from .disk_files import BlockSource, MappedFile, source_behind
 from .disk_reading import PageReader, Prefetches, pages_of_rows
-from .table_blocks import DISK, RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name, put_rows
+from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name, put_rows
 from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, digest_of_content
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
@@ -137,7 +138,7 @@ class EngramTable(nn.Module):
         return self.ranks is None and self._are_blocks_resident()
 
     def _are_blocks_resident(self) -> bool:
-        return all(block.tier == RESIDENT for block in self.block_records)
+        return all(block.is_resident for block in self.block_records)
 
     @property
     def is_trainable(self) -> bool:
@@ -278,13 +279,17 @@ class EngramTable(nn.Module):
     def bring_pages(self, row_ids: torch.Tensor) -> None:
         """Begin to read the pages of rows that somebody may look up later, and return at once.
 
-        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU.
+        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU. Where the table is cut over ranks,
+        the owners read these pages, and a lookup of the same rows sends no row ids any more.
 
         Args:
             row_ids: as in `forward`.
         """
-        # Over ranks, the owner of a row reads it when it is asked.
-        if not self.is_resident and self.ranks is None:
+        if self.ranks is not None:
+            on_cpu = row_ids.cpu()
+            self._check_row_ids(on_cpu)
+            self.ranks.announce(group(self._row_ids_in_table(on_cpu).flatten()).distinct)
+        elif not self.is_resident:
             for pages, file in self._pages_on_disk(self._split_on_cpu(row_ids)):
                 self._reader.start(pages, file)
 
@@ -327,7 +332,7 @@ class EngramTable(nn.Module):
         """(..., heads of the block) rows on the CPU to (..., heads of the block, row width) on a device."""
         block.require_memory()
         hot = self.hot_rows
-        if block.tier == RESIDENT:
+        if block.is_resident:
             return F.embedding(rows.to(block.rows.device), block.rows).to(device)
         if hot is None:
             return self._copy_out(block, rows, device)
@@ -375,6 +380,7 @@ class EngramTable(nn.Module):
         self.ranks = TableRanks(cut, service, 0, self._read_for_ranks)
         self.saving.answer()
         self.register_state_dict_post_hook(_show_parts)
+        self.ranks.bring["rows"] = partial(self._bring_held, PageReader())
         return cut
 
     def held_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
@@ -393,6 +399,13 @@ class EngramTable(nn.Module):
         """(n,) held ids to (n, row width); another rank may have asked for them, in another thread."""
         return self.gather_held(held.to(self.home))
 
+    def _bring_held(self, reader: PageReader, held: torch.Tensor) -> None:
+        """Read the pages of rows that a step to come needs, (n,) held ids, behind everything else; returns at once."""
+        for block, _, wanted in self.parts(held):
+            if block.is_on_disk and block.source is not None:
+                pages = pages_of_rows(block.addresses(wanted.numpy()), self.row_nbytes)
+                reader.read_aside(pages, block.source.file)
+
     def _ask_ranks(self, ranks: TableRanks, on_cpu: torch.Tensor) -> tuple[Grouping, PendingRows]:
         """Ask for the rows of a lookup, (..., heads) on the CPU; returns at once."""
         self._check_files()
@@ -406,7 +419,8 @@ class EngramTable(nn.Module):
         if kept is not None:
             return group(self._row_ids_in_table(row_ids.cpu()).flatten()), kept
         groups, pending = ranks.take(row_ids) or self._ask_ranks(ranks, row_ids.cpu())
-        rows = pending.result()
+        with self._watched(groups.distinct):
+            rows = pending.result()
         if self.training and self.is_in_training:
             ranks.keep(row_ids, rows)
         return groups, rows
@@ -521,6 +535,10 @@ class EngramTable(nn.Module):
         """Put a context around the reading of every lookup in training; it gets the distinct row ids. None ends it."""
         self._watch = watch
 
+    def _watched(self, distinct: torch.Tensor) -> AbstractContextManager:
+        """What somebody has put around the reading of rows in training, (n,) row ids."""
+        return nullcontext() if self._watch is None or not self.is_in_training else self._watch(distinct)
+
     @torch.compiler.disable
     def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
         """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
@@ -529,9 +547,8 @@ class EngramTable(nn.Module):
         else:
             self.ranks.meets_later = True
             groups, rows = self._rows_of_ranks(self.ranks, row_ids)
-            with nullcontext() if self._watch is None else self._watch(groups.distinct):
-                # An alias: the graph of each forward begins at a leaf of its own.
-                rows = rows.detach()
+            # An alias: the graph of each forward begins at a leaf of its own.
+            rows = rows.detach()
         rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
         return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
@@ -542,7 +559,7 @@ class EngramTable(nn.Module):
         home = row_ids.to(self.home)
         self._check_row_ids(home)
         groups = group(self._row_ids_in_table(home).flatten())
-        with nullcontext() if self._watch is None else self._watch(groups.distinct):
+        with self._watched(groups.distinct):
             started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()
@@ -604,7 +621,7 @@ class EngramTable(nn.Module):
         """
         block = self.block_records[number]
         self.changes.settle()
-        if tier == DISK and self.is_in_training and not block.is_on_disk:
+        if self.is_in_training and block.goes_to_disk(tier):
             raise ValueError(
                 f"Block {number} is in training and cannot move to disk now. Place tables before Trainer makes its "
                 "optimizer, with engram_optimizers(args, work_folder=...), or load the trained model again."
@@ -675,7 +692,7 @@ class EngramTable(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
-        staying = {id(block.parameter) for block in self._present() if block.tier != RESIDENT}
+        staying = {id(block.parameter) for block in self._present() if not block.is_resident}
         if not len(self.blocks):
             return super()._apply(fn, recurse)
         before = torch.empty(0, dtype=self.dtype, device=self.blocks[0].device)

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .disk_files import BlockSource, MappedFile, TableFile, same_bytes
 from .table_formats import RowFormat
+from .table_nodes import HostNodes
 
 
 DRAWN_BYTES = 2**26
@@ -151,6 +152,7 @@ class Block:
     source: the tensor of a file that it comes from; None for a block that was drawn.
     base: what the next checkpoint of a training run may stand on; see table_changes.py.
     saved_in: the file and the tensor that the last save has put it in.
+    host_nodes: where its memory is bound to when it goes to the host tier; None leaves that to the system.
     """
 
     def __init__(self, parameters: nn.ParameterList, number: int, first_row: int, rows_of_head: list[int], width: int):
@@ -161,6 +163,7 @@ class Block:
         self.source: BlockSource | None = None
         self.base: Base | None = None
         self.saved_in: tuple[Path, str] | None = None
+        self.host_nodes: HostNodes | None = None
         # SHA-256 of the whole block that a state dict has brought, where this process holds a part of it.
         self.digest_of_loaded: bytes | None = None
 
@@ -186,8 +189,16 @@ class Block:
         return self.row_width * self.parameter.dtype.itemsize
 
     @property
+    def is_resident(self) -> bool:
+        return self.tier == RESIDENT
+
+    @property
     def is_on_disk(self) -> bool:
         return self.tier == DISK
+
+    def goes_to_disk(self, tier: str) -> bool:
+        """Whether moving to a tier takes the rows out of memory."""
+        return tier == DISK and not self.is_on_disk
 
     def require_memory(self) -> None:
         """
@@ -245,9 +256,10 @@ class Block:
     def _in_memory(self) -> torch.Tensor:
         """The rows in host memory of their own; not copied where they are there already."""
         is_mapped = self.source is not None and self.source.is_under(self.parameter)
-        if self.rows.device.type == "cpu" and not is_mapped:
+        is_in_place = self.host_nodes is None or (self.rows.device.type == "cpu" and self.host_nodes.hold(self.rows))
+        if self.rows.device.type == "cpu" and not is_mapped and is_in_place:
             return self.rows
-        copied = torch.empty(self.rows.shape, dtype=self.rows.dtype, device="cpu")
+        copied = self._host_memory()
         if self.source is None or not is_mapped:
             return copied.copy_(self.rows)
         self.source.file.check_unchanged()
@@ -255,6 +267,12 @@ class Block:
             return copied.copy_(self.rows)
         self.source.file.read_into(self.source.name, copied)
         return copied
+
+    def _host_memory(self) -> torch.Tensor:
+        """Memory for the rows, on the nodes that they are to lie on."""
+        if self.host_nodes is None:
+            return torch.empty(self.rows.shape, dtype=self.rows.dtype, device="cpu")
+        return self.host_nodes.empty(self.rows.shape, self.rows.dtype)
 
     def _source_that_holds(self) -> BlockSource:
         """The file that the block comes from, or that the last save has put it in, whichever has its rows."""
@@ -298,7 +316,7 @@ class Block:
                 f"{name} gets other rows than its file has, and moves from disk to host memory. To resume a run on "
                 "disk, load the model from the checkpoint that is resumed."
             )
-            self._set(torch.empty_like(self.rows))
+            self._set(self._host_memory())
             self.tier = HOST
             return given
         if not source.holds(self.parameter):

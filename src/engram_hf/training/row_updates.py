@@ -7,6 +7,7 @@ nothing of the table's size. A table on disk is trained in a copy of its own, wi
 import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class RowUpdates:
         self.files: dict[str, str] = {}
         if table.ranks is not None:
             table.ranks.handlers[STATE] = self._answer_state
+            table.ranks.bring["state"] = partial(self._bring_state, PageReader())
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -182,6 +184,13 @@ class RowUpdates:
             nbytes = tensor[0].nbytes
             pages = pages_of_rows(tensor.data_ptr() + row_ids.numpy() * nbytes, nbytes)
             self.reader.read(pages, self.work_file)
+
+    def _bring_state(self, reader: PageReader, held: torch.Tensor) -> None:
+        """Read the state of rows that a step to come moves, behind everything else; returns at once."""
+        if self.work_file is not None:
+            for tensor in self.stores.values():
+                nbytes = tensor[0].nbytes
+                reader.read_aside(pages_of_rows(tensor.data_ptr() + held.numpy() * nbytes, nbytes), self.work_file)
 
     def state_dict(self) -> dict:
         """The state of the rows that have been touched, over all ranks.
