@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
@@ -141,6 +142,8 @@ class EngramOptimizerFactory:
                 f"The tables are cut over {dist.get_world_size()} processes, and Trainer takes this one for the only "
                 "one. On CPUs give TrainingArguments(use_cpu=True, ...). Start with torchrun or `accelerate launch`."
             )
+        if any(table.ranks is not None for table in tables.values()):
+            refuse_whole_tables(args)
         frozen = [name for name, table in tables.items() if table.row_format is not None]
         if frozen:
             logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
@@ -229,6 +232,31 @@ def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
     if backbone == "muon" and optim.startswith(LOW_RANK):
         raise ValueError(
             f'backbone="muon" and optim={optim!r} both train the matrices of the backbone. Choose one of them.'
+        )
+
+
+def refuse_whole_tables(args: "TrainingArguments") -> None:
+    """
+    Raises:
+        NotImplementedError: something would bring whole tables to a rank, and they are cut over ranks.
+    """
+    if args.save_on_each_node:
+        raise NotImplementedError(
+            "Tables that are cut over ranks are saved by one rank, and got save_on_each_node=True. Leave it out, and "
+            "copy a checkpoint to the other machines before you resume."
+        )
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is None:
+        return
+    if "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        raise NotImplementedError(
+            "FSDP's FULL_STATE_DICT collects whole tables on one rank, and they are cut over ranks. Launch with "
+            "--fsdp_state_dict_type SHARDED_STATE_DICT."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise NotImplementedError(
+            "FSDP's cpu_ram_efficient_loading copies what the first rank holds to all, and tables are cut over ranks. "
+            "Launch with --fsdp_cpu_ram_efficient_loading false."
         )
 
 
