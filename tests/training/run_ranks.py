@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch import nn
 from torch.multiprocessing import start_processes
@@ -165,7 +166,7 @@ def train(
         updates.step(0.5)
         updates.gradients.norm.grad = None
     rows = table.gather_rows(torch.arange(table.num_rows))
-    state = updates.state_dict()
+    state = updates.state_dict() if service is None else state_in_files(updates, path.parent / f"state{os.getpid()}")
     state = {name: state[name] for name in ("steps", "row_ids", "wide", "narrow") if name in state}
     if service is not None:
         # Nobody may end while another one asks.
@@ -187,6 +188,16 @@ def look_ahead(table: EngramTable, number: int, rank: int, ranks: int) -> None:
     if len(row_ids):
         with torch.no_grad():
             table(row_ids)
+
+
+def state_in_files(updates: RowUpdates, folder: Path) -> dict:
+    """The state of the rows of all ranks, as one process would have it."""
+    folder.mkdir()
+    parts = [load_file(folder / name) for name in sorted(updates.write_state(folder, "state"))]
+    shutil.rmtree(folder)
+    order = torch.cat([part["row_ids"] for part in parts]).argsort()
+    names = [name for name in parts[0] if name != "stamp"]
+    return {"steps": updates.steps, **{name: (torch.cat([part[name] for part in parts])[order],) for name in names}}
 
 
 class Sent(TorchDispatchMode):

@@ -395,8 +395,7 @@ class ModelWithTables:
         for name, table in tables.items():
             tiers, devices = [p.tier for p in planned[name]], [p.device for p in planned[name]]
             table.open_blocks(sources[name], tiers, devices, reader)
-            if (changed := open_changes(name, checkpoint, places)) is not None:
-                table.changes.bring(name, table, changed)
+            table.changes.bring(name, table, open_changes(name, checkpoint, places))
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
         self._name_ignored_by_ddp()
@@ -852,6 +851,8 @@ class ModelWithTables:
             self._describe_memory(stage)
             given = {} if apart else blocks
             written = write_tables(stage, given, tables, prefix, max_shard_size, is_checkpoint, name_of)
+            if run is not None and is_checkpoint and run.write_row_state is not None:
+                written.row_state = run.write_row_state(stage)
             by_base = written.by_base
             saved |= publish(stage, folder, written, self._saved_facts(), variant)
             if not with_code:
@@ -863,7 +864,7 @@ class ModelWithTables:
                 for block in table.block_records:
                     saved_name = name_of(f"{prefix}{name}", block.number)
                     block.saved_in = (saved[saved_name], saved_name)
-                table.follow_save(by_base.get(name, ()))
+                table.saving.follow(by_base.get(name, ()))
         save_trained_patch(trained, folder)
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)

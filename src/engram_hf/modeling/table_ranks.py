@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate, count
 from pathlib import Path
@@ -53,6 +53,8 @@ ANNOUNCED_KEPT = 64
 ID_BYTES, ID_BITS = 4, 32
 # Nobody may ask a rank for anything all day. A rank that asks waits as long as the process group of the run allows.
 QUIET = timedelta(days=365)
+# Of rows that travel while one rank saves.
+PIECE_BYTES = 2**20
 # How long a rank that has come to its end goes on answering without being asked.
 LINGER_SECONDS = 600.0
 
@@ -285,6 +287,13 @@ class RowService:
         # Owners forget announcements in the order of these messages.
         self.order = threading.RLock()
         self._was_asked = False
+        # Not in every build of torch.
+        from torch.distributed.device_mesh import init_device_mesh
+
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+        # By kind of device: of all processes. torch may make groups for them, for which all have to be here.
+        self.meshes = {kind: init_device_mesh(kind, (self.ranks,)) for kind in kinds}
         self._others = {rank for rank in range(self.ranks) if rank != self.rank}
         self._has_left = False
         if not self._others:
@@ -712,11 +721,63 @@ class TableRanks:
         # The ids too: while they are here, no other tensor has their address.
         self.kept = [*self.kept, (row_ids, rows)][-LOOKUPS_KEPT:]
 
+    def as_sharded(self, held: torch.Tensor, block: int) -> torch.Tensor:
+        """What this rank holds of a block, or of the state of its rows, as torch's distributed checkpoints take it: a
+        DTensor on the same memory.
+
+        Args:
+            held: (rows of the block that this rank holds, ...).
+            block: number of the block.
+        """
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = self.service.meshes[held.device.type]
+        shape = torch.Size([self.cut.rows_of_block[block], *held.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def ask_one(self, rank: int, kind: int, payload: dict) -> bytes:
+        """What a rank answers, which may be this one."""
+        content = json.dumps(payload).encode()
+        return self.handlers[kind](content) if rank == self.rank else self.service.ask(rank, kind, self.number, content)
+
+    def content_of(
+        self, rank: int, kind: int, payload: dict, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> TensorContent:
+        """A tensor with some of the rows that a rank holds, to be written to a file; it arrives while it is written.
+
+        Args:
+            rank: that is asked.
+            kind, payload: of the questions. Each has two numbers more: held ids from `start` up to `end`.
+            dtype, shape: of the whole tensor.
+        """
+        held, nbytes = sum(self.cut.rows_of(rank)), math.prod(shape) * dtype.itemsize
+        at_once = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+
+        def pieces() -> Iterator[bytes]:
+            arrived = 0
+            for start in range(0, held, at_once):
+                piece = self.ask_one(rank, kind, {**payload, "start": start, "end": min(start + at_once, held)})
+                arrived += len(piece)
+                yield piece
+            if arrived != nbytes:
+                raise RuntimeError(
+                    f"Rank {rank} was to give {nbytes:,} bytes of its rows and gave {arrived:,}: it has made a step "
+                    "while another rank saved. Save between two steps, on one rank."
+                )
+
+        return TensorContent(dtype, shape, nbytes, pieces)
+
     def ask_all(self, kind: int, payload: dict) -> list[bytes]:
         """What every other rank answers, in the order of ranks."""
         content = json.dumps(payload).encode()
         others = [rank for rank in range(self.cut.ranks) if rank != self.rank]
         return [self.service.ask(rank, kind, self.number, content) for rank in others]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, which may be torch's DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def open_parts(sources: Mapping[tuple[str, int], BlockSource], cuts: Mapping[str, RowCut], rank: int) -> dict:
