@@ -38,7 +38,7 @@ CASES = [
     *((rule, "host", "float32") for rule in RULES),
     ("adam", "disk", "bfloat16"),
 ]
-ROUNDED = ("sgd", "resident", "bfloat16")
+ROUNDED = ("adam", "resident", "bfloat16")
 EARLY = ("adam", "disk", "float64")
 # Tables of other heads, by the name of their file: one with fewer rows than processes, one with four heads.
 HEADS = {"few": [2], "four": [5, 7, 3, 4]}
@@ -117,7 +117,7 @@ def train(
     saved=None,
     make=batch,
     highest=HIGHEST_NORM,
-    is_early=False,
+    early=None,
 ) -> dict:
     """What a table has become.
 
@@ -130,8 +130,8 @@ def train(
         saved: the state of an optimizer, to go on from.
         make: what a process reads in a step.
         highest: the norm that gradients are clipped to.
-        is_early: whether each forward is announced before the backward ahead of it, and others are that never come;
-            and whether a forward behind a step is prefetched ahead of it.
+        early: counts what is sent while each forward is announced before the backward ahead of it, and others are that
+            never come, and while a forward behind a step is prefetched ahead of it. None leaves that out.
     """
     rule, tier, dtype = case
     table = open_table(path, tier, dtype, service)
@@ -146,7 +146,7 @@ def train(
         exchange.follow(task, [task.scale])
     if service is not None:
         service.meet()
-    norms, seen = [], []
+    norms, seen, is_early = [], [], early is not None
     if is_early:
         table.ranks.bring["seen"] = seen.append
     coming = None
@@ -166,13 +166,14 @@ def train(
         updates.step(0.5)
         updates.gradients.norm.grad = None
     rows = table.gather_rows(torch.arange(table.num_rows))
+    nbytes = early.nbytes("send", "uint8") if is_early else 0
     state = updates.state_dict() if service is None else state_in_files(updates, path.parent / f"state{os.getpid()}")
     state = {name: state[name] for name in ("steps", "row_ids", "wide", "narrow") if name in state}
     if service is not None:
         # Nobody may end while another one asks.
         service.meet()
     shutil.rmtree(work, ignore_errors=True)
-    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen}
+    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen, "sent": nbytes}
 
 
 def batch_after(number: int) -> int:
@@ -365,8 +366,7 @@ def run(rank: int, out: Path, ranks: int) -> None:
         case = ("adam", "disk" if name == "few" else "host", "float64")
         result[name] = [train(out / f"{name}.safetensors", case, ranks, each, make=make) for each in ways]
     with Sent() as sent:
-        result["early"] = train(path, EARLY, ranks, service, is_early=True)
-    result["sent early"] = sent.nbytes("send", "uint8")
+        result["early"] = train(path, EARLY, ranks, service, early=sent)
     result["announced"] = dict(service.moved)
     if ranks == 3:
         result["model"] = use_model(out / "base", out, ranks)

@@ -213,11 +213,11 @@ def test_lookups_that_were_announced_train_the_same_bits_and_owners_know_their_r
         assert result["announced"].get("announced", 0) == sum(map(foreign, [*numbers[1:], 30]))
         # What a rank announces: the batch that follows, and one that never comes. What it asks for in full: the first
         # batch, one without a gradient in each forward, those that it had prefetched before a step, and in the end all
-        # rows, and two bytes for the state.
+        # rows.
         named = sum(foreign(batch_after(each)) + foreign(each + 100) + foreign(each + 200) for each in numbers)
         in_the_end = int((cut.owner(torch.arange(28)) != rank).sum())
         again = foreign(10) + foreign(20)
-        assert result["sent early"] == 4 * (foreign(0) + named + again + in_the_end) + 2 * (ranks - 1)
+        assert early["sent"] == 4 * (foreign(0) + named + again + in_the_end)
 
 
 @pytest.mark.parametrize("ranks", [slow(3)])
