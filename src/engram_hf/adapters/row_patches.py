@@ -1,7 +1,8 @@
 """Row patches: adapters made of changed rows, for every model with tables.
 
-The file and the overlay are in modeling/table_patches.py, so that a checkpoint's own code runs with a patch. Here are
-the functions that a stock model with an added memory has no methods for. They behave as the adapters of PEFT.
+The file is in modeling/table_patches.py and the overlay in modeling/table_overlay.py, so that a checkpoint's own code
+runs with a patch. Here are the functions that a stock model with an added memory has no methods for. They behave as the
+adapters of PEFT.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,13 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..modeling.checkpoint_loading import HUB_ARGUMENTS
+from ..modeling.memory_patches import check_patch
 from ..modeling.table_patches import (
     PATCH_FILE,
     REPLACE,
     PatchedRows,
     RowPatch,
     base_digest,
-    check_patch,
     read_patch,
     write_patch,
 )

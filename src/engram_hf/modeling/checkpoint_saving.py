@@ -58,15 +58,18 @@ CODE_FILES = (
     "ids_recovery.py",
     "memory_layer.py",
     "memory_model.py",
+    "memory_patches.py",
     "modeling_engram_moe.py",
     "table.py",
     "table_blocks.py",
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_overlay.py",
     "table_patches.py",
     "table_placement.py",
     "table_ranks.py",
+    "table_requests.py",
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26

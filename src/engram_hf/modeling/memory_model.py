@@ -54,21 +54,18 @@ from .configuration_memory import TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint, differing_parts
 from .memory_layer import EngramLayer
+from .memory_patches import ModelPatches, check_patch
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import RESIDENT, block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
+from .table_overlay import RowsInTraining
 from .table_patches import (
     PATCH_DTYPES,
-    ModelPatches,
     PatchedRows,
     RowPatch,
-    RowsInTraining,
     base_digest,
-    check_patch,
-    count_copies,
     describe_patch_in,
-    generating,
     read_patch,
     save_trained_patch,
 )
@@ -87,6 +84,7 @@ from .table_placement import (
     split_device_map,
 )
 from .table_ranks import RowService, open_parts, start_ranks
+from .table_requests import count_copies, generating
 
 
 logger = logging.get_logger(__name__)
@@ -543,7 +541,7 @@ class ModelWithTables:
         for layer in layers:
             layer.table.bring_pages(row_ids[layer.layer_idx])
 
-    # Row patches (table_patches.py).
+    # Row patches (memory_patches.py).
 
     def hash_of_table(self, table_name: str) -> NgramHash | None:
         """The hash that finds the rows of a table, by its name inside the base model; None where the model's own code

@@ -44,7 +44,7 @@ from .table_changes import (
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
-from .table_patches import TablePatches, is_traced
+from .table_overlay import TablePatches, is_traced
 from .table_ranks import BASE, CHANGED, SAVED, PendingRows, RankFile, RowCut, RowService, TableRanks
 
 
