@@ -26,6 +26,7 @@ from ..modeling.table_patches import (
     read_patch,
     write_patch,
 )
+from .sources import refuse_missing
 
 
 def with_tables(model: nn.Module) -> Any:
@@ -137,6 +138,7 @@ def load_patch(path_or_repo: str | Path, **hub: Any) -> RowPatch:
     where = Path(path_or_repo)
     if where.exists() or where.suffix == ".safetensors":
         return read_patch(where)
+    refuse_missing(path_or_repo, PATCH_FILE, **hub)
     return read_patch(cast(str, cached_file(str(path_or_repo), PATCH_FILE, **hub)))
 
 

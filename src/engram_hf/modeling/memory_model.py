@@ -651,8 +651,14 @@ class ModelWithTables:
             rows: name of a table inside the base model to its rows in the patch.
 
         Raises:
-            ValueError: there are patches already.
+            ValueError: there are patches already, or the tables belong to several memories.
         """
+        hashes = [self.hash_of_table(table_name) for table_name in rows]
+        if any(each is not hashes[0] for each in hashes):
+            raise ValueError(
+                f"A patch belongs to one memory, and {', '.join(rows)} belong to several. Train one patch after the "
+                "other, each over the tables of one memory."
+            )
         self._row_patches().train(self.named_tables(), name, rows)
 
     def end_patch_training(self) -> None:
