@@ -23,7 +23,7 @@ from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, dige
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
-from .table_patches import TablePatches, is_traced
+from .table_overlay import TablePatches, is_traced
 from .table_ranks import PendingRows, RowCut, RowService, TableRanks, local_part
 from .table_saving import TableSaving
 
