@@ -306,10 +306,11 @@ class RowChanges:
         }
         self._remember_brought(held, changed.stamp)
 
-    def forget_stamp(self) -> None:
+    def forget_stamp(self, loaded: Sequence[Block]) -> None:
         """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
-        dict has brought wait for such blocks."""
-        if not self._arrived:
+        dict has brought wait for such blocks, and state dicts of one checkpoint bring each block once."""
+        is_next = bool(self._loaded) and self._loaded.isdisjoint(block.number for block in loaded)
+        if not self._arrived and not is_next:
             self.stamp = None
 
     def follow_load(self, table: RowStore, loaded: Sequence[Block]) -> None:
