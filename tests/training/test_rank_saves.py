@@ -1,6 +1,7 @@
 """Checkpoints of tables over ranks: any number of processes goes on from them, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -114,6 +115,18 @@ def test_changed_rows_and_the_state_of_rows_have_a_file_for_each_rank(runs, many
     merged = merge_changed_rows(checkpoint, tmp_path / "merged")
     torch.testing.assert_close(rows_of(merged), rows_of(last(folder, "one")), rtol=0, atol=0)
     assert not list(merged.glob("row*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one path leads to two folders by Linux's /proc")
+def test_ranks_without_a_shared_disk_save_what_others_do(small):
+    folder = small / "apart" / "disk0"
+    assert not list((small / "apart" / "disk1").iterdir())
+    for step in (SAVED_AT, STEPS):
+        checkpoint, expected = folder / f"checkpoint-{step}", small / "two" / f"checkpoint-{step}"
+        assert_same(checkpoint, expected)
+        # The table of which few rows change is left to the file that the run began with, both times.
+        name = "tables-layer-00-00001-of-00001.safetensors"
+        assert os.path.samefile(checkpoint / name, small / "base" / name)
 
 
 def test_no_wrapper_makes_the_parts_of_ranks_equal(small):
