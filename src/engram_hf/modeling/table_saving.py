@@ -196,7 +196,9 @@ class TableSaving:
             elif (is_gone and not by_base) or table.is_in_training:
                 if path not in opened:
                     opened[path] = TableFile(path)
-                source = BlockSource(opened[path], name)
+                source, base = BlockSource(opened[path], name), block.base
+                if by_base and base is not None and isinstance(source.file, RankFile):
+                    source.file.is_copy_of(name, base.source)
                 if is_gone and not by_base:
                     block.read_from(source)
                 if table.is_in_training:
