@@ -28,9 +28,11 @@ from ..modeling.checkpoint_saving import STAGE_PREFIX
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_safetensors import TensorContent
 from ..modeling.ids_hashing import check_fingerprint, differing_parts
+from ..modeling.memory_patches import check_patch
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import RESIDENT, Block
 from ..modeling.table_changes import rows_of_pieces
+from ..modeling.table_overlay import patched_rows
 from ..modeling.table_patches import (
     PATCH_DTYPES,
     PATCH_FILE,
@@ -38,10 +40,8 @@ from ..modeling.table_patches import (
     PatchedRows,
     RowPatch,
     base_digest,
-    check_patch,
     check_scale,
     describe_patch_in,
-    patched_rows,
 )
 from .memory_files import MemoryFiles
 from .row_patches import load_patch, save_patch, with_tables
@@ -99,8 +99,7 @@ def open_any(model_or_folder: nn.Module | str | Path) -> OpenTables:
     sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, config))
     for name, table in tables.items():
         table.open_blocks(sources[name], [RESIDENT] * len(sources[name]), ["cpu"] * len(sources[name]))
-        if (changed := open_changes(name, checkpoint, places)) is not None:
-            table.changes.bring(name, table, changed)
+        table.changes.bring(name, table, open_changes(name, checkpoint, places))
     table_files = {checkpoint.file_of[tensor].name for tensor in checkpoint.blocks().values()}
     digests = checkpoint.metadata.get("sha256", {})
     backbone = {name: each for name, each in digests.items() if name not in table_files}
@@ -297,7 +296,7 @@ def _merge_folder(source: Path, patch: RowPatch, target: Path, scale: float) -> 
                 f"{', '.join(differing)}. Use the patch with the model that it was made for."
             )
     checkpoint, places = part.checkpoint, part.places
-    if any(open_changes(name, checkpoint, places) is not None for name in opened.tables):
+    if any(open_changes(name, checkpoint, places) for name in opened.tables):
         raise ValueError(
             f"{source} is a checkpoint of a run, with changed rows beside its blocks. Merge these first: "
             "engram_hf.merge_changed_rows(source, folder)."

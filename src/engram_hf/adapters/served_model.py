@@ -200,8 +200,7 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
         for name, own in sources.items():
             tiers, devices = [place.tier for place in planned[name]], [place.device for place in planned[name]]
             tables[name].open_blocks(own, tiers, devices, reader)
-            if (changed := open_changes(name, checkpoint, places)) is not None:
-                tables[name].changes.bring(name, tables[name], changed)
+            tables[name].changes.bring(name, tables[name], open_changes(name, checkpoint, places))
         self._name_ignored_by_ddp()
 
     def _prefetch_in_forwards(self) -> None:

@@ -214,6 +214,10 @@ def _verify_files(checkpoint: Checkpoint) -> list[VerifiedFile]:
     tensors: dict[Path, list[str]] = {}
     for name, file in checkpoint.file_of.items():
         tensors.setdefault(file, []).append(name)
+    # A model may be copied without what its training run goes on from.
+    folder, of_run = next(iter(tensors)).parent, checkpoint.metadata.get("row_state", {})
+    digests = {**digests, **of_run}
+    tensors |= {folder / name: [] for name in of_run if (folder / name).exists()}
     total = sum(file.stat().st_size for file in tensors)
     files = []
     with logging.tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=total < 2**26) as progress:
@@ -238,9 +242,10 @@ def _verify_rows(part: Part, config: Any, tables: Mapping[str, EngramTable]) -> 
     is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
     files: dict[Path, TableFile] = {}
     for name, path in part.checkpoint.file_of.items():
-        table, kind = parse_changed_name(name) or parse_block_name(name) or ("", "")
-        if parse_block_name(name) is None and kind != ROWS:
+        changed, block = parse_changed_name(name), parse_block_name(name)
+        if block is None and (changed is None or changed.part != ROWS):
             continue
+        table = block.table if block is not None else changed.table if changed is not None else ""
         file = files.setdefault(path, TableFile(path))
         rows = file.tensor(name)
         if not is_quantized and not rows.is_floating_point():

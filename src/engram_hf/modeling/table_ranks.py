@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate, count
 from pathlib import Path
@@ -51,8 +51,10 @@ LOOKUPS_KEPT = 64
 ANNOUNCED_KEPT = 64
 # Bytes of a held id that travels, and the bits of it.
 ID_BYTES, ID_BITS = 4, 32
-# A rank may be asked for nothing all day. Who asks waits no longer than the run's own process group allows.
+# Nobody may ask a rank for anything all day. A rank that asks waits as long as the process group of the run allows.
 QUIET = timedelta(days=365)
+# Of rows that travel while one rank saves.
+PIECE_BYTES = 2**20
 # How long a rank that has come to its end goes on answering without being asked.
 LINGER_SECONDS = 600.0
 
@@ -217,8 +219,8 @@ class RankFile(TableFile):
 class Answer:
     """What an owner has been asked for: rows that are on their way."""
 
-    def __init__(self, owner: int, buffer: torch.Tensor, works: list, kept: tuple, patience: timedelta):
-        self.owner, self.buffer, self.patience = owner, buffer, patience
+    def __init__(self, owner: int, buffer: torch.Tensor, works: list, kept: tuple):
+        self.owner, self.buffer = owner, buffer
         # What was sent must live until it is there.
         self._works, self._kept = works, kept
 
@@ -230,7 +232,7 @@ class Answer:
         """
         works, self._works = self._works, []
         for work in works:
-            work.wait(self.patience)
+            work.wait()
         self._kept = ()
         return int(self.buffer[:8].view(torch.int64))
 
@@ -285,13 +287,20 @@ class RowService:
         # Owners forget announcements in the order of these messages.
         self.order = threading.RLock()
         self._was_asked = False
+        # Not in every build of torch.
+        from torch.distributed.device_mesh import init_device_mesh
+
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+        # By kind of device: of all processes. torch may make groups for them, for which all have to be here.
+        self.meshes = {kind: init_device_mesh(kind, (self.ranks,)) for kind in kinds}
         self._others = {rank for rank in range(self.ranks) if rank != self.rank}
         self._has_left = False
         if not self._others:
             return
         # The group itself: `destroy_process_group` forgets its name, and other ranks may still ask.
-        self._group = dist.new_group(backend="gloo", timeout=QUIET)
         self._patience = timeout_of_run()
+        self._group = dist.new_group(backend="gloo", timeout=self._patience)
         self._thread = threading.Thread(target=self._serve, name="engram-rows", daemon=True)
         self._thread.start()
         atexit.register(self.leave)
@@ -304,7 +313,7 @@ class RowService:
     def meet(self) -> None:
         """Wait until every rank has come here: before it, a rank may be asked for tables that it has not opened yet."""
         if self.ranks > 1:
-            self._group.barrier().wait(self._patience)
+            self._group.barrier().wait()
 
     def _next_tag(self) -> int:
         """Of an answer; what is sent with the question has the next one. A rank may be asked with the same tags."""
@@ -351,7 +360,7 @@ class RowService:
         else:
             sent, check = ranks.cut.pack(row_ids, owner), int(check_number(row_ids))
         works, kept = self._send(owner, ROWS, ranks.number, sent, tag, len(buffer), check, announced)
-        answer = Answer(owner, buffer, [*works, arrival], kept, self._patience)
+        answer = Answer(owner, buffer, [*works, arrival], kept)
         self.moved.update(rows=num, row_bytes=num * ranks.row_nbytes, **{"announced" if announced else "ids": num})
         with self._lock:
             self._open = [each for each in self._open if each._works]
@@ -364,7 +373,7 @@ class RowService:
     def finish(self, announced: "Announced") -> None:
         """Wait until an announcement is with the owners; it has long been."""
         for work in announced.works:
-            work.wait(self._patience)
+            work.wait()
 
     def ask(self, owner: int, kind: int, table: int, payload: bytes = b"") -> bytes:
         """Ask another rank for something else than rows, and wait for its answer.
@@ -380,12 +389,12 @@ class RowService:
         arrival = self._group.recv([head], owner, tag)
         works, kept = self._send(owner, kind, table, given, tag)
         for work in [*works, arrival]:
-            work.wait(self._patience)
+            work.wait()
         del kept
         status, nbytes = head.tolist()
         answer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes:
-            self._group.recv([answer], owner, tag).wait(self._patience)
+            self._group.recv([answer], owner, tag).wait()
         content = answer.numpy().tobytes()
         if status != DONE:
             raise RuntimeError(f"Rank {owner} could not answer for its part of a table: {content.decode()}")
@@ -398,7 +407,7 @@ class RowService:
             while self._others:
                 head = torch.empty(HEAD_NUMBERS, dtype=torch.int64, device="cpu")
                 arrival = self._group.recv_anysource([head], HEAD_TAG)
-                arrival.wait()
+                arrival.wait(QUIET)
                 self._was_asked = True
                 asker = arrival._source_rank()
                 try:
@@ -425,7 +434,7 @@ class RowService:
         """Take a message from another rank, whose head has come, and answer it where it is a question."""
         payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes:
-            self._group.recv([payload], asker, tag + 1).wait(self._patience)
+            self._group.recv([payload], asker, tag + 1).wait()
         ranks = self._tables[table]() if table < len(self._tables) else None
         if kind == LEAVE:
             self._others.discard(asker)
@@ -514,7 +523,7 @@ class RowService:
         for other in range(self.ranks):
             if other != self.rank:
                 try:
-                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait(self._patience)
+                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait()
                 except RuntimeError:
                     self._others.discard(other)
         patience = min(LINGER_SECONDS, self._patience.total_seconds()) if has_failed else LINGER_SECONDS
@@ -548,7 +557,8 @@ class PendingRows:
         """
         self._ranks = ranks
         self._order, asked = ranks.cut.by_owner(row_ids)
-        self._own = asked[ranks.rank]
+        # Held ids of the rows that are here, (n,).
+        self.own = ranks.cut.to_held(asked[ranks.rank], ranks.rank)
         self._answers = {}
         with ranks.service.order:
             announced = ranks.take_announced(row_ids)
@@ -570,7 +580,7 @@ class PendingRows:
         if self._rows is not None:
             return self._rows
         ranks = self._ranks
-        own = ranks.read(ranks.cut.to_held(self._own, ranks.rank)).cpu()
+        own = ranks.read(self.own).cpu()
         parts, start = [], time.perf_counter()
         for owner in range(ranks.cut.ranks):
             if owner == ranks.rank:
@@ -711,11 +721,63 @@ class TableRanks:
         # The ids too: while they are here, no other tensor has their address.
         self.kept = [*self.kept, (row_ids, rows)][-LOOKUPS_KEPT:]
 
+    def as_sharded(self, held: torch.Tensor, block: int) -> torch.Tensor:
+        """What this rank holds of a block, or of the state of its rows, as torch's distributed checkpoints take it: a
+        DTensor on the same memory.
+
+        Args:
+            held: (rows of the block that this rank holds, ...).
+            block: number of the block.
+        """
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = self.service.meshes[held.device.type]
+        shape = torch.Size([self.cut.rows_of_block[block], *held.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def ask_one(self, rank: int, kind: int, payload: dict) -> bytes:
+        """What a rank answers, which may be this one."""
+        content = json.dumps(payload).encode()
+        return self.handlers[kind](content) if rank == self.rank else self.service.ask(rank, kind, self.number, content)
+
+    def content_of(
+        self, rank: int, kind: int, payload: dict, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> TensorContent:
+        """A tensor with some of the rows that a rank holds, to be written to a file; it arrives while it is written.
+
+        Args:
+            rank: that is asked.
+            kind, payload: of the questions. Each has two numbers more: held ids from `start` up to `end`.
+            dtype, shape: of the whole tensor.
+        """
+        held, nbytes = sum(self.cut.rows_of(rank)), math.prod(shape) * dtype.itemsize
+        at_once = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+
+        def pieces() -> Iterator[bytes]:
+            arrived = 0
+            for start in range(0, held, at_once):
+                piece = self.ask_one(rank, kind, {**payload, "start": start, "end": min(start + at_once, held)})
+                arrived += len(piece)
+                yield piece
+            if arrived != nbytes:
+                raise RuntimeError(
+                    f"Rank {rank} was to give {nbytes:,} bytes of its rows and gave {arrived:,}: it has made a step "
+                    "while another rank saved. Save between two steps, on one rank."
+                )
+
+        return TensorContent(dtype, shape, nbytes, pieces)
+
     def ask_all(self, kind: int, payload: dict) -> list[bytes]:
         """What every other rank answers, in the order of ranks."""
         content = json.dumps(payload).encode()
         others = [rank for rank in range(self.cut.ranks) if rank != self.rank]
         return [self.service.ask(rank, kind, self.number, content) for rank in others]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, which may be torch's DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def open_parts(sources: Mapping[tuple[str, int], BlockSource], cuts: Mapping[str, RowCut], rank: int) -> dict:
