@@ -9,11 +9,12 @@ import torch
 from architectures import tiny_backbone, tiny_memory, with_memory
 from cases import slow
 from foreign import gemma3n_text, publish
+from runs import train_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from engram_hf import (
     EngramBestPatchCallback,
@@ -63,19 +64,8 @@ def whole_patch(model, name="alice", seed=0, mode="replace", tables=None):
     return make_patch(model, name, rows, mode)
 
 
-def train(model, out, name="alice", **fields):
-    args = TrainingArguments(
-        str(out),
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"max_steps": 2, "save_strategy": "no", **fields},
-    )
-    data = [{"input_ids": row, "labels": row} for row in tiny_ids(16, 5)]
-    optimizers = engram_optimizers(args, train_as_patch=name)
-    Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=optimizers).train()
+def train(model, out, name="alice", **changes):
+    train_rows(model, out, patch=name, **{"max_steps": 2, "save_strategy": "no", **changes})
 
 
 @pytest.fixture

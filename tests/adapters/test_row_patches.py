@@ -16,8 +16,9 @@ from architectures import tiny_backbone, tiny_memory, with_memory
 from cases import slow
 from foreign import gemma3n_text, publish, qwen_text
 from peft import LoraConfig, get_peft_model
+from runs import train_rows
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
 from engram_hf import (
@@ -207,29 +208,8 @@ def test_two_patches_are_compared_row_by_row():
 # Training.
 
 
-def train(model, out, name="alice", resume=None, callbacks=(), rule="adam", **changes):
-    fields = {
-        "max_steps": 6,
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **changes,
-    }
-    args = TrainingArguments(str(out), **fields)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 5)],
-        eval_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(8, 5, seed=1)],
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=engram_optimizers(args, rule, work_folder=out.parent / "work", train_as_patch=name),
-    )
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer
+def train(model, out, name="alice", **changes):
+    return train_rows(model, out, patch=name, **{"max_steps": 6, **changes})
 
 
 @pytest.mark.parametrize(
