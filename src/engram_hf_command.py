@@ -326,11 +326,15 @@ def apply(
         places = _from_json("--device-map", device_map) if (device_map or "").startswith("{") else device_map
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from engram_hf import add_patch, disable_patches
+        from engram_hf import add_patch, disable_patches, load_patch
+        from engram_hf.adapters.sources import refuse_missing
 
+        # Before a large model is loaded in vain.
+        found = load_patch(patch)
+        refuse_missing(source, "config.json")
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, device_map=places)
-        add_patch(model, patch, scale)
+        add_patch(model, found, scale)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
 
         def go_on() -> str:
@@ -391,7 +395,7 @@ def memorize(
         ),
     ] = None,
     caution: Annotated[float, typer.Option(help="More of it changes other text less, and fewer facts hold.")] = 100.0,
-    max_steps: Annotated[int, typer.Option(help="Steps of the optimisation at most.")] = 80,
+    max_steps: Annotated[int, typer.Option(help="Steps of the optimisation at most.")] = 120,
     as_json: AsJson = False,
 ) -> None:
     """Write facts into the rows of a memory, as a row patch, and say what came of it.

@@ -39,7 +39,7 @@ def controls(scale: str, results: Results) -> Section:
         for ours, theirs in [paired(ENGRAM, arm, scale, results)]
         if ours
     ]
-    verdict, here = OPEN if own else NOT_RUN, "no control is finished yet"
+    verdict, here = OPEN if own else NOT_RUN, "the MoE of equal size is not finished yet"
     if own:
         gain = difference(own, others)
         each = [a["loss"] - b["loss"] for a, b in zip(own, others)]

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from helpers.evidence_sections import FAILS, FEWEST_SEEDS, HOLDS, NOT_RUN, OPEN, Results, Section, seeds_of
+from helpers.evidence_sections import FAILS, FEWEST_SEEDS, HOLDS, NOT_RUN, OPEN, TOO_FEW, Results, Section, seeds_of
 from helpers.experiment_measures import ON, SILENT, measured_runs, name_of
 from helpers.experiment_runs import Run
 from helpers.experiments import ENGRAM, MOE, SEEDS
@@ -32,8 +32,8 @@ def depth(scale: str, results: Results) -> Section:
         [run.seed, *content["similarity"]["alignment"]] for run, content in found.items() if "similarity" in content
     ]
     if aligned:
-        states = {f"after {state} layers": ".2f" for state in range(len(aligned[0]) - 1)}
-        title = "The state of the MoE that each state of EngramMoE is most like (linear CKA)"
+        states = {f"state {state}": ".2f" for state in range(len(aligned[0]) - 1)}
+        title = "State 0 is before all layers. The state of the MoE that each state of EngramMoE is most like (CKA)"
         parts.append(Table({"seed": "", **states}, aligned, title).markdown())
     pairs = [
         settled[ENGRAM.name, seed, ON] - settled[MOE.name, seed, "as it is"]
@@ -43,8 +43,9 @@ def depth(scale: str, results: Results) -> Section:
     here, verdict = "", OPEN
     if pairs:
         here = f"predictions settle {statistics.mean(pairs):+.2f} layers later than in the MoE, {seeds_of(len(pairs))}"
-        if len(pairs) >= FEWEST_SEEDS:
-            verdict = HOLDS if max(pairs) < 0 else FAILS if min(pairs) > 0 else OPEN
+        verdict = HOLDS if max(pairs) < 0 else FAILS if min(pairs) > 0 else OPEN
+        if len(pairs) < FEWEST_SEEDS:
+            verdict = TOO_FEW
         parts.append(wrap(f"With its memory, {here}."))
     parts.append(
         wrap(

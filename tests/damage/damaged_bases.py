@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import Trainer, TrainingArguments
 
-from engram_hf import EngramMoEForCausalLM, engram_optimizers, quantize_tables
+from engram_hf import EngramMoEForCausalLM, engram_optimizers, make_patch, quantize_tables, save_patch
 
 
 CARD = """---
@@ -70,6 +70,13 @@ def make_bases(folder: Path, tokenizer) -> dict[str, Base]:
     for row_format in ("float8_e4m3fn", "int4"):
         quantize_tables(folder / "plain", folder / row_format, row_format)
 
+    patched = tiny_model(tiny_config(**config))
+    patched.save_pretrained(folder / "patch", **shards)
+    rows = {
+        name: (torch.arange(2, 30, 3), torch.ones(10, table.head_dim)) for name, table in patched.named_tables().items()
+    }
+    save_patch(make_patch(patched, "alice", rows, provenance={"made_by": "hand"}), folder / "patch")
+
     bound = tiny_model(tiny_config(**config, vocab_size=600, engram_compressed_vocab_size="auto"))
     bound.bind_tokenizer(tokenizer)
     bound.save_pretrained(folder / "tokenizer", **shards)
@@ -88,6 +95,7 @@ def make_bases(folder: Path, tokenizer) -> dict[str, Base]:
             Base("apart", folder / "apart", "model", "tables"),
             Base("float8_e4m3fn", folder / "float8_e4m3fn"),
             Base("int4", folder / "int4"),
+            Base("patch", folder / "patch"),
             Base("tokenizer", folder / "tokenizer"),
             Base("training", folder / "training" / "run", "checkpoint-2"),
         )

@@ -110,7 +110,17 @@ def join_file(path: Path, header: dict | bytes, data: bytes) -> None:
 
 
 def header_of_weights(base: Base, rng: random.Random) -> Damage:
-    path = _choose(_weights(base), rng)
+    return damage_header(_choose(_weights(base), rng), rng)
+
+
+def patch_of_rows(base: Base, rng: random.Random) -> Damage:
+    """A digest over all of it leaves no damage to a patch that may go unseen."""
+    path = base.folder / "patch.safetensors"
+    done = damage_bytes(path, rng)[0] if rng.random() < 0.5 else damage_header(path, rng).what
+    return Damage("patch", path.name, done)
+
+
+def damage_header(path: Path, rng: random.Random) -> Damage:
     header, data = split_file(path)
     names = [name for name in header if name != "__metadata__"]
     name, other = rng.choice(names), rng.choice(names)
@@ -588,6 +598,7 @@ KINDS: dict[str, Callable[[Base, random.Random], Damage]] = {
     "index": index_of_weights,
     "config": config_of_model,
     "rows": rows_of_run,
+    "patch": patch_of_rows,
     "optimizer": optimizer_of_run,
     "trainer_state": state_of_run,
     "tokenizer": tokenizer_of_model,
@@ -602,6 +613,7 @@ SHARES = {
     "index": (20, EVERYWHERE),
     "config": (20, EVERYWHERE),
     "rows": (12, ("training",)),
+    "patch": (12, ("patch",)),
     "optimizer": (10, ("training",)),
     "trainer_state": (3, ("training",)),
     "tokenizer": (4, ("tokenizer",)),

@@ -21,8 +21,11 @@ from typer.testing import CliRunner
 
 from engram_hf import (
     EngramMoEForCausalLM,
+    RowPatch,
     inspect_checkpoint,
+    load_patch,
     merge_changed_rows,
+    merge_patch,
     push_engram,
     quantize_tables,
     verify_tables,
@@ -181,6 +184,19 @@ def _digest_of(value) -> str:
     return repr(value)
 
 
+def digest_of_patch(patch: RowPatch) -> str:
+    parts = {name: each._asdict() for name, each in patch.tables.items()}
+    return _digest_of([patch.name, patch.mode, patch.fingerprint, patch.provenance, parts])
+
+
+def patched_logits(folder: Path) -> str:
+    """What a model computes under the patch beside it."""
+    model = EngramMoEForCausalLM.from_pretrained(folder).eval()
+    model.add_patch(load_patch(folder))
+    with torch.no_grad():
+        return _digest_of(model(tiny_ids(1, 9)).logits)
+
+
 def readers_of(base: Base, kind: str, seed: int) -> dict[str, Callable[[], object]]:
     """By name: those that a file of this kind is for. The first one is what the file is for most of all."""
     folder, tables = base.folder, base.tables_from
@@ -189,6 +205,13 @@ def readers_of(base: Base, kind: str, seed: int) -> dict[str, Callable[[], objec
         readers["resume"] = lambda: resumed(folder)
     if kind in ("optimizer", "trainer_state"):
         readers["last"] = lambda: last_complete_checkpoint(folder.parent) in (None, str(folder)) or "another"
+    if kind == "patch":
+        return {
+            "patch": lambda: digest_of_patch(load_patch(folder)),
+            "patched": lambda: patched_logits(folder),
+            "merge patch": lambda: rewritten(lambda source, target: merge_patch(source, source, target), folder),
+            "patch command": lambda: command("patch", "inspect", folder),
+        }
     if kind == "card":
         readers["push"] = lambda: len(push_engram(folder, "user/model", dry_run=True).files)
     readers["load"] = lambda: numbers_of(folder, tables, on_disk=seed % 2 == 0)
@@ -256,7 +279,7 @@ def faults_of(case: Case) -> list[str]:
     found = [f"{reader}: {o.message}" for reader, o in case.outcomes.items() if o.verdict == "bad"]
     verdicts = {reader: outcome.verdict for reader, outcome in case.outcomes.items()}
     load, see, verify = (verdicts.get(reader) for reader in ("load", "inspect", "verify"))
-    for reader in ("load", "merge", "quantize", "resume"):
+    for reader in ("load", "merge", "quantize", "resume", "patch", "patched", "merge patch"):
         if verdicts.get(reader) == "changed" and not case.damage.is_content:
             found.append(f"{reader} gives other results without a word")
     if verify == "unchanged" and load != "unchanged":

@@ -6,6 +6,9 @@ from tiers import TIERS, load, logits_of, right_or_refused
 from tiny import assert_same_logits, tiny_config, tiny_ids, tiny_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from engram_hf import active_patches, add_patch, make_patch, remove_patch
+from engram_hf.training.trained_rows import TrainedRows
+
 
 RULES = {
     "mean": {},
@@ -13,6 +16,10 @@ RULES = {
     "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
     "swa": {"multi_avg_fn": get_swa_multi_avg_fn()},
 }
+
+
+def tables_of(model):
+    return model.named_tables().items()
 
 
 def averaged(model, rule: str, use_buffers: bool, others=()):
@@ -27,6 +34,34 @@ def averaged(model, rule: str, use_buffers: bool, others=()):
 def test_a_model_averaged_with_itself_has_its_logits(rule, use_buffers):
     model = tiny_model()
     assert_same_logits(logits_of(averaged(model, rule, use_buffers)), logits_of(model))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_average_has_the_patches_of_its_model(rule):
+    model = tiny_model()
+    plain = logits_of(model)
+    rows = {name: (torch.arange(table.num_rows), torch.ones(table.num_rows, 8)) for name, table in tables_of(model)}
+    add_patch(model, make_patch(model, "alice", rows))
+    average = averaged(model, rule, use_buffers=False).module
+    assert_same_logits(logits_of(average), logits_of(model))
+    remove_patch(average, "alice")
+    assert_same_logits(logits_of(average), plain)
+    assert active_patches(model) == ["alice"], "the average has patches of its own"
+
+
+def test_an_average_of_a_run_that_trains_a_patch_keeps_the_patch_of_its_beginning():
+    """Averaging goes over parameters, and rows of a patch are none."""
+    model = tiny_model()
+    rows = {name: TrainedRows("alice", table) for name, table in tables_of(model)}
+    model.begin_patch_training("alice", rows)
+    for each in rows.values():
+        each.write(torch.arange(40), torch.ones(40, 8))
+    average, before = AveragedModel(model), logits_of(model)
+    for each in rows.values():
+        each.write(torch.arange(40), torch.full((40, 8), 2.0))
+    average.update_parameters(model)
+    assert_same_logits(logits_of(average.module), before)
+    assert not torch.equal(logits_of(model), before)
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from processes import run_processes
 from run_saves import WAYS
+from run_saves_patch import model_that_trains
 from tiers import load
 from tiny import tiny_model
 
-from engram_hf import verify_tables
+from engram_hf import load_patch, verify_tables
 
 
 def save_in_processes(out: Path, **options) -> None:
@@ -53,6 +54,21 @@ def save_and_read(out: Path, processes: list[int], rounds: list[int], expected_n
 
 def test_processes_that_save_at_once_leave_one_whole_checkpoint(tmp_path, expected_names):
     save_and_read(tmp_path, [2, 3, 4], [0], expected_names)
+
+
+@pytest.mark.slow
+def test_a_patch_in_training_that_every_process_saves_is_left_whole(tmp_path):
+    ran = run_processes([sys.executable, Path(__file__).with_name("run_saves_patch.py"), tmp_path])
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for seed, file in enumerate((tmp_path / "0.safetensors", tmp_path / "1.safetensors", tmp_path / "model")):
+        found, expected = load_patch(file), model_that_trains(seed).trained_patch()
+        assert found.name == "alice" and list(found.tables) == list(expected.tables)
+        for name, each in expected.tables.items():
+            assert torch.equal(found.tables[name].row_ids, each.row_ids)
+            assert torch.equal(found.tables[name].rows, each.rows)
+    verify_tables(tmp_path / "model")
+    left = names(tmp_path / "plain")
+    assert names(tmp_path / "model") == sorted([*left, "patch.safetensors"]) and "patch.safetensors" not in left
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ from engram_hf import (
     set_patches,
     use_patches,
 )
-from engram_hf.modeling.table_patches import has_requests
+from engram_hf.modeling.memory_layer import find_rows
+from engram_hf.modeling.table_overlay import Layer
+from engram_hf.modeling.table_requests import has_requests
 
 
 FIRST, SECOND = "layers.0.engram.table", "layers.2.engram.table"
@@ -209,6 +211,70 @@ def test_patches_of_disjoint_rows_commute_exactly(modes):
     assert torch.equal(logits(model), forth)
     set_patches(model, ["b"])
     assert not torch.equal(logits(model), forth)
+
+
+def random_rows(model, is_read: bool, count: int, seed: int, ids=IDS):
+    """For each table, row ids that some tokens read, or that they do not, and new rows."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for table_name, table in model.named_tables().items():
+        may_be = torch.isin(torch.arange(table.num_rows), row_ids_of(model, table_name, ids)) == is_read
+        row_ids = may_be.nonzero().flatten()
+        row_ids = row_ids[torch.randperm(len(row_ids), generator=generator)[:count]].sort().values
+        found[table_name] = row_ids, torch.randn(len(row_ids), table.head_dim, generator=generator)
+    return found
+
+
+def rows_by_hand(table, row_ids, patched):
+    """A lookup row by row: those of a patch by their row id, and the table's own."""
+    given = dict(zip(patched[0].tolist(), patched[1]))
+    own, first = table.look_up(row_ids).unflatten(-1, (-1, table.head_dim)), table.first_rows_of_heads.tolist()
+    for place in torch.ones_like(row_ids).nonzero().tolist():
+        row_id = int(row_ids[tuple(place)]) + first[place[-1]]
+        if row_id in given:
+            own[tuple(place)] = given[row_id]
+    return own.flatten(-2)
+
+
+# Heads of a table: eight to a byte of the filter, two bytes, several heads to a bit, and numbers that fill no eight.
+@pytest.mark.parametrize("heads_of_order", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [1, 40, 400])
+def test_a_forward_that_reads_one_patched_row_among_many_others_reads_it(heads_of_order, count):
+    model = tiny_model(tiny_config(engram_n_heads=heads_of_order))
+    ids = tiny_ids(2, 7)
+    memories = [layer.engram for layer in model.model.memory_layers()]
+    others = random_rows(model, False, count, count, ids)
+    one_of_each = random_rows(model, True, 1, count + 1, ids)
+    add_patch(model, make_patch(model, "others", others))
+    for table_name, (row_ids, rows) in one_of_each.items():
+        patched = {table_name: (row_ids, rows)}
+        add_patch(model, make_patch(model, "one", patched))
+        _, found = find_rows(model.model.ngram_hash, memories, ids)
+        for memory, (name, table) in zip(memories, model.named_tables().items()):
+            expected = rows_by_hand(table, found[memory.layer_idx], patched.get(name, others[name]))
+            assert torch.equal(memory.table(found[memory.layer_idx]), expected)
+        remove_patch(model, "one")
+
+
+def test_a_forward_of_plain_rows_asks_no_table_for_its_patches(monkeypatch):
+    model = tiny_model()
+    memories = [layer.engram for layer in model.model.memory_layers()]
+    add_patch(model, make_patch(model, "others", random_rows(model, False, 40, 0)))
+    asked = []
+    put = Layer.put
+    monkeypatch.setattr(Layer, "put", lambda layer, *given: asked.append(layer.name) or put(layer, *given))
+    _, row_ids = find_rows(model.model.ngram_hash, memories, IDS)
+    found = [memory.table(row_ids[memory.layer_idx]) for memory in memories]
+    assert asked == []
+    # Patches that are switched behind the look are asked for themselves.
+    rows = random_rows(model, True, 1, 1)
+    add_patch(model, make_patch(model, "one", rows))
+    again = [memory.table(row_ids[memory.layer_idx]) for memory in memories]
+    assert "one" in asked and not any(map(torch.equal, found, again))
+    asked.clear()
+    # A context of its own: each sequence is asked for itself.
+    with use_patches(model, [None, "one", None]):
+        mixed = [memory.table(row_ids[memory.layer_idx]) for memory in memories]
+    assert asked and all(torch.equal(one[::2], other[::2]) for one, other in zip(mixed, found))
 
 
 def test_prefetched_rows_are_patched_and_prefetching_is_not_disturbed(tmp_path):

@@ -1,4 +1,5 @@
-"""Three processes, of which the last one fails in the middle of a run. Not a test: `test_ranks_death.py` starts it.
+"""Three processes, of which the last one fails in the middle of a run, or which all rest. Not a test:
+`test_ranks_death.py` starts it.
 
 Arguments: a folder, what they do, how the last one fails, and in how many seconds the process group gives up.
 """
@@ -6,6 +7,7 @@ Arguments: a folder, what they do, how the last one fails, and in how many secon
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,7 +41,9 @@ def run(rank: int, out: Path, task: str, way: str, seconds: float) -> None:
     message = ""
     try:
         for step in range(4):
-            if step == 2 and rank == RANKS - 1:
+            if step == 2 and way == "rests":
+                time.sleep(1.5 * seconds)
+            elif step == 2 and rank == RANKS - 1:
                 os.kill(os.getpid(), WAYS[way])
             if task == "evaluates":
                 with torch.no_grad():

@@ -157,10 +157,14 @@ def train(
     return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen}
 
 
+def batch_after(number: int) -> int:
+    """The number of the batch that follows in `train`."""
+    return number + 1 if number % 10 == 0 else number + 9
+
+
 def look_ahead(table: EngramTable, number: int, rank: int, ranks: int) -> None:
     """Between a forward and its backward: announce lookups to come, and look up what has no part in the training."""
-    following = number + 1 if number % 10 == 0 else number + 9
-    for each in (number + 100, following):
+    for each in (number + 100, batch_after(number)):
         table.bring_pages(batch(each, rank, ranks)[0])
     row_ids, _ = batch(number + 200, rank, ranks)
     if len(row_ids):
@@ -247,10 +251,12 @@ class NextRanksCut(RowCut):
 
 
 class ShiftingCut(RowCut):
-    """What a network does that mixes messages up: every row id becomes the one before it."""
+    """What a network does that mixes messages up: of the row ids that arrive, one is that of a neighbour."""
 
     def pack(self, row_ids: torch.Tensor, rank: int) -> torch.Tensor:
-        return super().pack(row_ids - 1, rank)
+        packed = super().pack(row_ids, rank)
+        packed[:1] ^= 1
+        return packed
 
 
 def cut_otherwise(path: Path, ranks: int, kind: type[RowCut], in_lookup: bool) -> str:
@@ -335,7 +341,9 @@ def run(rank: int, out: Path, ranks: int) -> None:
         make = partial(batch, heads=heads)
         case = ("adam", "disk" if name == "few" else "host", "float64")
         result[name] = [train(out / f"{name}.safetensors", case, ranks, each, make=make) for each in ways]
-    result["early"] = train(path, EARLY, ranks, service, is_early=True)
+    with Sent() as sent:
+        result["early"] = train(path, EARLY, ranks, service, is_early=True)
+    result["sent early"] = sent.nbytes("send", "uint8")
     result["announced"] = dict(service.moved)
     if ranks == 3:
         result["model"] = use_model(out / "base", out, ranks)

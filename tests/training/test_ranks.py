@@ -17,6 +17,7 @@ from run_ranks import (
     STEPS,
     WIDTH,
     batch,
+    batch_after,
     rows_of_one_owner,
     share_of_tokens,
     train,
@@ -169,23 +170,37 @@ def test_ranks_without_a_row_and_heads_that_lie_on_several_ranks_train_alike(fol
         torch.testing.assert_close(sharded["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
 
 
+def distinct_rows(number: int, rank: int, ranks: int) -> torch.Tensor:
+    """Row ids in the table that a rank reads for a batch."""
+    firsts = torch.tensor(ROWS_OF_HEAD).cumsum(0) - torch.tensor(ROWS_OF_HEAD)
+    return (batch(number, rank, ranks)[0] + firsts).flatten().unique()
+
+
+def rows_of_others(cut: RowCut, rank: int, number: int) -> int:
+    """How many of them other ranks hold."""
+    return int((cut.owner(distinct_rows(number, rank, cut.ranks)) != rank).sum())
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_lookups_that_were_announced_train_the_same_bits_and_owners_know_their_rows_early(results, ranks):
     cut = RowCut([26, 2], ranks)
-    firsts = torch.tensor(ROWS_OF_HEAD).cumsum(0) - torch.tensor(ROWS_OF_HEAD)
+    numbers = [10 * step + part for step in range(STEPS) for part in range(2)]
     for rank, result in enumerate(results):
         early, late = result["early"], result[EARLY]
         torch.testing.assert_close(early["rows"], late["rows"], rtol=0, atol=0)
         torch.testing.assert_close(early["state"], late["state"], rtol=0, atol=0)
         assert early["norms"] == late["norms"]
+        foreign = partial(rows_of_others, cut, rank)
         # Of each batch but the first one.
-        steps = [10 * step + part for step in range(STEPS) for part in range(2)][1:]
-        asked = [(batch(step, each, ranks)[0] + firsts).flatten().unique() for step in steps for each in range(ranks)]
-        wanted = torch.cat(asked)[cut.owner(torch.cat(asked)) == rank].unique()
+        asked = torch.cat([distinct_rows(number, each, ranks) for number in numbers[1:] for each in range(ranks)])
+        wanted = asked[cut.owner(asked) == rank].unique()
         assert torch.isin(cut.to_held(wanted, rank), torch.cat(early["seen"])).all()
-        own = [(batch(step, rank, ranks)[0] + firsts).flatten().unique() for step in steps]
-        foreign = sum(int((cut.owner(each) != rank).sum()) for each in own)
-        assert result["announced"].get("announced", 0) == foreign
+        assert result["announced"].get("announced", 0) == sum(map(foreign, numbers[1:]))
+        # What a rank announces: the batch that follows, and one that never comes. What it asks for in full: the first
+        # batch, one without a gradient in each forward, and in the end all rows, and two bytes for the state.
+        named = sum(foreign(batch_after(each)) + foreign(each + 100) + foreign(each + 200) for each in numbers)
+        in_the_end = int((cut.owner(torch.arange(28)) != rank).sum())
+        assert result["sent early"] == 4 * (foreign(0) + named + in_the_end) + 2 * (ranks - 1)
 
 
 @pytest.mark.parametrize("ranks", [slow(3)])

@@ -45,8 +45,11 @@ from .row_patches import add_patch, make_patch, remove_patch, with_tables
 
 # Of the steps. Chosen on the demo's model and on SmolLM2-135M; rates fall to a tenth.
 LEARNING_RATE, BETAS = 0.15, (0.9, 0.99)
-# What a fact that does not hold counts more after each step.
-GROWTH = 1.05
+# What a fact that does not hold counts more after each step, and one that is so many margins ahead counts less: each
+# fact ends up with the changes that it needs, and not with more.
+GROWTH, DECAY, MARGINS_AHEAD = 1.05, 0.95, 1.5
+# How far tokens are pulled, in margins.
+PULLED_MARGINS = 2
 FACTS_OF_BATCH = 64
 # A name that no user gives.
 TRIED = "memorizing"
@@ -99,7 +102,7 @@ def memorize_many(
     name: str = "facts",
     margin: float = 0.25,
     caution: float = 100.0,
-    max_steps: int = 80,
+    max_steps: int = 120,
     batch_size: int = FACTS_OF_BATCH,
 ) -> tuple[RowPatch, FactReport]:
     """Find changed rows with which a model continues each prompt greedily with its target.
@@ -107,8 +110,8 @@ def memorize_many(
     All rows that the n-grams of prompt and target read may change. Those of the name that a fact is about count too:
     the attention above brings them to the place of the answer. A change costs the more, the more of the text reads its
     row. Facts of a batch are sought together, until each target is ahead by the margin. A fact that does not hold
-    counts more with every step. If some never hold, the step with most facts wins, and the report says why the others
-    failed.
+    counts more with every step, and one that is well ahead counts less. If some never hold, the step with most facts
+    wins, and the report says why the others failed.
 
     Args:
         model: a causal language model with a memory; see `memorize`. Patches that are active count as its rows.
@@ -456,7 +459,8 @@ class _Search:
                 price = torch.stack(
                     [(self.prices[layer_id] * change.rows.square()).sum() for layer_id, change in self.changes.items()]
                 ).sum()
-                holds = self._backward()
+                ahead = self._backward()
+                holds = ahead >= self.margin
                 reached = (int(holds.sum()), -float(price.detach()))
                 if reached > best:
                     best, kept = reached, [leaf.detach().clone() for leaf in leaves]
@@ -468,6 +472,7 @@ class _Search:
                 optimizer.step()
                 optimizer.zero_grad()
                 self.weights[~holds] *= GROWTH
+                self.weights[ahead >= MARGINS_AHEAD * self.margin] *= DECAY
                 self.steps += 1
                 bar.update(1)
         return {
@@ -476,22 +481,24 @@ class _Search:
         }
 
     def _backward(self) -> torch.Tensor:
-        """Leave the gradients of all facts at the changes, and say which facts hold by the margin: (facts,) bool."""
-        holds, first = torch.ones(len(self.weights), dtype=torch.bool), 0
+        """Leave the gradients of all facts at the changes, and say how far each is ahead where it is closest: (facts,).
+
+        A token's loss is what it lacks of the place to which it is pulled. It pushes against the one token that is
+        closest to it, and leaves all others where they are, so rows change less than by cross-entropy.
+        """
+        closest, first = torch.full((len(self.weights),), torch.inf), 0
         for batch in self.batches:
             logits = run(self.memory.model, batch)
             owners, places = batch.is_scored[:, 1:].nonzero(as_tuple=True)
             wanted = batch.input_ids[owners, places + 1].to(logits.device)
             said = logits[owners.to(logits.device), places.to(logits.device)].float()  # (target tokens, vocabulary)
             ahead = margins_of(said, wanted).cpu()
-            holds[first + owners[ahead < self.margin]] = False
-            # A token that is twice the margin ahead is left alone.
-            is_pulled = ahead < 2 * self.margin
-            losses = F.cross_entropy(said, wanted, reduction="none").cpu() * self.weights[first + owners]
-            if is_pulled.any():
-                losses[is_pulled].sum().backward()
+            closest.scatter_reduce_(0, first + owners, ahead.detach(), "amin")
+            losses = F.relu(PULLED_MARGINS * self.margin - ahead) * self.weights[first + owners]
+            if (losses > 0).any():
+                losses.sum().backward()
             first += len(batch.input_ids)
-        return holds
+        return closest
 
 
 def _shares(one: RowsOfTables, other: RowsOfTables) -> Iterator[bool]:

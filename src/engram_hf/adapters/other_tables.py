@@ -16,6 +16,7 @@ from ..modeling.memory_model import TableInfo
 from .memory_files import MODEL_TYPE
 from .served_model import class_with_tables, refuse_unsupported
 from .served_prefetch import prefetch_of_forward
+from .sources import refuse_missing
 from .table_parts import TABLE_CHILD, class_and_config, config_and_arguments, embeddings_of, split_places, tied_weights
 from .taking_over import take_over
 
@@ -52,6 +53,7 @@ def load_with_tables(
         >>> [(table.name, table.tiers) for table in engram_tables(model)]
         [('model.embed_tokens_per_layer', {'disk': 6336})]
     """
+    refuse_missing(folder_or_repo, "config.json", **from_pretrained_arguments)
     refuse_unsupported(str(folder_or_repo), from_pretrained_arguments)
     given = dict(from_pretrained_arguments)
     config, arguments = config_and_arguments(str(folder_or_repo), given.pop("config", None), given)

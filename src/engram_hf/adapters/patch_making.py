@@ -28,9 +28,11 @@ from ..modeling.checkpoint_saving import STAGE_PREFIX
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_safetensors import TensorContent
 from ..modeling.ids_hashing import check_fingerprint, differing_parts
+from ..modeling.memory_patches import check_patch
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import RESIDENT, Block
 from ..modeling.table_changes import rows_of_pieces
+from ..modeling.table_overlay import patched_rows
 from ..modeling.table_patches import (
     PATCH_DTYPES,
     PATCH_FILE,
@@ -38,10 +40,8 @@ from ..modeling.table_patches import (
     PatchedRows,
     RowPatch,
     base_digest,
-    check_patch,
     check_scale,
     describe_patch_in,
-    patched_rows,
 )
 from .memory_files import MemoryFiles
 from .row_patches import load_patch, save_patch, with_tables

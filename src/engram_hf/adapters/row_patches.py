@@ -1,7 +1,8 @@
 """Row patches: adapters made of changed rows, for every model with tables.
 
-The file and the overlay are in modeling/table_patches.py, so that a checkpoint's own code runs with a patch. Here are
-the functions that a stock model with an added memory has no methods for. They behave as the adapters of PEFT.
+The file is in modeling/table_patches.py and the overlay in modeling/table_overlay.py, so that a checkpoint's own code
+runs with a patch. Here are the functions that a stock model with an added memory has no methods for. They behave as the
+adapters of PEFT.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,17 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..modeling.checkpoint_loading import HUB_ARGUMENTS
+from ..modeling.memory_patches import check_patch
 from ..modeling.table_patches import (
     PATCH_FILE,
     REPLACE,
     PatchedRows,
     RowPatch,
     base_digest,
-    check_patch,
     read_patch,
     write_patch,
 )
+from .sources import refuse_missing
 
 
 def with_tables(model: nn.Module) -> Any:
@@ -136,6 +138,7 @@ def load_patch(path_or_repo: str | Path, **hub: Any) -> RowPatch:
     where = Path(path_or_repo)
     if where.exists() or where.suffix == ".safetensors":
         return read_patch(where)
+    refuse_missing(path_or_repo, PATCH_FILE, **hub)
     return read_patch(cast(str, cached_file(str(path_or_repo), PATCH_FILE, **hub)))
 
 

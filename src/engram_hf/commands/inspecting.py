@@ -1,6 +1,7 @@
 """What `engram-hf inspect` prints, and how sizes are written."""
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,12 +26,19 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e3:,.3f} KB" if nbytes else "0"
 
 
+def narrow_table(name: str, *figures: str) -> Table:
+    """A table for 80 columns. A long name goes on in the next line, and a figure never does."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(name, overflow="fold")
+    for figure in figures:
+        table.add_column(figure, no_wrap=True)
+    return table
+
+
 def show_inspection(found: Inspection) -> None:
     """Print the tables of a checkpoint, their files, and what binds them to a tokenizer."""
-    table = Table(title=found.where)
-    for column in ("table", "rows", "row", "bytes", "blocks", "changed rows"):
-        # What does not fit goes on in the next line: a name cut short would name nothing.
-        table.add_column(column, overflow="fold", no_wrap=column == "table")
+    table = narrow_table("table", "rows", "row", "bytes", "blocks", "changed rows")
+    table.title = found.where
     for own in found.tables:
         row = f"{own.head_dim} x {own.dtype}"
         table.add_row(own.name, f"{own.rows:,}", row, size(own.nbytes), str(len(own.blocks)), f"{own.changed_rows:,}")

@@ -5,11 +5,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..adapters.patch_making import ComparedRows
 from ..modeling.table_patches import RowPatch
-from .inspecting import size
+from .inspecting import narrow_table, size
 
 
 def patch_as_dict(patch: RowPatch) -> dict[str, Any]:
@@ -30,9 +29,8 @@ def patch_as_dict(patch: RowPatch) -> dict[str, Any]:
 
 def show_patch(patch: RowPatch) -> None:
     """Print the tables that a patch changes, and what made it."""
-    table = Table(title=f"{patch.name} ({patch.mode}, {size(patch.nbytes)})")
-    for column in ("table", "changed rows", "of", "row"):
-        table.add_column(column, overflow="fold", no_wrap=column == "table")
+    table = narrow_table("table", "changed rows", "of", "row")
+    table.title = f"{patch.name} ({patch.mode}, {size(patch.nbytes)})"
     for name, each in patch.tables.items():
         dtype = str(each.rows.dtype).removeprefix("torch.")
         table.add_row(name, f"{len(each.row_ids):,}", f"{each.table_rows:,}", f"{each.rows.shape[1]} x {dtype}")
@@ -48,11 +46,10 @@ def compared_as_dict(compared: list[ComparedRows]) -> list[dict[str, Any]]:
 
 def show_compared(compared: list[ComparedRows]) -> None:
     """Print which rows two patches share."""
-    table = Table()
-    for column in ("table", "rows", "shared", "conflicts", "norms", "largest difference"):
-        table.add_column(column, overflow="fold", no_wrap=column == "table")
+    table = narrow_table("table", "rows", "shared", "conflicts", "norms", "largest difference")
     for each in compared:
-        rows, norms = (" and ".join(text) for text in (map("{:,}".format, each.rows), map("{:.3g}".format, each.norms)))
+        # One below the other.
+        rows, norms = ("\n".join(text) for text in (map("{:,}".format, each.rows), map("{:.3g}".format, each.norms)))
         table.add_row(
             each.table, rows, f"{each.shared:,}", f"{each.conflicts:,}", norms, f"{each.largest_difference:.3g}"
         )

@@ -111,11 +111,11 @@ def _render(template: str, values: Mapping, metadata: Mapping | CardData) -> Rep
     return RepoCard(environment.from_string(source).render(values, metadata=metadata))
 
 
-def _in_line(value: Any) -> Any:
-    """Text as a part of its line: it starts no block, column, comment or tag. The filter `safe` prevents this."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|")
-    return value
+def _in_line(value: Any) -> str:
+    """A value as a part of its line: it starts no block, column, comment or tag. The filter `safe` prevents this."""
+    if isinstance(value, Markup):
+        return value
+    return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")
 
 
 def _yaml(value: Any) -> Markup:

@@ -119,7 +119,7 @@ def find_ngrams(
     return torch.where(reach.unsqueeze(1) >= shifts, shifted, pad_id)
 
 
-def hash_layers(ngrams: torch.Tensor, multipliers: torch.Tensor, primes: torch.Tensor) -> Sequence[torch.Tensor]:
+def hash_layers(ngrams: torch.Tensor, multipliers: torch.Tensor, primes: torch.Tensor) -> torch.Tensor:
     """Row ids of all heads of several layers, over the same tokens.
 
     Args:
@@ -128,7 +128,7 @@ def hash_layers(ngrams: torch.Tensor, multipliers: torch.Tensor, primes: torch.T
         primes: (layers, 1, 1, orders, heads per order) int64.
 
     Returns:
-        for each layer (batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
+        (layers, batch, seq, orders * heads per order) int64, each in [0, prime of its head), order by order.
     """
     products = (ngrams * multipliers).unbind(2)
     mixes = [products[-1] ^ products[-2]]
@@ -136,7 +136,7 @@ def hash_layers(ngrams: torch.Tensor, multipliers: torch.Tensor, primes: torch.T
         mixes.append(mixes[-1] ^ product)
     # One remainder per head, in the place of the number that it is taken of.
     mixed = torch.stack(mixes, dim=-1).unsqueeze(-1).expand(*mixes[0].shape, *primes.shape[-2:])
-    return mixed.contiguous().fmod_(primes).flatten(-2).unbind(0)
+    return mixed.contiguous().fmod_(primes).flatten(-2)
 
 
 def stack_constants(
@@ -252,13 +252,15 @@ class HashedTokens(NamedTuple):
     ngrams: (batch, N, seq) ids of the longest n-gram that ends at each token, the oldest first.
     row_ids: layer id to (batch, seq, heads) row ids, each in [0, rows of its head).
     before: of `Seen`: where the tokens before it are; None for directly before it.
+    stacked: (layers, batch, seq, heads) the row ids of all layers in their order.
     """
 
     ids: torch.Tensor
     reach: torch.Tensor
     ngrams: torch.Tensor
     row_ids: dict[int, torch.Tensor]
-    before: torch.Tensor | None = None
+    before: torch.Tensor | None
+    stacked: torch.Tensor
 
 
 class NgramHash(nn.Module):
@@ -429,7 +431,7 @@ class NgramHash(nn.Module):
             reach = reach_along(ids, seen.reach.to(ids.device), before, run_before)
         ngrams = self._find_ngrams(read, reach, pad_id, before)
         rows = hash_layers(ngrams, *(constant.to(ids.device) for constant in self._constants))
-        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows, strict=True)), before)
+        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows.unbind(), strict=True)), before, rows)
 
     def row_ids(
         self, layer_id: int, compressed_ids: torch.Tensor, positions: torch.Tensor | None = None

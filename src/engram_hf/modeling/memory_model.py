@@ -55,22 +55,19 @@ from .configuration_memory import TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint, differing_parts
 from .memory_layer import EngramLayer
+from .memory_patches import ModelPatches, check_patch
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
 from .table_nodes import HostNodes
+from .table_overlay import RowsInTraining
 from .table_patches import (
     PATCH_DTYPES,
-    ModelPatches,
     PatchedRows,
     RowPatch,
-    RowsInTraining,
     base_digest,
-    check_patch,
-    count_copies,
     describe_patch_in,
-    generating,
     read_patch,
     save_trained_patch,
 )
@@ -89,6 +86,7 @@ from .table_placement import (
     split_device_map,
 )
 from .table_ranks import RowService, open_parts, start_ranks
+from .table_requests import count_copies, generating
 from .table_traffic import nbytes_of_step, rows_of_step
 
 
@@ -603,7 +601,7 @@ class ModelWithTables:
         for layer in layers:
             layer.table.bring_pages(row_ids[layer.layer_idx])
 
-    # Row patches (table_patches.py).
+    # Row patches (memory_patches.py).
 
     def hash_of_table(self, table_name: str) -> NgramHash | None:
         """The hash that finds the rows of a table, by its name inside the base model; None where the model's own code
@@ -713,8 +711,14 @@ class ModelWithTables:
             rows: name of a table inside the base model to its rows in the patch.
 
         Raises:
-            ValueError: there are patches already.
+            ValueError: there are patches already, or the tables belong to several memories.
         """
+        hashes = [self.hash_of_table(table_name) for table_name in rows]
+        if any(each is not hashes[0] for each in hashes):
+            raise ValueError(
+                f"A patch belongs to one memory, and {', '.join(rows)} belong to several. Train one patch after the "
+                "other, each over the tables of one memory."
+            )
         self._row_patches().train(self.named_tables(), name, rows)
 
     def end_patch_training(self) -> None:

@@ -23,7 +23,7 @@ from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, dige
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
-from .table_patches import TablePatches, is_traced
+from .table_overlay import TablePatches, is_traced
 from .table_ranks import PendingRows, RowCut, RowService, TableRanks, local_part
 from .table_saving import TableSaving
 
@@ -267,7 +267,10 @@ class EngramTable(nn.Module):
     def _prefetch(self, row_ids: torch.Tensor, on_cpu: torch.Tensor) -> None:
         if self.ranks is not None:
             if self.ranks.find_kept(row_ids) is None:
-                self.ranks.remember(row_ids, *self._ask_ranks(self.ranks, on_cpu))
+                groups, pending = self._ask_ranks(self.ranks, on_cpu)
+                for pages, file in self._pages_of_held(pending.own):
+                    self._reader.start(pages, file)
+                self.ranks.remember(row_ids, groups, pending)
             return
         block_rows = self._split_on_cpu(on_cpu)
         if row_ids.is_cuda and not self.is_in_training:
@@ -401,10 +404,14 @@ class EngramTable(nn.Module):
 
     def _bring_held(self, reader: PageReader, held: torch.Tensor) -> None:
         """Read the pages of rows that a step to come needs, (n,) held ids, behind everything else; returns at once."""
+        for pages, file in self._pages_of_held(held):
+            reader.read_aside(pages, file)
+
+    def _pages_of_held(self, held: torch.Tensor) -> Iterator[tuple[np.ndarray, MappedFile]]:
+        """The pages of rows that this process holds, (n,) held ids, ascending, and the files on disk that have them."""
         for block, _, wanted in self.parts(held):
             if block.is_on_disk and block.source is not None:
-                pages = pages_of_rows(block.addresses(wanted.numpy()), self.row_nbytes)
-                reader.read_aside(pages, block.source.file)
+                yield pages_of_rows(block.addresses(wanted.numpy()), self.row_nbytes), block.source.file
 
     def _ask_ranks(self, ranks: TableRanks, on_cpu: torch.Tensor) -> tuple[Grouping, PendingRows]:
         """Ask for the rows of a lookup, (..., heads) on the CPU; returns at once."""

@@ -51,7 +51,7 @@ LOOKUPS_KEPT = 64
 ANNOUNCED_KEPT = 64
 # Bytes of a held id that travels, and the bits of it.
 ID_BYTES, ID_BITS = 4, 32
-# A rank may be asked for nothing all day. Who asks waits no longer than the run's own process group allows.
+# Nobody may ask a rank for anything all day. A rank that asks waits as long as the process group of the run allows.
 QUIET = timedelta(days=365)
 # Of rows that travel while one rank saves.
 PIECE_BYTES = 2**20
@@ -219,8 +219,8 @@ class RankFile(TableFile):
 class Answer:
     """What an owner has been asked for: rows that are on their way."""
 
-    def __init__(self, owner: int, buffer: torch.Tensor, works: list, kept: tuple, patience: timedelta):
-        self.owner, self.buffer, self.patience = owner, buffer, patience
+    def __init__(self, owner: int, buffer: torch.Tensor, works: list, kept: tuple):
+        self.owner, self.buffer = owner, buffer
         # What was sent must live until it is there.
         self._works, self._kept = works, kept
 
@@ -232,7 +232,7 @@ class Answer:
         """
         works, self._works = self._works, []
         for work in works:
-            work.wait(self.patience)
+            work.wait()
         self._kept = ()
         return int(self.buffer[:8].view(torch.int64))
 
@@ -299,8 +299,8 @@ class RowService:
         if not self._others:
             return
         # The group itself: `destroy_process_group` forgets its name, and other ranks may still ask.
-        self._group = dist.new_group(backend="gloo", timeout=QUIET)
         self._patience = timeout_of_run()
+        self._group = dist.new_group(backend="gloo", timeout=self._patience)
         self._thread = threading.Thread(target=self._serve, name="engram-rows", daemon=True)
         self._thread.start()
         atexit.register(self.leave)
@@ -313,7 +313,7 @@ class RowService:
     def meet(self) -> None:
         """Wait until every rank has come here: before it, a rank may be asked for tables that it has not opened yet."""
         if self.ranks > 1:
-            self._group.barrier().wait(self._patience)
+            self._group.barrier().wait()
 
     def _next_tag(self) -> int:
         """Of an answer; what is sent with the question has the next one. A rank may be asked with the same tags."""
@@ -360,7 +360,7 @@ class RowService:
         else:
             sent, check = ranks.cut.pack(row_ids, owner), int(check_number(row_ids))
         works, kept = self._send(owner, ROWS, ranks.number, sent, tag, len(buffer), check, announced)
-        answer = Answer(owner, buffer, [*works, arrival], kept, self._patience)
+        answer = Answer(owner, buffer, [*works, arrival], kept)
         self.moved.update(rows=num, row_bytes=num * ranks.row_nbytes, **{"announced" if announced else "ids": num})
         with self._lock:
             self._open = [each for each in self._open if each._works]
@@ -373,7 +373,7 @@ class RowService:
     def finish(self, announced: "Announced") -> None:
         """Wait until an announcement is with the owners; it has long been."""
         for work in announced.works:
-            work.wait(self._patience)
+            work.wait()
 
     def ask(self, owner: int, kind: int, table: int, payload: bytes = b"") -> bytes:
         """Ask another rank for something else than rows, and wait for its answer.
@@ -389,12 +389,12 @@ class RowService:
         arrival = self._group.recv([head], owner, tag)
         works, kept = self._send(owner, kind, table, given, tag)
         for work in [*works, arrival]:
-            work.wait(self._patience)
+            work.wait()
         del kept
         status, nbytes = head.tolist()
         answer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes:
-            self._group.recv([answer], owner, tag).wait(self._patience)
+            self._group.recv([answer], owner, tag).wait()
         content = answer.numpy().tobytes()
         if status != DONE:
             raise RuntimeError(f"Rank {owner} could not answer for its part of a table: {content.decode()}")
@@ -407,7 +407,7 @@ class RowService:
             while self._others:
                 head = torch.empty(HEAD_NUMBERS, dtype=torch.int64, device="cpu")
                 arrival = self._group.recv_anysource([head], HEAD_TAG)
-                arrival.wait()
+                arrival.wait(QUIET)
                 self._was_asked = True
                 asker = arrival._source_rank()
                 try:
@@ -434,7 +434,7 @@ class RowService:
         """Take a message from another rank, whose head has come, and answer it where it is a question."""
         payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes:
-            self._group.recv([payload], asker, tag + 1).wait(self._patience)
+            self._group.recv([payload], asker, tag + 1).wait()
         ranks = self._tables[table]() if table < len(self._tables) else None
         if kind == LEAVE:
             self._others.discard(asker)
@@ -523,7 +523,7 @@ class RowService:
         for other in range(self.ranks):
             if other != self.rank:
                 try:
-                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait(self._patience)
+                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait()
                 except RuntimeError:
                     self._others.discard(other)
         patience = min(LINGER_SECONDS, self._patience.total_seconds()) if has_failed else LINGER_SECONDS
@@ -557,7 +557,8 @@ class PendingRows:
         """
         self._ranks = ranks
         self._order, asked = ranks.cut.by_owner(row_ids)
-        self._own = asked[ranks.rank]
+        # Held ids of the rows that are here, (n,).
+        self.own = ranks.cut.to_held(asked[ranks.rank], ranks.rank)
         self._answers = {}
         with ranks.service.order:
             announced = ranks.take_announced(row_ids)
@@ -579,7 +580,7 @@ class PendingRows:
         if self._rows is not None:
             return self._rows
         ranks = self._ranks
-        own = ranks.read(ranks.cut.to_held(self._own, ranks.rank)).cpu()
+        own = ranks.read(self.own).cpu()
         parts, start = [], time.perf_counter()
         for owner in range(ranks.cut.ranks):
             if owner == ranks.rank:

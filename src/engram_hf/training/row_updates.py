@@ -79,7 +79,8 @@ class RowUpdates:
                 "in its `wide` or `narrow`, such as a count of steps."
             )
         self.name, self.table, self.rule, self.seed = name, table, rule, seed
-        # A patch that is trained is in no file of the model.
+        # Saving the model does not write the rows of a patch. So the state of the optimizer has to hold them, or a run
+        # could not be resumed.
         self.patch = table.patches.trained
         self.saves_rows = saves_rows or self.patch is not None
         # Steps that have moved a row.

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from ..modeling.table import EngramTable
-from ..modeling.table_patches import REPLACE, Layer, PatchedRows, find_rows_among
+from ..modeling.table_overlay import Layer, find_rows_among
+from ..modeling.table_patches import REPLACE, PatchedRows
 
 
 class TrainedRows:

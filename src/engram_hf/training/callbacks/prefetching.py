@@ -76,7 +76,9 @@ class RowPrefetcher:
             self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))
             if table.ranks is not None:
                 self.ranks[layer_id] = table.ranks
-        self._process, self._lookups = os.getpid(), multiprocessing.get_context("fork").Queue()
+        # What forked workers announce.
+        self._lookups: Any = multiprocessing.get_context("fork").Queue() if self.ranks else None
+        self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self.reader = PageReader()
         # Shared by all processes that have a copy of this.

@@ -1,0 +1,1 @@
+../src/engram_hf/modeling/memory_patches.py
