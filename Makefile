@@ -59,6 +59,8 @@ test-all: install ## what is marked slow: killed runs, damaged files by the thou
 
 test-tools: install ## install servers, evaluation, quantizers and exporters, and drive them
 	$(PIP_INSTALL) -e ".[dev,tools]"
+	@# Apart, and without what it depends on: it would bring another build of torch.
+	-$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .torchrec -r tests/tools/torchrec_requirements.txt
 	$(PYTEST) tests/tools
 
 bench: install ## every benchmark, about an hour; figures go to scripts/benchmarks/results and docs/results.md
@@ -78,6 +80,7 @@ bench: install ## every benchmark, about an hour; figures go to scripts/benchmar
 	$(BENCH)/bench_other_tables.py
 	$(BENCH)/bench_per_layer_embeddings.py
 	$(BENCH)/bench_added_memory.py
+	$(BENCH)/bench_ranks.py
 	$(BENCH)/bench_gpu.py
 	$(BIN)/python scripts/maintenance/render_results.py
 

@@ -107,6 +107,9 @@ def plan(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of the step that is counted.", min=1)] = 1,
     seq_length: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 2048,
+    ranks: Annotated[
+        int, typer.Option(help='Processes to cut tables over (engram_ranks="shard"); all sizes are of one.', min=1)
+    ] = 1,
     bandwidth: Annotated[
         float | None, typer.Option(help="GB a second from RAM to the accelerator; 25 (PCIe 4.0 x16) is assumed.")
     ] = None,
@@ -142,7 +145,7 @@ def plan(
         by_device = None if limits is None else _by_device(limits)
         if by_device is not None:
             places = places or "auto"
-        estimate = estimate_memory(config, places, type_of_backbone, by_device, batch_size, seq_length)
+        estimate = estimate_memory(config, places, type_of_backbone, by_device, batch_size, seq_length, ranks)
         parameters = count_parameters(config)
         shares = [each / 100 for each in share] if share else PAPER_SHARES
         allocations = {"allocations": allocations_as_list(config, shares)} if allocate else {}
@@ -188,7 +191,9 @@ def verify(
 ) -> None:
     """Read every byte of a checkpoint, and say what is not as it was saved or does not belong together.
 
-    Takes as long as reading the files once. Ends with exit code 1 where something is wrong.
+    Takes as long as reading the files once. Ends with exit code 1 where something is wrong. Of other models with lookup
+    tables (Qwen, Gemma) it compares files with the SHA-256 that save_pretrained wrote, and sees that the tables fit the
+    config and that their rows are finite.
     """
     with sentences(as_json):
         from engram_hf.checkpoints.verifying import verify_tables

@@ -230,12 +230,15 @@ def test_the_guide_of_ranks_has_the_table_that_its_script_writes(monkeypatch):
 
 @pytest.mark.slow
 def test_the_example_of_the_guide_of_ranks_trains_on_two(scratch):
-    script = re.search(r"^```py\n(.*?)^```$", read("docs/ranks.md"), re.DOTALL | re.MULTILINE)[1]
+    script, with_fsdp = re.findall(r"^```py\n(.*?)^```$", read("docs/ranks.md"), re.DOTALL | re.MULTILINE)
     Path("train.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     ran = run_processes(command)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert AutoModelForCausalLM.from_pretrained("output/ranks/checkpoint-4").engram_tables()
+    Path("fsdp.py").write_text(with_fsdp)
+    ran = run_processes([*command[:-1], "fsdp.py"])
+    assert ran.returncode == 0 and Path("output/fsdp/saved/.metadata").is_file(), ran.stderr[-3000:]
     Path("train.py").write_text(script.replace(", use_cpu=True", ""))
     assert "use_cpu=True" in run_processes(command).stderr
 

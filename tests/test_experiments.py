@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,11 @@ pytest.importorskip("datasets")
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+# Of a model that is smaller than those of the experiments.
+FIELDS = {
+    "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 8,
+    "n_routed_experts": 8, "engram_vocab_size": 211,
+}  # fmt: skip
 BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
@@ -269,9 +277,7 @@ def text(notes, tmp_path, monkeypatch):
     from helpers import experiments
     from helpers.experiments_text import prepare
 
-    fields = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
-    fields |= {"moe_intermediate_size": 8, "n_routed_experts": 8, "engram_vocab_size": 211}
-    monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 4 * 2048, fields))
+    monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 4 * 2048, FIELDS))
     gather("--dataset", notes, "--output", tmp_path / "knowledge")
     made = prepare(4 * 2048, 600, tmp_path / "knowledge")
     made.most_tokens, made.held_out = 4 * 2048, made.held_out[:8]
@@ -316,7 +322,7 @@ def test_a_question_is_answered_by_the_likeliest_letters(tokenizer):
     assert {digit for digits in expected.values() for digit in digits} == {"0", "1"}
 
 
-def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None):
+def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None, best: float = 4e-3):
     """Train an arm in a folder of its own; optionally stop it at a step, as a kill does."""
     from helpers import experiment_runs
     from helpers.experiments import CONTROLS, MEMORY_SIZES, ON_DISK
@@ -326,7 +332,7 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
     for family in ("engram", "moe", "dense"):
         for rate in experiment_runs.RATES:
             name = f"tiny-tuning-{family}-{rate:g}.json"
-            (results / name).write_text(json.dumps({"loss": abs(rate - 4e-3)}))
+            (results / name).write_text(json.dumps({"loss": abs(rate - best)}))
     arms = [*CONTROLS, MEMORY_SIZES[-1], ON_DISK]
     arm = next(arm for arm in arms if arm.name == arm_name)
     run = experiment_runs.Run(arm, 0)
@@ -343,7 +349,7 @@ def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monk
             experiment_runs.train(run, text, folder, results)
     assert not (results / f"{run.name}.json").exists()
     # A kill in the middle of a save leaves a checkpoint without its last file.
-    broken = folder / "runs" / f"{run.name}-{text.digest}" / "checkpoint-99"
+    broken = folder / "runs" / f"{run.name}-{text.digest}-0.004" / "checkpoint-99"
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')
 
@@ -369,6 +375,63 @@ def test_a_rerun_and_a_run_that_was_killed_give_the_same_loss_to_the_last_digit(
     assert whole["steps"] == 4 and whole["learning_rate"] == 4e-3 and whole["cpu_hours"] > 0
     # The second call reads the file of the first.
     assert train_in(tmp_path / "whole", text, "shuffled-hash") == whole
+
+
+def test_a_run_that_began_at_another_rate_begins_anew(text, tmp_path, monkeypatch):
+    from helpers import experiment_runs
+
+    train_in(tmp_path, text, "moe", 3, monkeypatch)
+    begun: list[int] = []
+    record = lambda self, args, state, control, **kwargs: begun.append(state.global_step)  # noqa: E731
+    monkeypatch.setattr(experiment_runs.CpuSeconds, "on_step_begin", record, raising=False)
+    content = train_in(tmp_path, text, "moe", best=8e-3)
+    assert begun == [0, 1, 2, 3] and content["learning_rate"] == 8e-3
+
+
+# Trains 60 steps as run.py does, of a corpus and in a folder of its own.
+SLOW_RUN = """
+import json, sys
+from pathlib import Path
+import torch
+from helpers import experiment_runs, experiments
+from helpers.experiments_text import prepare
+
+torch.set_num_threads(1)
+knowledge, folder, fields = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+experiments.SCALES["tiny"] = experiments.Scale("tiny", 60 * 2048, fields)
+text = prepare(60 * 2048, 600, knowledge)
+text.train.ids, text.held_out = text.train.ids.repeat(16, 1)[: 60 * 16], text.held_out[:8]
+run = experiment_runs.Run(experiments.ENGRAM, 0)
+experiment_runs.train(run, text, folder, folder / "results")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_the_system_kills_twice_ends_with_the_same_digits(notes, tmp_path):
+    from helpers.experiment_runs import RATES
+
+    gather("--dataset", notes, "--output", tmp_path / "knowledge")
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPTS}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SLOW_RUN, str(tmp_path / "knowledge")]
+    for name in ("whole", "killed"):
+        (tmp_path / name / "results").mkdir(parents=True)
+        for rate in RATES:
+            path = tmp_path / name / "results" / f"tiny-tuning-engram-{rate:g}.json"
+            path.write_text(json.dumps({"loss": abs(rate - 4e-3)}))
+    result = "results/tiny-engram-seed0.json"
+    subprocess.run([*command, str(tmp_path / "whole"), json.dumps(FIELDS)], env=environment, check=True)
+    for step in (8, 32):
+        process = subprocess.Popen([*command, str(tmp_path / "killed"), json.dumps(FIELDS)], env=environment)
+        while not list((tmp_path / "killed").glob(f"runs/*/checkpoint-{step}")):
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "killed" / result).exists()
+    subprocess.run([*command, str(tmp_path / "killed"), json.dumps(FIELDS)], env=environment, check=True)
+    whole, killed = (json.loads((tmp_path / name / result).read_text()) for name in ("whole", "killed"))
+    assert whole["steps"] == 60 and len(whole["curve"]) == 30
+    assert (killed["loss"], killed["documents"], killed["curve"]) == (whole["loss"], whole["documents"], whole["curve"])
 
 
 def test_a_table_on_disk_learns_what_a_table_in_memory_learns_also_after_a_kill(text, tmp_path, monkeypatch):
@@ -416,13 +479,164 @@ def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, note
     assert f"{found['lora']['loss']:.4f}" in section.parts[0] and len(section.files) == 4
 
 
+# Long context.
+
+
+def answers_by_reading(ids: list[int]) -> list[tuple[int, int, int]]:
+    """The place, the value and the hops of each answer, by doing what the row says, word by word."""
+    known: dict[int, tuple[int, int]] = {}
+    found, place = [], 0
+    while place < len(ids):
+        word = ids[place]
+        if word == 1:
+            name, said = ids[place + 1 : place + 3]
+            assert name not in known
+            value, hops = known.get(said, (said, -1))
+            known[name] = (value, hops + 1)
+            place += 3
+        elif word == 2:
+            found.append((place + 2, *known[ids[place + 1]]))
+            place += 3
+        else:
+            # A phrase goes on as it always does.
+            assert word >= 72 and word % 4 == 0 and ids[place : place + 4] == list(range(word, word + 4))
+            place += 4
+    return found
+
+
+@pytest.mark.parametrize("kind, hops", [("needles", {0}), ("variables", {0, 1, 2})])
+@pytest.mark.parametrize("length", [256, 1024])
+@pytest.mark.parametrize("is_asked_at_end", [False, True])
+def test_a_row_of_the_made_up_language_asks_what_it_has_said(kind, hops, length, is_asked_at_end):
+    from helpers.recall_task import make_row
+
+    seen = set()
+    for seed in range(20):
+        row = make_row(kind, length, random.Random(seed), is_asked_at_end)
+        ids, labels = row.ids.tolist(), row.labels.tolist()
+        assert len(ids) == len(labels) == length
+        found = answers_by_reading(ids)
+        assert row.hops == [hop for _, _, hop in found] and set(row.hops) <= hops
+        expected = [-100] * length
+        for place, value, _ in found:
+            assert ids[place] == value and 40 <= value < 72
+            expected[place] = value
+        assert labels == expected
+        if is_asked_at_end:
+            asked = ids[-36:]
+            assert asked[::3] == [2] * 12 and len(set(asked[1::3])) == 12 and len(found) == 12
+        else:
+            assert len(found) == length * 40 // 256
+        again = make_row(kind, length, random.Random(seed), is_asked_at_end)
+        assert torch.equal(row.ids, again.ids)
+        seen.add(tuple(ids))
+        # They lie anywhere in the row, not at its beginning.
+        said = [place for place, word in enumerate(ids) if word == 1]
+        assert len(said) == 12 and said[0] == 0 and said[-1] > length / 4
+    assert len(seen) == 20
+
+
+def test_rows_of_other_kinds_and_lengths_are_refused():
+    from helpers.recall_task import make_row
+
+    with pytest.raises(ValueError, match="There is no task 'hay'. Tasks are needles, variables."):
+        make_row("hay", 256, random.Random(0), True)
+    with pytest.raises(ValueError, match="A row of 60 tokens has no room"):
+        make_row("needles", 60, random.Random(0), True)
+
+
+@torch.no_grad()
+def test_an_answer_counts_where_the_likeliest_token_before_it_is_the_answer(monkeypatch):
+    from helpers import recall_runs
+
+    monkeypatch.setattr(recall_runs, "ASKED_ROWS", 4)
+
+    class Knows(torch.nn.Module):
+        """Right about every answer to a row of needles, and wrong about all others."""
+
+        device = torch.device("cpu")
+
+        def forward(self, ids):
+            scores = torch.zeros(*ids.shape, 256)
+            for place, value, hops in answers_by_reading(ids[0].tolist()):
+                scores[0, place - 1, value if hops == 0 else 3] = 1.0
+            return SimpleNamespace(logits=scores)
+
+    found = recall_runs.answers(Knows(), 256)
+    rows = recall_runs.RecallRows("asked", 4, 256, are_asked_at_end=True)
+    hops = [hop for index in (1, 3) for _, _, hop in answers_by_reading(rows[index]["input_ids"].tolist())]
+    assert found == {"needles": "1" * 24, "variables": "".join("1" if hop == 0 else "0" for hop in hops)}
+
+
+@pytest.fixture
+def short_recall(monkeypatch, tmp_path):
+    """A run of few steps, for a small model; three tuning runs are there already."""
+    from helpers import experiments, recall_runs
+
+    monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 0, FIELDS))
+    sizes = {"STEPS": 4, "LONG_STEPS": 4, "TUNING_STEPS": 2, "ROWS": 2, "LONG_ROWS": 1, "ASKED_ROWS": 2}
+    for name, value in {**sizes, "EXTENDED": 512, "LENGTHS": (256, 512)}.items():
+        monkeypatch.setattr(recall_runs, name, value)
+    (tmp_path / "results").mkdir()
+    for rate in recall_runs.RATES[1:]:
+        (tmp_path / "results" / f"recall-tuning-engram-{rate:g}.json").write_text(json.dumps({"loss": 99 + rate}))
+    return recall_runs
+
+
+def test_a_run_on_long_context_goes_on_after_a_kill_in_its_long_rows(short_recall, tmp_path, monkeypatch):
+    from helpers.experiment_runs import CpuSeconds
+    from helpers.experiments import ENGRAM
+
+    results = tmp_path / "results"
+    tuned = short_recall.train_recall(short_recall.RecallRun(ENGRAM, 1000, 1e-3), tmp_path / "a", results)
+    assert tuned["loss"] < 99 and "right" not in tuned
+    run = short_recall.RecallRun(ENGRAM, 0)
+    whole = short_recall.train_recall(run, tmp_path / "a", results)
+    assert whole["learning_rate"] == 1e-3 and len(whole["curve"]) == len(whole["long_curve"]) == 4
+    (results / f"{run.name}.json").unlink()
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 3 and args.per_device_train_batch_size == short_recall.LONG_ROWS:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuSeconds, "on_step_begin", die, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            short_recall.train_recall(run, tmp_path / "b", results)
+    killed = short_recall.train_recall(run, tmp_path / "b", results)
+    of_time = ("cpu_hours",)
+    assert {**killed, **dict.fromkeys(of_time)} == {**whole, **dict.fromkeys(of_time)}
+    assert not [path for path in (tmp_path / "b").rglob("*") if "checkpoint" in path.name]
+    by_way = whole["right"]
+    assert set(by_way) == {"as trained", "YaRN", "YaRN, trained on long rows"}
+    assert set(by_way["YaRN"]) == {"256", "512"} and len(by_way["YaRN"]["512"]["needles"]) == 12
+
+
+@torch.no_grad()
+def test_extending_changes_positions_and_no_weight(short_recall, tmp_path):
+    from helpers.experiments import ENGRAM
+    from transformers import AutoModelForCausalLM
+
+    from engram_hf import EngramMoEForCausalLM
+
+    model = EngramMoEForCausalLM(short_recall.config_of(ENGRAM)).eval()
+    longer = short_recall.extended(model).eval()
+    assert all(torch.equal(own, longer.state_dict()[name]) for name, own in model.state_dict().items())
+    model.save_pretrained(tmp_path / "model")
+    # As a user extends a model.
+    rope = {**short_recall.YARN, "rope_theta": model.config.rope_parameters["rope_theta"]}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", rope_parameters=rope)
+    ids = short_recall.RecallRows("any", 1, 512)[0]["input_ids"][None]
+    assert torch.equal(longer(ids).logits, loaded(ids).logits)
+    assert not torch.equal(longer(ids).logits, model(ids).logits)
+
+
 # Pages.
 
 
 def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[str, dict]:
     """Results of all experiments: EngramMoE is better by `gain`, more rows are better, and shares make a U."""
-    from helpers.evidence_page import ON, SILENT
-    from helpers.experiment_measures import name_of
+    from helpers.experiment_measures import ON, SILENT, name_of
     from helpers.experiment_runs import Run
     from helpers.experiments import ALLOCATIONS, ENGRAM, EXPERIMENTS, MEMORY_SIZES, MOE, ROW_FACTORS, SHARES
 
@@ -443,8 +657,9 @@ def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[
             nats = of_articles + tokens * loss + draw.normal(0, 0.05, 60)
             run = Run(arm, seed)
             found[run.name] = {
-                "name": run.name, "arm": arm.name, "seed": seed, "learning_rate": 4e-3, "steps": 5, "tokens": 9,
-                "text": "t", "threads": 1, "parameters": {"total": 1, "active": 1, "tables": 1}, "curve": [[1, 5.0]],
+                "name": run.name, "arm": arm.name, "family": arm.family, "seed": seed, "learning_rate": 4e-3,
+                "steps": 5, "tokens": 9, "text": "t", "threads": 1, "curve": [[1, 5.0]],
+                "parameters": {"total": 1, "active": 1, "tables": 1},
                 "loss": float(nats.sum() / tokens.sum()), "cpu_hours": 0.25, "hardware": "h", "commit": "c",
                 "versions": {"torch": "2"}, "documents": {"nats": nats.tolist(), "tokens": tokens.tolist()},
             }  # fmt: skip
@@ -469,7 +684,8 @@ def uneven(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def test_verdicts_follow_the_figures():
-    from helpers.evidence_page import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW, section_of
+    from helpers.evidence_page import section_of
+    from helpers.evidence_sections import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW
     from helpers.experiments import EXPERIMENTS
 
     experiments = {experiment.name: experiment for experiment in EXPERIMENTS}
@@ -492,6 +708,96 @@ def test_verdicts_follow_the_figures():
             tasks["facts_trained"], tasks["reading"] = tasks["reading"], tasks["facts_trained"]
     assert verdict("facts", swapped) == FAILS
     assert {verdict(name, {}) for name in experiments} == {NOT_RUN}
+
+
+def test_the_order_of_ablations_needs_all_of_them_and_a_second_seed_of_the_largest():
+    from helpers.evidence_arms import PAPER_ABLATIONS, verdict_of_order
+    from helpers.evidence_sections import FAILS, HOLDS, OPEN, TOO_FEW, UNFINISHED
+    from helpers.evidence_statistics import Interval
+
+    names = list(PAPER_ABLATIONS)
+
+    def verdict(values: list[float], reach: float = 0.001, seeds_of_largest: int = 2) -> str:
+        lost = {name: Interval(value, value - reach, value + reach) for name, value in zip(names, values)}
+        seeds = dict.fromkeys(names, 1)
+        seeds[names[values.index(max(values))]] = seeds_of_largest
+        return verdict_of_order(lost, seeds)
+
+    assert verdict([0.05, 0.04, 0.03, 0.02, 0.01]) == HOLDS
+    assert verdict([0.05, 0.04, 0.03, 0.01, 0.02]) == FAILS
+    assert verdict([0.01, 0.04, 0.03, 0.02, 0.05]) == FAILS
+    assert verdict([0.05, 0.04, 0.03, 0.02, 0.02]) == OPEN
+    assert verdict([0.05, 0.04, 0.03, 0.02, 0.01], reach=0.02) == OPEN
+    assert verdict([0.05, 0.04, 0.03, 0.02, 0.01], seeds_of_largest=1) == TOO_FEW
+    assert verdict([0.05, 0.04, 0.03, 0.02]) == UNFINISHED
+
+
+def test_the_arm_that_differs_most_gets_a_second_seed_when_all_others_are_finished():
+    from helpers.experiment_plan import count_reported, runs_of
+    from helpers.experiments import EXPERIMENTS
+
+    ablations = next(experiment for experiment in EXPERIMENTS if experiment.name == "ablations")
+    results = made_results()
+    results["tiny-layer-2-seed0"]["loss"] -= 0.3
+    reported = [run.name for run in runs_of(ablations, "tiny", results) if not run.is_tuning]
+    assert reported[9:] == ["tiny-layer-2-seed1"] and count_reported(ablations, "tiny") == 10
+    for missing in ("tiny-engram-seed0", "tiny-no-gate-seed0"):
+        left = {name: content for name, content in results.items() if name != missing}
+        assert sum(not run.is_tuning for run in runs_of(ablations, "tiny", left)) == 9
+
+
+def recall_results(shares: dict[str, tuple[float, float]], seeds: int = 2) -> dict[str, dict]:
+    """Runs on long context, with the shares of right answers at the trained length and in long rows."""
+    from helpers.recall_runs import LENGTHS
+    from helpers.recall_task import KINDS
+
+    found = {}
+    for arm, (short, long) in shares.items():
+        for seed in range(seeds):
+            draw = random.Random(seed)
+            chances = {length: short if length == LENGTHS[0] else long for length in LENGTHS}
+            right = {
+                way: {
+                    f"{length}": {kind: "".join(str(int(draw.random() < chance)) for _ in range(300)) for kind in KINDS}
+                    for length, chance in chances.items()
+                }
+                for way in ("as trained", "YaRN", "YaRN, trained on long rows")
+            }
+            name = f"recall-{arm}-seed{seed}"
+            found[name] = {"name": name, "right": right, "cpu_hours": 0.2}
+    return found
+
+
+def test_long_rows_say_something_of_models_that_have_learned_short_ones():
+    from helpers.evidence_recall import recall
+    from helpers.evidence_sections import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW
+
+    better, worse = {"engram": (0.99, 0.9), "moe": (0.99, 0.6)}, {"engram": (0.99, 0.6), "moe": (0.99, 0.9)}
+    assert recall("tiny", recall_results(better)).verdict == HOLDS
+    assert recall("tiny", recall_results(worse)).verdict == FAILS
+    assert recall("tiny", recall_results({"engram": (0.9, 0.8), "moe": (0.9, 0.8)})).verdict == OPEN
+    assert recall("tiny", recall_results(better, seeds=1)).verdict == TOO_FEW
+    unlearned = recall("tiny", recall_results({"engram": (0.9, 0.8), "moe": (0.4, 0.1)}))
+    assert unlearned.verdict == OPEN and "has not learned a task" in unlearned.here
+    assert (
+        recall("tiny", {name: own for name, own in recall_results(better).items() if "moe" in name}).verdict == NOT_RUN
+    )
+    table = recall("tiny", recall_results(better)).parts[1]
+    assert "| needles | 1,024 | YaRN, trained on long rows |" in table
+
+
+def test_an_interval_of_answers_is_that_of_questions_drawn_anew():
+    from helpers.evidence_statistics import share_difference
+
+    draw = random.Random(0)
+    own, other = ("".join(str(int(draw.random() < chance)) for _ in range(200)) for chance in (0.8, 0.7))
+    gains = np.array([int(a) - int(b) for a, b in zip(own, other)])
+    found = share_difference(own, other)
+    error = gains.std() / np.sqrt(200)
+    assert found.value == pytest.approx(gains.mean())
+    assert [found.low, found.high] == pytest.approx(
+        [gains.mean() - 1.96 * error, gains.mean() + 1.96 * error], abs=0.01
+    )
 
 
 def test_an_interval_is_that_of_articles_drawn_anew():
@@ -557,6 +863,19 @@ def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_fou
     one.write_text(content.replace('"text": "t"', '"text": "other"'))
     with pytest.raises(SystemExit, match="Runs of scale tiny differ in text"):
         report("--check")
+    one.write_text(content)
+    for rate, loss in ((2e-3, 5.0), (4e-3, 4.0), (8e-3, 4.1)):
+        tuning = {"loss": loss, "text": "t", "cpu_hours": 0.1}
+        (folder / f"tiny-tuning-engram-{rate:g}.json").write_text(json.dumps(tuning))
+    report()
+    later = folder / "tiny-tuning-engram-0.008.json"
+    later.write_text(later.read_text().replace("4.1", "3.9"))
+    with pytest.raises(SystemExit, match="tiny-engram-seed0 was trained at the rate 0.004, and tuning chooses 0.008"):
+        report()
+    later.write_text(later.read_text().replace("3.9", "4.1").replace('"t"', '"other"'))
+    with pytest.raises(SystemExit, match="tiny-tuning-engram-0.008 has read the text other"):
+        report()
+    later.unlink()
     one.write_text("{")
     with pytest.raises(SystemExit, match="tiny-moe-seed2.json is no JSON"):
         report("--check")

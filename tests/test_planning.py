@@ -84,6 +84,24 @@ def test_the_estimate_is_what_a_loaded_model_takes(tmp_path):
         assert estimate.optimizer == {place: nbytes for place, nbytes in state.items() if nbytes}
 
 
+@pytest.mark.parametrize("ranks", [3, 64])
+def test_a_plan_over_ranks_is_of_the_rank_that_holds_most(ranks):
+    config = tiny_config(dtype="bfloat16", engram_table_dtype="bfloat16")
+    one, many = estimate_memory(config), estimate_memory(config, ranks=ranks, batch_size=2, seq_length=50)
+    blocks = [block for table in tiny_model(config).model.tables() for block in table.blocks]
+    rows = sum(-(-len(block) // ranks) for block in blocks)
+    # Eight numbers of two bytes; two moments of as many, and a count of steps.
+    assert many.tables == {"cpu": rows * 16} and many.backbone == one.backbone
+    assert many.optimizer["cpu"] == one.optimizer["cpu"] - sum(map(len, blocks)) * 36 + rows * 36
+    # Two tables of four heads, half of whose rows are distinct; gradients in float32, and each row id twice.
+    foreign = 2 * 4 * 100 / 2 * (ranks - 1) / ranks
+    assert many.moved_per_step == round(foreign * (16 + 32 + 2 * 4)) and many.ranks == ranks
+    frozen = estimate_memory(tiny_config(engram_table_dtype="int8"), ranks=ranks, batch_size=2, seq_length=50)
+    # Eight bytes and a scale; nothing comes back.
+    assert frozen.moved_per_step == round(foreign * (10 + 4))
+    assert one.moved_per_step == 0 and one.ranks == 1
+
+
 GIGABYTE = 10**9
 
 

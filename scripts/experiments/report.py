@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.evidence_page import claims, picture_of, rendered, section_of
-from helpers.experiment_runs import RESULTS, read_results
+from helpers.experiment_files import RESULTS, read_results
 from helpers.experiments import EXPERIMENTS
 from helpers.results import ROOT
 

@@ -16,58 +16,39 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from helpers.experiment_measures import MEASURES, measure, measured_runs
-from helpers.experiment_runs import RESULTS, Run, read_results, train, tuning_runs
-from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment, maker
-from helpers.experiments_text import KNOWLEDGE, prepare
-from helpers.pretrained_runs import PretrainedRun, pretrained_runs, text_for, train_pretrained
-from helpers.smollm import fetch_smollm
+from helpers.experiment_files import RESULTS, AnyRun, read_results
+from helpers.experiment_measures import MEASURES, measure, measured_runs, name_of
+from helpers.experiment_plan import count_reported, hours_of_run, runs_of
+from helpers.experiment_runs import text_of
+from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment
+from helpers.experiments_text import KNOWLEDGE
 
 
-def runs_of(experiment: Experiment, scale: str) -> list[Run | PretrainedRun]:
-    """Tuning first, then the runs in the order of the experiment."""
-    if experiment.name == "pretrained":
-        return list(pretrained_runs())
-    arms = [arm for arm, _ in experiment.runs]
-    families = list(dict.fromkeys(arm.family for arm in arms))
-    tuning = [run for family in families for run in tuning_runs(family, scale)]
-    return tuning + [Run(arm, seed, scale) for arm, seed in experiment.runs]
-
-
-def vocab_size(scale: str) -> int:
-    no_tokens = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return maker(SCALES[scale], no_tokens)().vocab_size
-
-
-def train_here(run: Run | PretrainedRun, knowledge: Path) -> None:
+def train_here(run: AnyRun, knowledge: Path) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    if isinstance(run, PretrainedRun):
-        content = train_pretrained(run, knowledge)
-    else:
-        content = train(run, prepare(SCALES[run.scale].tokens, vocab_size(run.scale), knowledge))
+    show(run.name, run.train(knowledge))
+
+
+def show(name: str, content: dict | None) -> None:
     if content is None:
-        print(f"{run.name}: another process works on it", flush=True)
+        print(f"{name}: another process works on it", flush=True)
     else:
-        print(f"{run.name}: held-out loss {content['loss']:.4f}, {content['cpu_hours']:.2f} CPU hours", flush=True)
+        loss = f"held-out loss {content['loss']:.4f}, " if "loss" in content else ""
+        print(f"{name}: {loss}{content['cpu_hours']:.2f} CPU hours", flush=True)
 
 
-def train_all(runs: list[Run | PretrainedRun], scale: str, processes: int, knowledge: Path) -> None:
+def train_all(runs: list[AnyRun], scale: str, processes: int, knowledge: Path) -> None:
     """Each in a process of its own, so many at a time. Tuning ends before what it is for begins.
 
     Raises:
         RuntimeError: a run failed. The others of its turn go on to their ends.
     """
-    # Once, before many processes would.
-    if isinstance(runs[0], PretrainedRun):
-        text_for(fetch_smollm(), knowledge)
-    else:
-        prepare(SCALES[scale].tokens, vocab_size(scale), knowledge)
+    runs[0].prepare(knowledge)
     for is_tuning in (True, False):
         waiting = [run for run in runs if run.is_tuning == is_tuning]
         running: dict[str, subprocess.Popen] = {}
@@ -88,41 +69,66 @@ def train_all(runs: list[Run | PretrainedRun], scale: str, processes: int, knowl
                 process.terminate()
 
 
-def start(run: Run | PretrainedRun, scale: str, knowledge: Path) -> subprocess.Popen:
+# One thread each. glibc keeps the memory of freed tensors: without it, every step asks the system for pages anew, which
+# takes a sixth of the time.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(10**11),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def start(run: AnyRun, scale: str, knowledge: Path) -> subprocess.Popen:
     command = [sys.executable, __file__, "--scale", scale, "--knowledge", str(knowledge), "--one", run.name]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT})
 
 
 def measure_all(name: str, scale: str, knowledge: Path) -> None:
     """Models that are trained, in the order of their seeds; says which are not."""
-    text = prepare(SCALES[scale].tokens, vocab_size(scale), knowledge)
+    text = text_of(scale, knowledge)
     for run in measured_runs(scale):
         try:
             content = measure(name, run, text, knowledge)
         except ValueError as error:
             print(f"{run.name} is left out. {error}", flush=True)
         else:
-            print(f"{content['name']}: {content['cpu_hours']:.3f} CPU hours", flush=True)
+            show(name_of(name, run), content)
 
 
-def find_run(name: str, scale: str) -> Run | PretrainedRun:
+def find_run(name: str, scale: str) -> AnyRun:
+    results = read_results()
     for experiment in EXPERIMENTS:
-        for run in runs_of(experiment, scale):
+        for run in runs_of(experiment, scale, results):
             if run.name == name:
                 return run
     raise SystemExit(f"There is no run {name}. Runs are named SCALE-ARM-seedSEED, such as tiny-engram-seed0.")
 
 
 def show_state(scale: str) -> None:
-    done = read_results()
+    results = read_results()
     for experiment in EXPERIMENTS:
-        names = [run.name for run in runs_of(experiment, scale) if not run.is_tuning]
-        finished = sum(name in done for name in names)
-        state = f"{finished:>3} of {len(names):>2} runs" if names else "   no own runs"
-        print(f"{experiment.number}. {experiment.name:<12}{state}   {experiment.title}")
-    hours = SCALES[scale].hours_per_run
-    if hours is not None:
-        print(f"A run takes about {hours:.2f} CPU hours. Seed {TUNING_SEED} tunes learning rates. Results: {RESULTS}")
+        runs = [run for run in runs_of(experiment, scale, results) if not run.is_tuning]
+        finished, count = sum(run.name in results for run in runs), count_reported(experiment, scale)
+        state = f"{finished:>3} of {count:>2} runs" if count else "   no own runs"
+        hours = hours_of_run(experiment, scale)
+        costs = f", about {hours:.2f} CPU hours each" if count and hours is not None else ""
+        print(f"{experiment.number}. {experiment.name:<12}{state}   {experiment.title}{costs}")
+    print(f"Seed {TUNING_SEED} tunes learning rates. Results: {RESULTS}")
+
+
+def train_experiment(experiment: Experiment, scale: str, processes: int, knowledge: Path) -> None:
+    """What is left of it. Each run is tried once; which come last may depend on the results of others."""
+    tried: set[str] = set()
+    while True:
+        results = read_results()
+        left = [run for run in runs_of(experiment, scale, results) if run.name not in {*results, *tried}]
+        if not left:
+            return
+        print(f"{len(left)} runs are left, tuning among them.", flush=True)
+        tried |= {run.name for run in left}
+        train_all(left, scale, processes, knowledge)
 
 
 def main() -> None:
@@ -145,14 +151,7 @@ def main() -> None:
         experiment = next(each for each in EXPERIMENTS if each.name == arguments.name)
         if experiment.name in MEASURES:
             return measure_all(experiment.name, arguments.scale, arguments.knowledge)
-        runs = runs_of(experiment, arguments.scale)
-        if not runs:
-            raise SystemExit(f"{experiment.name} has no runs at this size. {experiment.why_not}")
-        done = read_results()
-        left = [run for run in runs if run.name not in done]
-        print(f"{len(runs) - len(left)} of {len(runs)} runs are done, tuning among them.", flush=True)
-        if left:
-            train_all(left, arguments.scale, processes, arguments.knowledge)
+        train_experiment(experiment, arguments.scale, processes, arguments.knowledge)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from error
 

@@ -92,6 +92,14 @@ def share_interval(digits: str) -> tuple[float, float]:
     return float((middle - reach) / (1 + z * z / count)), float((middle + reach) / (1 + z * z / count))
 
 
+def share_difference(own: str, other: str) -> Interval:
+    """How many more of the same questions are answered right, with a bootstrap over questions."""
+    gains = np.array([int(a) - int(b) for a, b in zip(own, other, strict=True)], dtype=np.float64)  # (questions,)
+    draws = np.random.default_rng(0).multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=DRAWS)
+    low, high = np.quantile(draws @ gains / len(gains), [0.025, 0.975])
+    return Interval(float(gains.mean()), float(low), float(high))
+
+
 def kept_share(on: str, silent: str, chance: float) -> Interval:
     """What silencing leaves of the right answers above chance, with a bootstrap over questions.
 

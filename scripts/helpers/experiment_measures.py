@@ -12,11 +12,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_hf.insight import layer_similarity, logit_lens, silenced
-from helpers.experiment_runs import RESULTS, WORK, Run, write_json
+from helpers.experiment_files import RESULTS, WORK, finish
+from helpers.experiment_runs import Run
 from helpers.experiments import ENGRAM, MOE, SEEDS
 from helpers.experiments_text import KNOWLEDGE, ExperimentText
 from helpers.known_answers import TASKS, read_questions, score
-from helpers.results import own_commit, own_hardware, own_versions
 
 
 ON, SILENT = "with its memory", "memory silenced"
@@ -79,27 +79,18 @@ def name_of(measure: str, run: Run) -> str:
 
 def measure(
     name: str, run: Run, text: ExperimentText, knowledge: Path = KNOWLEDGE, work: Path = WORK, results: Path = RESULTS
-) -> dict:
-    """Measure one model and write its JSON file, or read what was measured.
+) -> dict | None:
+    """Measure one model and write its JSON file, or read what was measured; None where another process measures it.
 
     Raises:
         ValueError: this machine has not trained the model, or has no questions.
     """
-    path = results / f"{name_of(name, run)}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    start = time.process_time()
-    content = {
-        "name": path.stem,
-        "arm": run.arm.name,
-        "scale": run.scale,
-        "seed": run.seed,
-        "text": text.digest,
-        **MEASURES[name](run, text, knowledge, work),
-        "cpu_hours": round((time.process_time() - start) / 3600, 4),
-        "hardware": own_hardware(),
-        "versions": own_versions(),
-        "commit": own_commit(),
-    }
-    write_json(path, content)
-    return content
+
+    def make() -> dict[str, Any]:
+        start = time.process_time()
+        found = MEASURES[name](run, text, knowledge, work)
+        of_run = {"arm": run.arm.name, "scale": run.scale, "seed": run.seed, "text": text.digest}
+        return {**of_run, **found, "cpu_hours": round((time.process_time() - start) / 3600, 4)}
+
+    own = name_of(name, run)
+    return finish(results / f"{own}.json", work / "runs" / own, make)

@@ -4,32 +4,29 @@ A run saves checkpoints. Killed at any point, it goes on from the newest one tha
 bit.
 """
 
-import fcntl
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from engram_hf import LossFreeBalancingCallback, count_parameters
 from engram_hf.insight.text_rows import TextRow, losses_of_rows
-from helpers.experiments import CONTROLS, SCALES, TUNING_SEED, Arm, maker
-from helpers.experiments_text import ExperimentText
+from helpers.experiment_files import RESULTS, WORK, best_rate, finish, read_results
+from helpers.experiments import CONTROLS, ENGRAM, SCALES, TUNING_SEED, Arm, Experiment, maker
+from helpers.experiments_text import ExperimentText, prepare
 from helpers.recipe import row_trainer
-from helpers.results import ROOT, own_commit, own_hardware, own_versions
 from helpers.tiny_recipe import ROWS_PER_STEP, SEQ_LENGTH, freeze_tables, make_model
 
 
-RESULTS = ROOT / "scripts" / "experiments" / "results"
-WORK = ROOT / "output" / "experiments"
 # Of the learning rate, for the first arm of each family. Tables have five times the rate.
 RATES = (2e-3, 4e-3, 8e-3)
 TUNING_STEPS = 120
@@ -56,11 +53,39 @@ class Run:
             return f"{self.scale}-tuning-{self.arm.family}-{self.rate:g}"
         return f"{self.scale}-{self.arm.name}-seed{self.seed}"
 
+    def prepare(self, knowledge: Path) -> ExperimentText:
+        return text_of(self.scale, knowledge)
+
+    def train(self, knowledge: Path) -> dict[str, Any] | None:
+        return train(self, text_of(self.scale, knowledge))
+
+
+def text_of(scale: str, knowledge: Path) -> ExperimentText:
+    """The tokens of all runs of a scale."""
+    no_tokens = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vocab_size = maker(SCALES[scale], no_tokens)().vocab_size
+    return prepare(SCALES[scale].tokens, vocab_size, knowledge)
+
 
 def tuning_runs(family: str, scale: str) -> list[Run]:
     """Runs of the arm that a family is named after, one per rate."""
     first = next(arm for arm in CONTROLS if arm.name == family)
     return [Run(first, TUNING_SEED, scale, rate) for rate in RATES]
+
+
+def reported_runs(experiment: Experiment, scale: str, results: dict[str, dict]) -> list[Run]:
+    """The runs of an experiment in turn. Which arms are repeated is known when all others are finished."""
+    runs = [Run(arm, seed, scale) for arm, seed in experiment.runs]
+    reference = Run(ENGRAM, 0, scale)
+    if experiment.repeats and all(run.name in results for run in (reference, *runs)):
+        gap = lambda run: abs(results[run.name]["loss"] - results[reference.name]["loss"])  # noqa: E731
+        largest = sorted(runs, key=gap, reverse=True)[: experiment.repeats]
+        runs += [replace(run, seed=1) for run in largest]
+    return runs
+
+
+def names_of_tuning(family: str, scale: str) -> dict[float, str]:
+    return {rate: run.name for rate, run in zip(RATES, tuning_runs(family, scale))}
 
 
 def steps_of(run: Run, text: ExperimentText) -> int:
@@ -118,57 +143,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-@contextmanager
-def only_one(folder: Path) -> Iterator[bool]:
-    """Whether this process alone works on a run. The lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    unfinished.replace(path)
-
-
-def read_results(folder: Path = RESULTS) -> dict[str, dict]:
-    """Finished runs by name.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found[path.stem] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}). Remove it and run its experiment again.") from error
-    return found
-
-
-def tuned_rate(family: str, scale: str, results: dict[str, dict]) -> float:
-    """The rate of the lowest loss.
-
-    Raises:
-        ValueError: a rate was not tried yet.
-    """
-    losses = {}
-    for rate in RATES:
-        name = f"{scale}-tuning-{family}-{rate:g}"
-        if name not in results:
-            raise ValueError(f"The rate {rate:g} was not tried for {family}: {name}.json is missing. Tune it first.")
-        losses[rate] = results[name]["loss"]
-    return min(losses, key=lambda rate: losses[rate])
-
-
 def build(run: Run, text: ExperimentText, folder: Path):
     """The model of a run before its first step. One whose tables are on disk reads them from `<folder>/start`."""
     scale = SCALES[run.scale]
@@ -207,61 +181,66 @@ def train(run: Run, text: ExperimentText, work: Path = WORK, results: Path = RES
 
     The trained model stays in `<work>/models/<name>`, for experiments that measure models of others.
     """
-    # A checkpoint of other text is another run's.
-    path, folder = results / f"{run.name}.json", work / "runs" / f"{run.name}-{text.digest}"
-    with only_one(folder) as is_mine:
-        if not is_mine:
-            return None
-        if path.exists():
-            return json.loads(path.read_text())
-        commit = own_commit()
-        rate = run.rate or tuned_rate(run.arm.family, run.scale, read_results(results))
-        steps = steps_of(run, text)
-        model = build(run, text, folder)
-        trainer, cpu = make_trainer(run, model, text, folder, steps, rate)
-        trainer.train(resume_from_checkpoint=found) if (found := newest_checkpoint(folder)) else trainer.train()
-        held_out = text.tuning if run.is_tuning else text.held_out
-        measured = held_out_losses(model, held_out)
-        count = count_parameters(model.config)
-        history = [line for line in trainer.state.log_history if "loss" in line]
-        content = {
-            "name": run.name,
-            "arm": run.arm.name,
-            "family": run.arm.family,
-            "scale": run.scale,
-            "seed": run.seed,
-            "learning_rate": rate,
-            "steps": steps,
-            "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
-            "text": text.digest,
-            "parameters": {"total": count.total, "active": count.active, "tables": count.tables},
-            "loss": measured["loss"],
-            "curve": [[line["step"], round(line["loss"], 4)] for line in history],
-            "cpu_hours": round(cpu.total() / 3600, 4),
-            "threads": torch.get_num_threads(),
-            "hardware": own_hardware(),
-            "versions": own_versions(),
-            "commit": commit,
-            "config": model.config.to_diff_dict(),
-        }
-        if not run.is_tuning:
-            content["documents"] = {"nats": measured["nats"], "tokens": measured["tokens"]}
-            kept = work / "models" / run.name
-            model.save_pretrained(kept)
-            text.tokenizer.save_pretrained(kept)
-        write_json(path, content)
+    rate = run.rate or best_rate(names_of_tuning(run.arm.family, run.scale), read_results(results))
+    # A checkpoint of other text, or of another rate, is another run's.
+    folder = work / "runs" / f"{run.name}-{text.digest}-{rate:g}"
+    content = finish(results / f"{run.name}.json", folder, lambda: trained(run, text, rate, folder, work))
+    if content is not None:
         for leftover in (*folder.glob("checkpoint-*"), folder / "start", folder / "work"):
             shutil.rmtree(leftover, ignore_errors=True)
-        return content
+    return content
 
 
-def make_trainer(run: Run, model, text: ExperimentText, folder: Path, steps: int, rate: float):
+def trained(run: Run, text: ExperimentText, rate: float, folder: Path, work: Path) -> dict[str, Any]:
+    """Train to the end from the newest checkpoint, and measure."""
+    steps = steps_of(run, text)
+    model = build(run, text, folder)
+    work_folder = folder / "work" if run.arm.is_on_disk else None
+    trainer, cpu = make_trainer(model, text.train, folder, steps, rate, run.seed, work_folder=work_folder)
+    if run.arm.tables == "shuffled":
+        trainer.add_callback(ShuffledRows(model, run.seed))
+    curve = go_on(trainer, folder)
+    measured = held_out_losses(model, text.tuning if run.is_tuning else text.held_out)
+    count = count_parameters(model.config)
+    content = {
+        "arm": run.arm.name,
+        "family": run.arm.family,
+        "scale": run.scale,
+        "seed": run.seed,
+        "learning_rate": rate,
+        "steps": steps,
+        "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
+        "text": text.digest,
+        "parameters": {"total": count.total, "active": count.active, "tables": count.tables},
+        "loss": measured["loss"],
+        "curve": curve,
+        "cpu_hours": round(cpu.total() / 3600, 4),
+        "config": model.config.to_diff_dict(),
+    }
+    if not run.is_tuning:
+        content["documents"] = {"nats": measured["nats"], "tokens": measured["tokens"]}
+        kept = work / "models" / run.name
+        model.save_pretrained(kept)
+        text.tokenizer.save_pretrained(kept)
+    return content
+
+
+def make_trainer(
+    model,
+    rows: Dataset,
+    folder: Path,
+    steps: int,
+    rate: float,
+    seed: int,
+    rows_per_step: int = ROWS_PER_STEP,
+    work_folder: Path | None = None,
+):
     """The stock Trainer that saves checkpoints, and the callback that counts CPU time."""
     points = max(steps // CURVE_POINTS, 1)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=ROWS_PER_STEP,
+        per_device_train_batch_size=rows_per_step,
         learning_rate=rate,
         weight_decay=0.1,
         adam_beta2=0.95,
@@ -271,8 +250,8 @@ def make_trainer(run: Run, model, text: ExperimentText, folder: Path, steps: int
         save_steps=2 * points,
         save_total_limit=2,
         # The order of the text and nothing else: it is that of the seed in every arm.
-        seed=run.seed,
-        data_seed=run.seed,
+        seed=seed,
+        data_seed=seed,
         bf16=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
@@ -282,7 +261,10 @@ def make_trainer(run: Run, model, text: ExperimentText, folder: Path, steps: int
     callbacks: list[TrainerCallback] = [cpu]
     if model.config.first_k_dense_replace < model.config.num_hidden_layers:
         callbacks.append(LossFreeBalancingCallback())
-    if run.arm.tables == "shuffled":
-        callbacks.append(ShuffledRows(model, run.seed))
-    work_folder = folder / "work" if run.arm.is_on_disk else None
-    return row_trainer(model, arguments, text.train, work_folder, callbacks=callbacks), cpu
+    return row_trainer(model, arguments, rows, work_folder, callbacks=callbacks), cpu
+
+
+def go_on(trainer, folder: Path) -> list[list[float]]:
+    """Train to the end from the newest checkpoint in a folder, or from the beginning. Returns the loss curve."""
+    trainer.train(resume_from_checkpoint=found) if (found := newest_checkpoint(folder)) else trainer.train()
+    return [[line["step"], round(line["loss"], 4)] for line in trainer.state.log_history if "loss" in line]

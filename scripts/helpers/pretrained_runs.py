@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from engram_hf import EngramConfig, add_engram, freeze_backbone
 from engram_hf.insight import silenced
 from helpers.added_recipe import HEAD_DIM, HEADS, LAYERS, ROWS_OF_HEAD, ROWS_PER_STEP, SEQ_LENGTH, make_trainer
-from helpers.experiment_runs import RESULTS, WORK, held_out_losses, only_one, read_results, write_json
+from helpers.experiment_files import RESULTS, WORK, best_rate, finish, read_results
+from helpers.experiment_runs import held_out_losses
 from helpers.experiments import SEEDS, TUNING_SEED
 from helpers.experiments_text import KNOWLEDGE, ExperimentText, prepare_with
 from helpers.known_answers import TASKS, read_questions, score
-from helpers.results import own_commit, own_hardware, own_versions
 from helpers.smollm import fetch_smollm
 
 
@@ -62,26 +62,17 @@ class PretrainedRun:
             return f"smollm-tuning-{self.way}-{self.rate:g}"
         return "smollm-base" if self.way == BASE else f"smollm-{self.way}-seed{self.seed}"
 
+    def prepare(self, knowledge: Path) -> ExperimentText:
+        return text_for(fetch_smollm(), knowledge)
+
+    def train(self, knowledge: Path) -> dict[str, Any] | None:
+        return train_pretrained(self, knowledge)
+
 
 def pretrained_runs() -> list[PretrainedRun]:
     """Tuning first, then seed by seed."""
     tuning = [PretrainedRun(way, TUNING_SEED, rate) for way in RATES for rate in RATES[way]]
     return [*tuning, PretrainedRun(BASE, 0), *(PretrainedRun(way, seed) for seed in SEEDS for way in RATES)]
-
-
-def tuned_rate(way: str, results: dict[str, dict]) -> float:
-    """The rate of the lowest loss.
-
-    Raises:
-        ValueError: a rate was not tried yet.
-    """
-    losses = {}
-    for rate in RATES[way]:
-        name = PretrainedRun(way, TUNING_SEED, rate).name
-        if name not in results:
-            raise ValueError(f"The rate {rate:g} was not tried for {way}: {name}.json is missing. Tune it first.")
-        losses[rate] = results[name]["loss"]
-    return min(losses, key=lambda rate: losses[rate])
 
 
 def change(model: nn.Module, way: str, tokenizer, seed: int) -> nn.Module:
@@ -115,41 +106,38 @@ def train_pretrained(
     Args:
         source: folder of the base; SmolLM2-135M-Instruct by default.
     """
-    path, folder = results / f"{run.name}.json", work / "runs" / run.name
-    with only_one(folder) as is_mine:
-        if not is_mine:
-            return None
-        if path.exists():
-            return read_results(results)[run.name]
-        commit = own_commit()
-        source = source or fetch_smollm()
-        text = text_for(source, knowledge)
-        rate = 0.0 if run.way == BASE else run.rate or tuned_rate(run.way, read_results(results))
-        steps = 0 if run.way == BASE else min(TUNING_STEPS, STEPS) if run.is_tuning else STEPS
-        start = time.process_time()
-        set_seed(run.seed)
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        model = change(base, run.way, text.tokenizer, run.seed)
-        if steps:
-            make_trainer(model, text.train, folder, steps, learning_rate=rate, seed=run.seed).train()
-        content = {
-            "name": run.name,
-            "way": run.way,
-            "seed": run.seed,
-            "learning_rate": rate,
-            "steps": steps,
-            "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
-            "text": text.digest,
-            "learning": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-            **measured(model, run, text, knowledge),
-            "cpu_hours": round((time.process_time() - start) / 3600, 4),
-            "threads": torch.get_num_threads(),
-            "hardware": own_hardware(),
-            "versions": own_versions(),
-            "commit": commit,
-        }
-        write_json(path, content)
-        return content
+    folder = work / "runs" / run.name
+    return finish(results / f"{run.name}.json", folder, lambda: trained(run, knowledge, folder, results, source))
+
+
+def trained(
+    run: PretrainedRun, knowledge: Path, folder: Path, results: Path, source: str | Path | None
+) -> dict[str, Any]:
+    """Train from the beginning to the end, and measure."""
+    source = source or fetch_smollm()
+    text = text_for(source, knowledge)
+    rate, steps = 0.0, 0
+    if run.way != BASE:
+        tuning = {rate: PretrainedRun(run.way, TUNING_SEED, rate).name for rate in RATES[run.way]}
+        rate = run.rate or best_rate(tuning, read_results(results))
+        steps = min(TUNING_STEPS, STEPS) if run.is_tuning else STEPS
+    start = time.process_time()
+    set_seed(run.seed)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = change(base, run.way, text.tokenizer, run.seed)
+    if steps:
+        make_trainer(model, text.train, folder, steps, learning_rate=rate, seed=run.seed).train()
+    return {
+        "way": run.way,
+        "seed": run.seed,
+        "learning_rate": rate,
+        "steps": steps,
+        "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
+        "text": text.digest,
+        "learning": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        **measured(model, run, text, knowledge),
+        "cpu_hours": round((time.process_time() - start) / 3600, 4),
+    }
 
 
 def measured(model: nn.Module, run: PretrainedRun, text: ExperimentText, knowledge: Path) -> dict[str, Any]:

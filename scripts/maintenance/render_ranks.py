@@ -1,23 +1,31 @@
 """Write the table of docs/ranks.md: what large tables would take over many ranks, computed from what is assumed here.
 
-    python scripts/maintenance/render_ranks.py            a second
+    python scripts/maintenance/render_ranks.py            some seconds
 
 Nothing of it is measured. A test fails when the guide has another table.
 """
 
 import argparse
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+
+from engram_hf.modeling.table_traffic import (
+    DISTINCT_SHARE,
+    GRADIENT_NBYTES,
+    ROW_ID_NBYTES,
+    ROW_ID_TRIPS,
+    TOKENS_OF_A_STEP,
+    nbytes_of_step,
+    rows_of_step,
+)
 
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "ranks.md"
 BEGIN, END = "<!-- begin of what render_ranks.py writes -->\n", "<!-- end of what render_ranks.py writes -->\n"
-TOKENS_OF_A_STEP = 16_384
-# Of the rows that a batch reads, with repeated ones left out.
-DISTINCT_SHARE = 0.5
-# A row of bfloat16 on its way out; its gradient is float32 on its way back.
-BYTES_OUT, BYTES_BACK, BYTES_OF_ROW_ID = 2, 4, 8
+# Of one number of a row in bfloat16.
+NUMBER_NBYTES = 2
 # GB in a second and one direction.
 LINKS = {"NVLink": 450, "PCIe 5": 55, "400 Gb/s": 50}
 SECONDS_OF_A_QUESTION = 20e-6
@@ -36,16 +44,12 @@ class Scale:
 
     def nbytes_of_rank(self, ranks: int) -> float:
         """Bytes of rows that a rank holds, without the state of an optimizer."""
-        return self.rows * self.width * BYTES_OUT / ranks
-
-    def rows_of_step(self) -> float:
-        """Distinct rows that the batch of a rank reads; an owner is asked for as many."""
-        return TOKENS_OF_A_STEP * self.rows_of_token * DISTINCT_SHARE
+        return self.rows * self.width * NUMBER_NBYTES / ranks
 
     def nbytes_of_step(self, ranks: int) -> float:
-        """Bytes that a rank moves in a training step: rows that others hold, as many gradients, and their row ids."""
-        foreign = self.rows_of_step() * (ranks - 1) / ranks
-        return foreign * (self.width * (BYTES_OUT + BYTES_BACK) + 2 * BYTES_OF_ROW_ID)
+        """Bytes that a rank moves in a training step."""
+        rows = rows_of_step(self.rows_of_token)
+        return nbytes_of_step(rows, self.width, self.width * NUMBER_NBYTES, ranks)
 
 
 SCALES = (
@@ -56,13 +60,16 @@ SCALES = (
 
 def rendered() -> str:
     """The table in Markdown, with what it assumes."""
-    lines = [
-        f"Assumed: {TOKENS_OF_A_STEP:,} tokens a rank and step, of whose rows {DISTINCT_SHARE:.0%} are distinct; rows",
-        f"in bfloat16, gradients in float32, two times {BYTES_OF_ROW_ID} bytes of row id; links at "
+    assumed = (
+        f"Assumed: {TOKENS_OF_A_STEP:,} tokens a rank and step, of whose rows {DISTINCT_SHARE:.0%} are distinct; rows "
+        f"in bfloat16, gradients in float32 ({GRADIENT_NBYTES} bytes a number), "
+        f"{ROW_ID_TRIPS} times {ROW_ID_NBYTES} bytes of row id; links at "
         + ", ".join(f"{rate} GB/s ({name})" for name, rate in LINKS.items())
-        + ";",
-        f"{SECONDS_OF_A_QUESTION * 1e6:.0f} us for each rank that is asked, one after another; "
-        f"{DISK_READS_OF_A_SECOND:,} random reads of a disk in a second.",
+        + f"; {SECONDS_OF_A_QUESTION * 1e6:.0f} us for each rank that is asked, one after another; "
+        f"{DISK_READS_OF_A_SECOND:,} random reads of a disk in a second."
+    )
+    lines = [
+        textwrap.fill(assumed, 120),
         "",
         "| table | rows of a token | ranks | a rank holds | a rank moves in a step | "
         + " | ".join(LINKS)
@@ -77,7 +84,7 @@ def rendered() -> str:
                 *(scale.name, str(scale.rows_of_token), f"{ranks:,}"),
                 *(_size(scale.nbytes_of_rank(ranks)), _size(nbytes), *links),
                 f"{1e3 * SECONDS_OF_A_QUESTION * (ranks - 1):.1f} ms",
-                f"{scale.rows_of_step() / DISK_READS_OF_A_SECOND:.1f} s",
+                f"{rows_of_step(scale.rows_of_token) / DISK_READS_OF_A_SECOND:.1f} s",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -50,6 +50,8 @@ from .modeling.table_placement import (
     resolve_entries,
     split_device_map,
 )
+from .modeling.table_ranks import RowCut
+from .modeling.table_traffic import DISTINCT_SHARE, nbytes_of_step, rows_of_step
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,9 @@ class MemoryEstimate:
     moved_per_forward: bytes of the backbone that every forward copies to the accelerator, by the place they come from.
     read_per_token: bytes of rows that a token reads, by the place they come from.
     rows_per_token: numbers of these rows, each of which is a read of its own.
+    ranks: over which tables are cut. Everything above is then of the rank that holds most.
+    distinct_share: of the rows of a step, which is assumed for `moved_per_step`.
+    moved_per_step: bytes that a rank moves between ranks in a training step: rows, gradients and row ids.
     """
 
     backbone: dict[str, int] = field(default_factory=dict)
@@ -231,6 +236,9 @@ class MemoryEstimate:
     moved_per_forward: dict[str, int] = field(default_factory=dict)
     read_per_token: dict[str, int] = field(default_factory=dict)
     rows_per_token: dict[str, int] = field(default_factory=dict)
+    ranks: int = 1
+    distinct_share: float = DISTINCT_SHARE
+    moved_per_step: int = 0
 
     @property
     def places(self) -> list[str]:
@@ -247,6 +255,7 @@ def estimate_memory(
     max_memory: Mapping | None = None,
     batch_size: int = 1,
     seq_length: int = 2048,
+    ranks: int = 1,
 ) -> MemoryEstimate:
     """What loading a model in this way will take, before anything is allocated.
 
@@ -255,10 +264,12 @@ def estimate_memory(
         device_map, dtype, max_memory: as for `from_pretrained`. "auto" without an accelerator plans for the CPU;
             without a `dtype` the backbone is in that of the config. Devices in `max_memory` need not be in this
             machine. What is planned leaves room for the step, within `max_memory`.
-        batch_size, seq_length: of the forward whose largest moment is counted.
+        batch_size, seq_length: of the forward whose largest moment is counted; of each rank.
+        ranks: over which tables are cut, as `engram_ranks="shard"` cuts them. Every rank has the whole backbone.
 
     Raises:
         FileNotFoundError: there is no such preset, folder or repository.
+        NotImplementedError: tables of somebody else's model are to be cut over ranks.
         ValueError: an entry of `device_map` names nothing or means nothing; `dtype` is no floating type; `max_memory`
             is given without an automatic map, which alone makes use of it.
 
@@ -275,7 +286,12 @@ def estimate_memory(
     backbone_map, entries = _split(device_map, model, config)
     if max_memory is not None:
         _check_limits(max_memory, backbone_map)
-    blocks = {name: [block.nbytes for block in table.blocks] for name, table in tables.items()}
+    if ranks > 1 and is_served(config):
+        raise NotImplementedError(
+            f"Tables of somebody else's model are not cut over ranks, and got ranks={ranks}. Leave it out."
+        )
+    held = {name: _rows_of_first_rank(table, ranks) for name, table in tables.items()}
+    blocks = {name: [rows * tables[name].row_nbytes for rows in each] for name, each in held.items()}
     entries = resolve_entries(entries, blocks, "" if is_served(config) else prefix)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sizes = {
@@ -309,7 +325,8 @@ def estimate_memory(
         left = left_by_backbone(usable, used)
     planned = plan_places(blocks, entries, default, left)
 
-    estimate = MemoryEstimate()
+    moved = sum(_moved_per_step(table, batch_size * seq_length, ranks) for table in tables.values())
+    estimate = MemoryEstimate(ranks=ranks, moved_per_step=round(moved))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, nbytes in sizes.items():
         _add(estimate.backbone, str(values[name]), nbytes)
@@ -319,12 +336,12 @@ def estimate_memory(
         if values[name] == DISK or main_device.type != "cpu" and values[name] == "cpu":
             _add(estimate.moved_per_forward, str(values[name]), nbytes)
     for name, places in planned.items():
-        on_disk = any(place.tier == DISK for place in places)
-        for place, block in zip(places, tables[name].block_records, strict=True):
+        on_disk = any(place.is_on_disk for place in places)
+        for place, block, rows in zip(places, tables[name].block_records, held[name], strict=True):
             is_resident = place.tier not in (HOST, DISK)
             where = str(as_device(place.device)) if is_resident else place.tier
             where = "cpu" if where == HOST and main_device.type == "cpu" else where
-            _add_block(estimate, where, block, _reads_per_token(model, name, block), on_disk)
+            _add_block(estimate, where, block, rows, _reads_per_token(model, name, block), on_disk)
     for device in {main_device, *(device for device in devices if device.type == main_device.type)}:
         _add(estimate.step, str(device), step)
     if limits is not None:
@@ -414,14 +431,28 @@ def _reads_per_token(model: Any, table: str, block: Block) -> int:
     return len(block.rows_of_head)
 
 
-def _add_block(estimate: MemoryEstimate, where: str, block: Block, reads: int, is_table_on_disk: bool) -> None:
-    nbytes = block.parameter.nbytes
+def _rows_of_first_rank(table: EngramTable, ranks: int) -> list[int]:
+    """Rows of each block that the first rank holds, which holds most."""
+    return RowCut([block.num_rows for block in table.block_records], ranks).rows_of(0)
+
+
+def _moved_per_step(table: EngramTable, tokens: int, ranks: int) -> float:
+    """Bytes that a rank moves for a table in a training step with so many tokens of its own."""
+    rows = rows_of_step(sum(len(block.rows_of_head) for block in table.block_records), tokens)
+    return nbytes_of_step(rows, table.head_dim, table.row_nbytes, ranks, table.is_trainable)
+
+
+def _add_block(
+    estimate: MemoryEstimate, where: str, block: Block, rows: int, reads: int, is_table_on_disk: bool
+) -> None:
+    """Count a block of which so many rows are held."""
+    nbytes = rows * block.row_nbytes
     _add(estimate.tables, where, nbytes)
     if where in (HOST, DISK, "cpu"):
         _add(estimate.rows_per_token, where, reads)
-        _add(estimate.read_per_token, where, reads * nbytes // block.num_rows)
+        _add(estimate.read_per_token, where, reads * block.row_nbytes)
     if block.parameter.requires_grad:
-        _add(estimate.optimizer, DISK if is_table_on_disk else where, _row_state_bytes(block.parameter))
+        _add(estimate.optimizer, DISK if is_table_on_disk else where, _row_state_bytes(block.parameter, rows))
         if where == DISK:
             _add(estimate.optimizer, DISK, nbytes)
 
@@ -447,9 +478,10 @@ def _nbytes(name: str, tensor: torch.Tensor, model: PreTrainedModel) -> int:
     return max(tensor.nbytes, tensor.numel() * 4) if is_single else tensor.nbytes
 
 
-def _row_state_bytes(block: torch.Tensor) -> int:
-    """Lazy Adam's: two numbers per weight, of two bytes for tables of bfloat16, and the count of a row's steps."""
-    return block.numel() * 2 * (2 if block.dtype == torch.bfloat16 else 4) + 4 * block.shape[0]
+def _row_state_bytes(block: torch.Tensor, rows: int) -> int:
+    """Lazy Adam's of so many rows: two numbers per weight, of two bytes for tables of bfloat16, and the count of a
+    row's steps."""
+    return rows * (block.shape[1] * 2 * (2 if block.dtype == torch.bfloat16 else 4) + 4)
 
 
 def _add(bytes_of: dict, where: object, nbytes: int) -> None:

@@ -199,7 +199,7 @@ def test_cards_name_the_base_model_and_how_to_load(tmp_path):
         )
         assert "MLA" not in card and "3 layers, hidden size 32" in card
     assert "pipeline_tag: text-generation" in whole and "import engram_hf" in whole and "A LlamaForCausalLM to" in whole
-    assert '"layers.0.engram.default.table": "disk"' in whole
+    assert "`layers.0.engram.default.table`" in whole and '"...table": "disk"' in whole
     assert 'AutoModelForCausalLM.from_pretrained("user/backbone")' in alone
     assert 'load_engram(model, "user/alone", device_map={"...table": "disk"})' in alone
     assert "pipeline_tag" not in alone

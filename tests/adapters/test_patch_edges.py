@@ -28,6 +28,7 @@ from engram_hf import (
     load_with_tables,
     make_patch,
     merge_patch,
+    push_patch,
     remove_engram,
     remove_patch,
     save_engram,
@@ -35,7 +36,6 @@ from engram_hf import (
     set_engram,
     set_patches,
 )
-from engram_hf.hub.patch_pushing import _section
 from engram_hf.training.trained_rows import TrainedRows
 
 
@@ -351,10 +351,11 @@ def test_a_model_that_runs_in_several_processes_takes_patches(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_the_card_of_a_patch_shows_text_and_no_tags(tmp_path):
+def test_the_card_of_a_patch_shows_text_and_no_tags(hub):
     provenance = {"data": ["<img src=x onerror=alert(1)>"], "of": {"a|b": 1}}
     rows = {FIRST: (torch.arange(3), torch.ones(3, 8))}
     patch = make_patch(tiny_model(), 'a<b|"é🙂', rows, provenance=provenance)
-    section = _section(patch, save_patch(patch, tmp_path / "x.safetensors"), "user/a", "user/base")
+    push_patch(patch, "user/a", base_model="user/base")
+    section = hub.files("user/a")["README.md"].decode()
     assert "<img" not in section and "a|b" not in section.replace('remove_patch(model, "a<b|', "")
     assert 'remove_patch(model, "a<b|\\"é🙂")' in section

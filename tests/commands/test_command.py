@@ -261,6 +261,18 @@ def test_a_wrong_name_is_said_without_asking_the_hub(hub, tmp_path, monkeypatch)
     assert not hub.requests
 
 
+def test_a_plan_over_ranks_says_what_each_holds_and_moves():
+    plan = ["plan", "engram-27b", "--ranks", "64"]
+    found, estimate = json.loads(run(*plan, "--json").stdout), estimate_memory("engram-27b", dtype="bfloat16", ranks=64)
+    assert found["ranks"] == 64 and found["distinct_share"] == 0.5
+    assert found["tables"] == estimate.tables and found["moved_per_step"] == estimate.moved_per_step > 0
+    shown = " ".join(run(*plan).stdout.split())
+    held, moved = estimate.tables["cpu"] / 1e9, estimate.moved_per_step / 1e6
+    assert f"Over 64 ranks each holds {held:,.3f} GB of tables and the whole backbone." in shown
+    assert f"2,048 tokens a rank, each moves {moved:,.3f} MB between ranks, if 50% of the rows are distinct." in shown
+    assert "ranks" not in run("plan", "engram-27b").stdout
+
+
 def test_plan_allocates_both_shares_of_the_paper_or_the_one_that_is_asked_for():
     plain = run("plan", "tiny", "--json").stdout
     found = json.loads(run("plan", "tiny", "--allocate", "--json").stdout)

@@ -27,14 +27,14 @@ from engram_hf import (
     render_card,
     update_card,
 )
-from engram_hf.hub.card_facts import BEGIN, END
-from engram_hf.insight import ablate
+from engram_hf.insight.ablation import AblatedPart, Ablation
 
 
 ROOT = Path(__file__).parent.parent.parent
+BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
 LOSS = {"metric": "loss", "value": 4.25, "dataset": "held-out text", "command": "python evaluate.py", "unit": "nats"}
+WORTH = Ablation(4.5, 1234, 2, [AblatedPart("head", "head 1", 0.125, 4.75, 0.25, -0.5, 1.0)])
 USER_TEXT = "\n# My model\n\nWith `{{ jinja }}`, a tab\t and ---\n"
-USER = f"---\nlanguage:\n- de\ntags: [mine, engram]\nlicense: [mit]\nversion: '1.10'\n---\n{USER_TEXT}"
 
 
 @pytest.fixture
@@ -46,11 +46,6 @@ def folder(tmp_path, tokenizer) -> Path:
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture(scope="module")
-def facts() -> CardFacts:
-    return gather_facts(tiny_config())
 
 
 def metadata_of(card: str) -> dict:
@@ -70,38 +65,20 @@ def test_facts_are_those_of_the_model(folder, tmp_path):
     facts, tables, sizes = gather_facts(folder), model.engram_tables(), dict(model.named_parameters())
     numbers = sum(size.numel() for name, size in sizes.items() if ".table.blocks." in name)
     total = sum(size.numel() for name, size in sizes.items() if ".row_gradients." not in name)
-    assert [table["name"] for table in facts.tables] == [table.name for table in tables]
+    backbone_nbytes = sum(t.nbytes for name, t in model.state_dict().items() if ".table." not in name)
+    assert [f"model.{table['name']}" for table in facts.tables] == [table.name for table in tables]
     assert [table["rows"] for table in facts.tables] == [sum(b.rows for b in table.blocks) for table in tables]
-    assert facts.parameters["total"] == total and facts.tables_nbytes == 4 * numbers
-    assert facts.parameters["memory_share"] == numbers / (total - facts.parameters["active"])
-    assert facts.disk_nbytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert facts.backbone_nbytes == sum(t.nbytes for name, t in model.state_dict().items() if ".table." not in name)
-    card = render_card(facts)
-    assert f"{numbers:,} parameters in tables" in card and f"{tables[0].rows:,} rows of 8 numbers in float32" in card
+    assert facts.parameters["total"] == total and facts.backbone_nbytes == backbone_nbytes
+    assert sum(table["nbytes"] for table in facts.tables) == 4 * numbers
+    card, share = render_card(facts), 100 * numbers / (total - facts.parameters["active"])
+    assert f"| {share:.1f} %: {numbers:,} parameters in tables, of {total - facts.parameters['active']:,}" in card
+    assert f"{tables[0].rows:,} rows of 8 numbers in float32" in card
     assert all(digest in card for digest in model.config.engram_fingerprint.values())
     quantize_tables(folder, tmp_path / "int4", "int4")
     smaller = gather_facts(tmp_path / "int4")
     # 8 numbers in 4 bits, and a scale of 2 bytes.
     assert [table["nbytes"] for table in smaller.tables] == [6 * table["rows"] for table in facts.tables]
     assert "take no gradient" in render_card(smaller) and "take no gradient" not in card
-
-
-def test_a_card_has_the_table_of_an_ablation_while_the_weights_stay(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    data = [{"input_ids": list(range(3, 40)), "document": "a"}, {"input_ids": list(range(90, 50, -1)), "document": "b"}]
-    table = ablate(model, data, ["memory", "head"])
-    assert "What the memory is worth" not in render_card(gather_facts(folder))
-    update_card(folder, gather_facts(folder, ablation=table))
-    kept = read_facts(folder)
-    assert kept.ablation == asdict(table) == gather_facts(folder).ablation
-    section = (folder / "README.md").read_text().split("## What the memory is worth")[1].split("\n## ")[0]
-    assert f"{table.tokens:,} tokens of 2 documents" in section and section.count("\n| ") == 1 + len(table.parts)
-    for part in table.parts:
-        numbers = f"{part.loss:.3f} | {part.worth:+.3f} | {part.low:+.3f} to {part.high:+.3f} |"
-        assert f"| {part.part} | {100 * part.share:.1f} % | {numbers}" in section
-    torch.nn.init.zeros_(model.engram_memory().layers[0].value_proj.weight)
-    model.save_pretrained(folder)
-    assert gather_facts(folder).ablation is None
 
 
 def test_facts_of_a_config_are_those_of_the_model_that_it_makes(tmp_path):
@@ -119,15 +96,16 @@ def test_facts_of_a_config_are_those_of_the_model_that_it_makes(tmp_path):
 
 def test_the_hub_reads_the_metadata_as_they_are_meant(folder):
     data = {"description": "text", "datasets": ["org/text"], "languages": ["en"]}
-    accuracy = {**LOSS, "metric": "accuracy", "value": 1, "dataset": "Text", "dataset_id": "org/text", "split": "test"}
+    accuracy = {**LOSS, "metric": "accuracy", "value": 1e-7, "dataset_id": "org/text", "split": "test", "unit": None}
     given = {"evaluation": [LOSS, accuracy], "base_model": "org/base", "license": "mit", "repo_id": "org/name"}
     found = ModelCard(render_card(gather_facts(folder, data=data, **given))).data
     assert (found.library_name, found.pipeline_tag, found.license) == ("transformers", "text-generation", "mit")
     assert (found.base_model, found.datasets, found.language) == (["org/base"], ["org/text"], ["en"])
-    assert {"engram", "engram_moe", "mixture-of-experts"} <= set(found.tags) and found.model_name == "name"
+    assert found.tags == ["engram", "engram_moe", "conditional-memory", "mixture-of-experts"]
     loss, other = found.eval_results
-    assert (loss.metric_type, loss.metric_value, loss.dataset_name) == ("loss", 4.25, "held-out text")
-    assert (other.metric_value, other.dataset_type, other.dataset_split) == (1, "org/text", "test")
+    assert (loss.metric_type, loss.metric_value, loss.dataset_type) == ("loss", 4.25, "held-out text")
+    assert (other.metric_value, other.dataset_type, other.dataset_split) == (1e-7, "org/text", "test")
+    assert (loss.metric_name, other.metric_name, found.model_name) == ("loss (nats)", None, "name")
 
 
 def test_what_is_not_known_is_left_out(folder):
@@ -157,9 +135,8 @@ def test_the_code_for_each_tier_loads_the_tables_there_and_generates(folder, cap
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     exec("prompt = " + generating, names)
     assert capsys.readouterr().out.startswith("The")
-    needs = re.findall(r"`(transformers|torch|accelerate)(>=[\d.]+)`", card)
-    for name, floor in needs:
-        assert [line for line in metadata.requires("engram-hf") if re.match(rf"{name}\b", line) and floor in line], name
+    for name, floor in (needs := re.findall(r"`(transformers|torch|accelerate)(>=[\d.]+)`", card)):
+        assert any(re.match(rf"{name}\b.*{floor}", line) for line in metadata.requires("engram-hf")), name
     assert len(needs) == 3
 
 
@@ -174,58 +151,48 @@ def test_the_code_runs_where_this_package_is_not_installed(folder, tmp_path):
 def test_the_code_of_another_head_with_tables_elsewhere_runs(tmp_path):
     backbone, tables = tmp_path / "backbone", tmp_path / "tables"
     model = EngramMoEForSequenceClassification(tiny_config(engram_table_dtype="float32"))
-    model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(backbone, with_code=False, tables_to=tables)
-    facts, whole = gather_facts(backbone, tables_from=tables), gather_facts(tmp_path / "whole")
-    assert facts.tables == whole.tables and facts.disk_nbytes == pytest.approx(whole.disk_nbytes, abs=10_000)
+    facts, names = gather_facts(backbone, tables_from=tables), {}
+    assert sum(table["rows"] for table in facts.tables) == sum(table.rows for table in model.engram_tables())
     config = {**json.loads((backbone / "config.json").read_text()), "engram_tables_repo": str(tables)}
     (backbone / "config.json").write_text(json.dumps(config))
-    card, names = render_card(facts), {}
+    card = render_card(facts)
     assert metadata_of(card)["pipeline_tag"] == "text-classification" and "active per token" not in card
     assert "import engram_hf" in card and "trust_remote_code" not in card and "AutoTokenizer" not in card
     exec(code_of(card).replace('"."', f'"{backbone}"'), names)
     assert isinstance(names["model"], EngramMoEForSequenceClassification) and tiers_of(names["model"]) == {"disk"}
 
 
-def test_the_users_text_and_metadata_stay(folder):
-    readme = folder / "README.md"
-    readme.write_text(USER)
+def test_the_users_text_and_metadata_stay_and_what_an_update_wrote_follows_the_facts(folder):
+    readme, head = folder / "README.md", "language:\n- de\ntags: [mine, engram]\nlicense: [mit]\nversion: '1.10'"
+    readme.write_text(f"---\n{head}\n---\n{USER_TEXT}")
     facts = gather_facts(folder, license="apache-2.0", data={"description": "text", "languages": ["en"]})
-    update_card(folder, facts)
-    first = readme.read_text()
-    found = metadata_of(first)
-    assert USER_TEXT in first and "This model: mit\n" in first
-    assert (found["license"], found["language"], found["version"]) == (["mit"], ["de", "en"], "1.10")
-    assert found["tags"][:3] == ["mine", "engram", "engram_moe"] and found["library_name"] == "transformers"
-    update_card(readme, facts)
-    assert readme.read_text() == first
+    for _ in range(2):
+        update_card(folder, facts)
+        first = readme.read_text()
+        found = metadata_of(first)
+        assert USER_TEXT in first and "This model: mit\n" in first and first.count(BEGIN) == 1
+        assert (found["license"], found["language"], found["version"]) == (["mit"], ["de", "en"], "1.10")
+        assert found["tags"][:3] == ["mine", "engram", "engram_moe"] and found["library_name"] == "transformers"
     # The user writes around the section, and the facts change.
     readme.write_text(first.replace("# My model", "# Our model") + "\nThe end.")
     update_card(folder, replace(facts, data=None, limits=["It is small."]))
     second = readme.read_text()
     assert USER_TEXT.replace("My", "Our") in second.split(BEGIN)[0] and second.split(END)[1] == "\n\nThe end."
     assert "* It is small." in second and "Data: text" not in second and metadata_of(second)["language"] == ["de"]
-
-
-def test_what_an_update_wrote_follows_the_facts(folder):
-    facts, readme = gather_facts(folder, name="a", license="mit", evaluation=[LOSS]), folder / "README.md"
-    update_card(folder, facts)
-    other = replace(facts, name="b", license="apache-2.0", base_model=["org/other"])
-    update_card(folder, other)
+    # A card that is all ours is the one of the new facts. A value that the user corrects stays.
+    readme.unlink()
+    update_card(folder, replace(facts, name="a", evaluation=[LOSS | {"dataset_id": None, "split": None}]))
+    update_card(folder, other := replace(facts, name="b", license="bsd", base_model=["org/other"]))
     card, expected = readme.read_text(), render_card(other)
     assert card.split("---\n", 2)[2] == expected.split("---\n", 2)[2] and metadata_of(card) == metadata_of(expected)
-    # The user corrects a value and the licence: theirs stay.
-    readme.write_text(
-        readme.read_text().replace("value: 4.25", "value: 8.0").replace("license: apache-2.0", "license: bsd")
-    )
-    update_card(folder, replace(facts, evaluation=[{**facts.evaluation[0], "value": 3.0}]))
-    data = ModelCard.load(readme).data
-    assert data.license == "bsd" and data.base_model is None
-    assert [result.metric_value for result in data.eval_results] == [8.0]
+    readme.write_text(card.replace("license: bsd", "license: mit"))
+    update_card(folder, replace(other, license="apache-2.0", base_model=[]))
+    assert metadata_of(readme.read_text())["license"] == "mit" and "base_model" not in metadata_of(readme.read_text())
 
 
 @pytest.mark.parametrize("names", ["a", "ab"])
-def test_results_of_other_tools_stay(folder, names):
+def test_results_that_were_measured_or_corrected_by_others_stay(folder, names):
     dataset = {"name": "GSM8K", "type": "gsm8k"}
     result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": [{"type": "accuracy", "value": 0.1}]}
     index = [{"name": name, "results": [result]} for name in names]
@@ -247,21 +214,24 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize(("content", "message"), DAMAGED)
-def test_a_card_that_cannot_be_read_is_named_and_stays(tmp_path, facts, content, message):
+def test_a_card_that_cannot_be_read_is_named_and_stays(tmp_path, content, message):
     path = tmp_path / "README.md"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"README.md [\s\S]*{message}"):
-        update_card(path, facts)
+        update_card(path, gather_facts(tiny_config()))
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
 
 
-def test_facts_that_were_edited_in_a_card_are_not_used(folder, caplog):
-    card = render_card(gather_facts(folder, evaluation=LOSS))
-    (folder / "README.md").write_text(card.replace('"value": 4.25', '"value": "4.25"'))
-    assert gather_facts(folder).evaluation == [] and "were edited" in caplog.text
-
-
-HOSTILE = ["a\n---\nb", f"x\n{END}\n# y", BEGIN, "{{ x }} {% raw %}", "a | <b>\n\n# c", "```\n# c", "no"]
+HOSTILE = [
+    "a\n---\nb",
+    f"x\n{END}\n# y",
+    BEGIN,
+    "{{ x }} {% raw %}",
+    "a | <b>\n\n# c",
+    "```\n# c",
+    "no",
+    "a, [b]: 🤗'\"",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -308,62 +278,65 @@ def test_what_is_no_fact_is_refused(folder):
 
 
 def test_facts_hold_on_as_long_as_the_weights_do(folder, caplog):
-    given = {"data": "text", "evaluation": [LOSS], "license": "mit", "limits": "It is small.", "name": "given"}
-    update_card(folder, gather_facts(folder, **given))
+    given = {"data": "text", "evaluation": [LOSS], "ablation": WORTH, "license": "mit", "limits": "It is small."}
+    update_card(folder, gather_facts(folder, name="given", **given))
     again = gather_facts(folder)
     assert (again.data["description"], again.license, again.limits) == ("text", "mit", ["It is small."])
-    assert again.evaluation[0]["value"] == 4.25 and again.name == "given"
+    assert (again.evaluation[0]["value"], again.ablation, again.name) == (4.25, asdict(WORTH), "given")
     assert gather_facts(folder, repo_id="org/name").name == "name"
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(folder)
     assert gather_facts(folder) == again and "weights changed" not in caplog.text
-    with torch.no_grad():
-        model.model.norm.weight.add_(1)
+    torch.nn.init.zeros_(model.model.norm.weight)
     model.save_pretrained(folder)
     changed = gather_facts(folder, limits=["It is new."])
     assert (changed.evaluation, changed.data, changed.license, changed.limits) == ([], None, "mit", ["It is new."])
-    assert "The weights changed since this card was written. Removed: data, evaluation." in caplog.text
+    assert "The weights changed since this card was written. Removed: data, evaluation, ablation." in caplog.text
+    # A record that somebody edited is not used.
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace('"license": "mit"', '"license": "bsd"'))
+    assert gather_facts(folder).license is None and "were edited" in caplog.text
 
 
-def test_the_training_log_is_told_as_it_is(folder):
+TOLD = """
+| steps | 6 (3.00 epochs) |
+| tokens that it was trained on | about 432 |
+| largest learning rate in the log (that of tables may differ) | 0.002 |
+| last training loss in the log | 4.000 |
+| layer 0: mean gate | 0.250 |
+| layer 0: rows that were touched | 50.0 % |
+| layer 2: mean gate | 0.750 |
+
+![Curves of the training run](curves%20of%20it.png)
+"""
+
+
+def test_the_training_log_and_the_worth_of_parts_are_told_as_they_are(folder):
     figures = {"engram/gate_mean/layer_0": 0.25, "engram/rows_touched/layer_0": 0.5, "engram/gate_mean/layer_2": 0.75}
-    history = [
-        {"step": 2, "loss": 5.0, "learning_rate": 1e-3, "engram/gate_mean/layer_0": 0.1},
-        {"step": 4, "loss": 4.0, "learning_rate": 2e-3, **figures},
-        {"step": 6, "loss": math.nan, "learning_rate": 1e-4, "grad_norm": math.inf},
-    ]
+    history = [{"step": 2, "loss": 5.0, "learning_rate": 1e-3, "engram/gate_mean/layer_0": 0.1}]
+    history += [{"step": 4, "loss": 4.0, "learning_rate": 2e-3, **figures}, {"step": 6, "loss": math.nan}]
     state = {"log_history": history, "global_step": 6, "epoch": 3.0}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (folder / "curves of it.png").write_bytes(b"")
-    data = {"description": "text", "tokens": 144}
-    card = render_card(gather_facts(folder, training=folder, picture="curves of it.png", data=data))
-    for line in [
-        "| steps | 6 (3.00 epochs) |",
-        "| tokens that it was trained on | about 432 |",
-        "| largest learning rate in the log (that of tables may differ) | 0.002 |",
-        "| last training loss in the log | 4.000 |",
-        "| layer 0: mean gate | 0.250 |",
-        "| layer 0: rows that were touched | 50.0 % |",
-        "| layer 2: mean gate | 0.750 |",
-        "![Curves of the training run](curves%20of%20it.png)",
-    ]:
-        assert f"{line}\n" in card, line
-    assert "evaluation loss" not in card
+    given = {"training": folder, "picture": "curves of it.png", "data": {"description": "text", "tokens": 144}}
+    card = render_card(gather_facts(folder, **given, ablation=WORTH))
+    assert TOLD in card and "over 1,234 tokens of 2 documents" in card
+    assert "| head 1 | 12.5 % | 4.750 | +0.250 | -0.500 to +1.000 |\n" in card
 
 
 def test_the_cards_of_the_repository_are_fresh_and_their_code_runs(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(next((ROOT / "scripts").rglob("render_cards.py")).parent))
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "maintenance")
     from render_cards import rendered_cards
 
     cards, there = rendered_cards(), ROOT / "hub_cards"
-    assert {"engram-tiny.md", "engram-27b.md", "engram-40b.md", "moe-27b.md", "dense-4b.md"} == set(cards)
-    assert {path.name for path in there.glob("*.md")} == {*cards, "template.md"}
+    assert {path.name for path in there.glob("*.md")} == {*cards, "template.md", "patch_template.md"}
     for name, card in cards.items():
         assert (there / name).read_text() == card, f"{name} is stale: run render_cards.py"
     demo = read_facts(there / "engram-tiny.md")
-    assert asdict(demo) == json.loads((there / "engram-tiny.json").read_text())
+    assert demo == CardFacts(**json.loads((there / "engram-tiny.json").read_text()))
     assert (there / demo.picture).stat().st_size < 200_000 and demo.evaluation and demo.training and demo.data
-    assert (there / "template.md").resolve() == (ROOT / "src/engram_hf/hub/card_template.md").resolve()
+    for link in ("template.md", "patch_template.md"):
+        assert (there / link).resolve().parent == ROOT / "src/engram_hf/hub"
     for preset in ("engram-27b", "moe-27b"):
         exec(code_of(cards[f"{preset}.md"]), {})
         printed, total = capsys.readouterr().out, count_parameters(EngramMoEConfig.preset(preset)).total

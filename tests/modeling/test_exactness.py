@@ -216,6 +216,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+# The next test compares logits of a compiled model too.
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_the_compiled_forward_gives_the_same_logits(model):

@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.tensor import Shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from engram_hf import engram_optimizers
 from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table_changes import digest_of, digest_of_content
@@ -87,7 +90,7 @@ def test_what_cannot_be_cut_over_ranks_is_refused_in_a_sentence(folder, monkeypa
         AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard", hot_rows=10)
 
 
-def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(folder, tmp_path):
+def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(folder, tmp_path, monkeypatch):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard").eval()
@@ -103,5 +106,21 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
             model.place_tables({"...table": "host"}, hot_rows=5)
         with pytest.raises(ValueError, match="cut over ranks, where only row updates reach it"):
             model.train()(ids, labels=ids)
+        args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
+        factory, options = engram_optimizers(args)
+        args.save_on_each_node = True
+        with pytest.raises(NotImplementedError, match="got save_on_each_node=True"):
+            factory()(model, **options)
+        args.save_on_each_node = False
+        for words, value in (
+            ("--fsdp_state_dict_type SHARDED", "FULL_STATE_DICT"),
+            ("loading false", "SHARDED_STATE_DICT"),
+        ):
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, state_dict_type=value, cpu_ram_efficient_loading=True, reshard_after_forward=True
+            )
+            monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+            with pytest.raises(NotImplementedError, match=words):
+                factory()(model, **options)
     finally:
         dist.destroy_process_group()

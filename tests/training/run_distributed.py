@@ -1,7 +1,11 @@
 """One process of a run over several: trains a tiny model with Trainer, and writes what it ended with. Not a test."""
 
 import json
+import os
+import resource
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +15,7 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from engram_hf import (
     EngramGateStatisticsCallback,
@@ -21,6 +25,7 @@ from engram_hf import (
     freeze_backbone,
     load_with_tables,
 )
+from engram_hf.modeling.table_ranks import CHANGED
 
 
 TABLES = ("model.layers.0.engram.table", "model.layers.2.engram.table")
@@ -64,6 +69,28 @@ def train_sharded(model, args, rule: str) -> list[float]:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+class Breaks(TrainerCallback):
+    """Has a process fail in the middle of the save that follows a step, when it comes to the rows that have changed."""
+
+    def __init__(self, rank: int, step: int, how: str):
+        self.rank, self.step, self.how = rank, step, how
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if (args.process_index, state.global_step) != (self.rank, self.step):
+            return
+        for table in model.named_tables().values():
+            table.ranks.handlers[CHANGED] = partial(self.fail, table.ranks.handlers[CHANGED])
+
+    def fail(self, answer, asked: bytes) -> bytes:
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "killed in a write":
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        # From now on, no file may grow beyond this, as if the disk were full.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        return answer(asked)
 
 
 def main():
@@ -114,6 +141,7 @@ def main():
         held = [sum(table.ranks.cut.rows_of(args.process_index)) for table in model.named_tables().values()]
         assert [sum(map(len, table.blocks)) for table in model.named_tables().values()] == held
     callbacks = [EngramPrefetchCallback(), EngramGateStatisticsCallback(), EngramRowStatisticsCallback()]
+    callbacks += [Breaks(*options["breaks"])] if options.get("breaks") else []
     trainer = Trainer(
         model,
         args,

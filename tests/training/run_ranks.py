@@ -1,13 +1,17 @@
-"""Tables over 2, 3 and 4 processes. Not a test: `test_ranks.py` starts it and compares what the processes leave."""
+"""Tables over processes. Not a test: `test_ranks.py` starts it and compares what the processes leave.
+
+Arguments: a folder, and numbers of processes.
+"""
 
 import os
 import shutil
 import sys
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch import nn
 from torch.multiprocessing import start_processes
@@ -19,24 +23,25 @@ from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.modeling.table_ranks import open_parts, start_ranks
+from engram_hf.modeling.table_ranks import RowCut, open_parts, start_ranks
 from engram_hf.training.row_exchange import RowExchange
 from engram_hf.training.row_updates import RowUpdates
 
 
-RANKS = (2, 3, 4)
 STEPS, WIDTH, HIGHEST_NORM = 3, 4, 2.0
 # Three heads in two blocks; the second one has fewer rows than there are processes.
 ROWS_OF_HEAD, BLOCK_ELEMENTS = [3, 23, 2], 26 * WIDTH
 RULES = {"adam": RowAdam(), "rowwise_adam": RowwiseAdam(), "adagrad": RowwiseAdagrad(), "sgd": RowSGD()}
 # Rule, tier, type of the rows.
 CASES = [
-    ("adam", "resident", "float64"),
-    ("rowwise_adam", "host", "float64"),
-    ("adagrad", "disk", "float64"),
-    ("sgd", "resident", "float64"),
+    *((rule, tier, "float64") for rule in RULES for tier in ("resident", "host", "disk")),
+    *((rule, "host", "float32") for rule in RULES),
     ("adam", "disk", "bfloat16"),
 ]
+ROUNDED = ("sgd", "resident", "bfloat16")
+EARLY = ("adam", "disk", "float64")
+# Tables of other heads, by the name of their file: one with fewer rows than processes, one with four heads.
+HEADS = {"few": [2], "four": [5, 7, 3, 4]}
 
 
 class Task(nn.Module):
@@ -51,13 +56,13 @@ class Task(nn.Module):
         return self.scale * ((self.table(row_ids).double() * weights).sum() if len(row_ids) else 1)
 
 
-def batch(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, rank: int, ranks: int, heads=ROWS_OF_HEAD) -> tuple[torch.Tensor, torch.Tensor]:
     """What a process reads in a step: each another number of tokens, and the first one none. Weights are small whole
     numbers, so that sums have no error."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     tokens = 3 * rank + (rank > 0)
-    ids = torch.stack([torch.randint(0, rows, (tokens,), generator=generator) for rows in ROWS_OF_HEAD], -1)
-    return ids, ranks * torch.randint(-4, 5, (tokens, WIDTH * len(ROWS_OF_HEAD)), generator=generator).double()
+    ids = torch.stack([torch.randint(0, rows, (tokens,), generator=generator) for rows in heads], -1)
+    return ids, ranks * torch.randint(-4, 5, (tokens, WIDTH * len(heads)), generator=generator).double()
 
 
 def rows_of_one_owner(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,25 +71,43 @@ def rows_of_one_owner(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, t
     return torch.zeros_like(ids), weights
 
 
-def write_table(path: Path, dtype: str) -> None:
+def share_of_tokens(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `batch`, of tokens that are the same for any number of processes, each of which reads its share of them."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.stack([torch.randint(0, rows, (12,), generator=generator) for rows in ROWS_OF_HEAD], -1)
+    weights = ranks * torch.randint(-4, 5, (12, WIDTH * len(ROWS_OF_HEAD)), generator=generator).double()
+    return ids[rank::ranks], weights[rank::ranks]
+
+
+def write_table(path: Path, dtype: str, rows_of_block=(26, 2)) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in (26, 2)]
+    rows = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in rows_of_block]
     blocks = {f"blocks.{i}": each.to(getattr(torch, dtype)) for i, each in enumerate(rows)}
     write_file(path, {name: TensorContent.of(block) for name, block in blocks.items()})
 
 
 def open_table(path: Path, tier: str, dtype: str, service=None) -> EngramTable:
     with tables_without_blocks():
-        table = EngramTable(ROWS_OF_HEAD, WIDTH, BLOCK_ELEMENTS, row_format(dtype))
-    file = TableFile(path)
-    sources = {("table", i): BlockSource(file, f"blocks.{i}") for i in range(2)}
+        table = EngramTable(HEADS.get(path.stem, ROWS_OF_HEAD), WIDTH, BLOCK_ELEMENTS, row_format(dtype))
+    file, blocks = TableFile(path), len(table.block_records)
+    sources = {("table", i): BlockSource(file, f"blocks.{i}") for i in range(blocks)}
     if service is not None:
         sources = open_parts(sources, {"table": table.cut_over_ranks(service)}, service.rank)
-    table.open_blocks(list(sources.values()), [tier] * 2, ["cpu"] * 2)
+    table.open_blocks(list(sources.values()), [tier] * blocks, ["cpu"] * blocks)
     return table
 
 
-def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = False, saved=None, make=batch) -> dict:
+def train(
+    path: Path,
+    case: tuple,
+    ranks: int,
+    service=None,
+    is_alone=False,
+    saved=None,
+    make=batch,
+    highest=HIGHEST_NORM,
+    is_early=False,
+) -> dict:
     """What a table has become.
 
     Args:
@@ -95,6 +118,8 @@ def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = Fa
         is_alone: whether this process does by itself what so many ranks do together.
         saved: the state of an optimizer, to go on from.
         make: what a process reads in a step.
+        highest: the norm that gradients are clipped to.
+        is_early: whether each forward is announced before the backward ahead of it, and others are that never come.
     """
     rule, tier, dtype = case
     table = open_table(path, tier, dtype, service)
@@ -109,41 +134,80 @@ def train(path: Path, case: tuple, ranks: int, service=None, is_alone: bool = Fa
         exchange.follow(task, [task.scale])
     if service is not None:
         service.meet()
-    norms = []
+    norms, seen = [], []
+    if is_early:
+        table.ranks.bring["seen"] = seen.append
     for step in range(STEPS):
         for part in range(2):
             for rank in [dist.get_rank()] if exchange else range(ranks):
                 loss = task(*make(10 * step + part, rank, ranks))
+                if is_early:
+                    look_ahead(table, 10 * step + part, rank, ranks)
                 (loss if exchange else loss / ranks).backward()
-        norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], HIGHEST_NORM)))
+        norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], highest)))
         updates.step(0.5)
         updates.gradients.norm.grad = None
     rows = table.gather_rows(torch.arange(table.num_rows))
-    state = updates.state_dict()
+    state = updates.state_dict() if service is None else state_in_files(updates, path.parent / f"state{os.getpid()}")
     state = {name: state[name] for name in ("steps", "row_ids", "wide", "narrow") if name in state}
     if service is not None:
         # Nobody may end while another one asks.
         service.meet()
     shutil.rmtree(work, ignore_errors=True)
-    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows}
+    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen}
+
+
+def batch_after(number: int) -> int:
+    """The number of the batch that follows in `train`."""
+    return number + 1 if number % 10 == 0 else number + 9
+
+
+def look_ahead(table: EngramTable, number: int, rank: int, ranks: int) -> None:
+    """Between a forward and its backward: announce lookups to come, and look up what has no part in the training."""
+    for each in (number + 100, batch_after(number)):
+        table.bring_pages(batch(each, rank, ranks)[0])
+    row_ids, _ = batch(number + 200, rank, ranks)
+    if len(row_ids):
+        with torch.no_grad():
+            table(row_ids)
+
+
+def state_in_files(updates: RowUpdates, folder: Path) -> dict:
+    """The state of the rows of all ranks, as one process would have it."""
+    folder.mkdir()
+    parts = [load_file(folder / name) for name in sorted(updates.write_state(folder, "state"))]
+    shutil.rmtree(folder)
+    order = torch.cat([part["row_ids"] for part in parts]).argsort()
+    names = [name for name in parts[0] if name != "stamp"]
+    return {"steps": updates.steps, **{name: (torch.cat([part[name] for part in parts])[order],) for name in names}}
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this thread gives to the collectives and sends, and takes by receiving, by operation and type."""
+    """Bytes that this thread gives to other processes by collectives and sends, and takes by receiving.
+
+    calls: of each, the operation, the type, and the bytes. What a process gives to itself does not travel.
+    """
 
     def __init__(self):
         super().__init__()
-        self.nbytes: Counter[tuple[str, str]] = Counter()
+        self.calls: list[tuple[str, str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         if "c10d" in name:
             tensors = [each for group in args[:2] for each in (group if isinstance(group, list) else [group])]
             tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
-            # Of an all-to-all, the first tensor is what arrives.
-            for tensor in tensors[1:] if "alltoall_base" in name else tensors[:1]:
-                self.nbytes[name.split(".")[1], str(tensor.dtype)] += tensor.nbytes
+            tensor, share = tensors[0], 1.0
+            if "alltoall_base" in name:
+                # The first tensor is what arrives.
+                tensor, splits = tensors[1], args[4]
+                share = 1 - splits[dist.get_rank()] / max(1, sum(splits))
+            self.calls.append((name.split(".")[1], str(tensor.dtype), round(tensor.nbytes * share)))
         return func(*args, **(kwargs or {}))
+
+    def nbytes(self, operation: str, dtype: str) -> int:
+        """Of all calls of an operation with a type."""
+        return sum(nbytes for name, of_type, nbytes in self.calls if (name, of_type) == (operation, f"torch.{dtype}"))
 
 
 def task_over_ranks(path: Path) -> Task:
@@ -170,23 +234,48 @@ def count_traffic(path: Path, ranks: int) -> dict:
     foreign = int((table.ranks.cut.owner(distinct) != rank).sum())
     table.ranks.service.meet()
     return {
-        "sent": dict(sent.nbytes),
-        "moved": dict(table.ranks.service.moved),
+        "calls": sent.calls,
+        "heads": sent.nbytes("send", "int64"),
+        "asked": sent.nbytes("send", "uint8"),
+        "taken": sent.nbytes("recv_", "uint8"),
+        "given": [nbytes for name, dtype, nbytes in sent.calls if name == "alltoall_base_" and "uint8" in dtype],
         "foreign": foreign,
-        "distinct": len(distinct),
     }
 
 
-def cut_otherwise(path: Path, ranks: int) -> str:
-    """What is raised on this process where the last one cuts the table differently."""
+class NextRanksCut(RowCut):
+    """Takes every row for the next rank's."""
+
+    def owner(self, row_ids: torch.Tensor) -> torch.Tensor:
+        return (super().owner(row_ids) + 1) % self.ranks
+
+
+class ShiftingCut(RowCut):
+    """What a network does that mixes messages up: of the row ids that arrive, one is that of a neighbour."""
+
+    def pack(self, row_ids: torch.Tensor, rank: int) -> torch.Tensor:
+        packed = super().pack(row_ids, rank)
+        packed[:1] ^= 1
+        return packed
+
+
+def cut_otherwise(path: Path, ranks: int, kind: type[RowCut], in_lookup: bool) -> str:
+    """What is raised on this process where the last one cuts the table differently.
+
+    Args:
+        kind: how.
+        in_lookup: whether it does so when it looks rows up; else when gradients travel.
+    """
     task, rank = task_over_ranks(path), dist.get_rank()
-    table = task.table
-    if rank == ranks - 1:
-        # It takes every row for the next rank's.
-        owner = table.ranks.cut.owner
-        table.ranks.cut.owner = lambda row_ids: (owner(row_ids) + 1) % ranks
+    exchange = task.table.row_gradients.exchange
+    other = kind(task.table.ranks.cut.rows_of_block, ranks)
     try:
-        task(*batch(0, rank, ranks)).backward()
+        if rank == ranks - 1 and in_lookup:
+            task.table.ranks.cut = other
+        loss = task(*batch(0, rank, ranks))
+        if rank == ranks - 1 and not in_lookup:
+            exchange.tables = [(table, other) for table, _ in exchange.tables]
+        loss.backward()
     except RuntimeError as error:
         return str(error)
     return ""
@@ -210,7 +299,7 @@ def use_model(base: Path, out: Path, ranks: int) -> dict:
 
 
 def fetch_while_checkpointing(base: Path, folder: Path) -> dict:
-    """Rows that are fetched for one step, with and without gradient checkpointing, and the rows that have moved."""
+    """Bytes that are fetched for one step, with and without gradient checkpointing, and the rows that have moved."""
     found = {}
     for way in (None, False, True):
         model = AutoModelForCausalLM.from_pretrained(base, engram_ranks="shard").train()
@@ -221,10 +310,9 @@ def fetch_while_checkpointing(base: Path, folder: Path) -> dict:
             model.gradient_checkpointing_enable({"use_reentrant": way})
             model.enable_input_require_grads()
         ids = tiny_ids(2, 9, seed=dist.get_rank())
-        moved = next(iter(model.named_tables().values())).ranks.service.moved
-        before = moved["rows"]
-        model(input_ids=ids, labels=ids).loss.backward()
-        fetched = moved["rows"] - before
+        with Sent() as sent:
+            model(input_ids=ids, labels=ids).loss.backward()
+        fetched = sent.nbytes("recv_", "uint8")
         optimizer.step()
         rows = [table.gather_rows(torch.arange(table.num_rows)) for table in model.named_tables().values()]
         found[str(way)] = {"fetched": fetched, "rows": rows}
@@ -242,12 +330,22 @@ def run(rank: int, out: Path, ranks: int) -> None:
         path = out / f"{case[2]}.safetensors"
         result[case] = train(path, case, ranks, service)
         result[case, "replicated"] = train(path, case, ranks)
+    result["rounded"] = train(out / "bfloat16.safetensors", ROUNDED, ranks, service, make=share_of_tokens, highest=1e9)
+    path, case, ways = out / "float64.safetensors", ("sgd", "resident", "float64"), [service, None]
+    result["one owner"] = [train(path, case, ranks, each, make=rows_of_one_owner) for each in ways]
+    result["traffic"] = count_traffic(path, ranks)
+    for kind in (NextRanksCut, ShiftingCut):
+        for in_lookup in (False, True):
+            result[kind.__name__, in_lookup] = cut_otherwise(path, ranks, kind, in_lookup)
+    for name, heads in HEADS.items():
+        make = partial(batch, heads=heads)
+        case = ("adam", "disk" if name == "few" else "host", "float64")
+        result[name] = [train(out / f"{name}.safetensors", case, ranks, each, make=make) for each in ways]
+    with Sent() as sent:
+        result["early"] = train(path, EARLY, ranks, service, is_early=True)
+    result["sent early"] = sent.nbytes("send", "uint8")
+    result["announced"] = dict(service.moved)
     if ranks == 3:
-        path, case = out / "float64.safetensors", ("sgd", "resident", "float64")
-        ways = {"sharded": service, "replicated": None}
-        result["one owner"] = {way: train(path, case, 3, each, make=rows_of_one_owner) for way, each in ways.items()}
-        result["traffic"] = count_traffic(out / "float64.safetensors", ranks)
-        result["otherwise"] = cut_otherwise(out / "float64.safetensors", ranks)
         result["model"] = use_model(out / "base", out, ranks)
     if ranks == 2:
         result["checkpointing"] = fetch_while_checkpointing(out / "base", out / "run")
@@ -260,8 +358,10 @@ def run(rank: int, out: Path, ranks: int) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     tiny_model(tiny_config(engram_table_dtype="float64")).save_pretrained(folder / "base")
-    for dtype in ("float64", "bfloat16"):
+    for dtype in ("float64", "float32", "bfloat16"):
         write_table(folder / f"{dtype}.safetensors", dtype)
-    for number in RANKS:
+    for name, heads in HEADS.items():
+        write_table(folder / f"{name}.safetensors", "float64", [sum(heads)])
+    for number in map(int, sys.argv[2:]):
         # A fork has imported everything already.
         start_processes(run, (folder, number), nprocs=number, start_method="fork")

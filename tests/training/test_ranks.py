@@ -1,102 +1,212 @@
 """Tables over 2, 3 and 4 processes, which trains, computes and saves what one process does."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from processes import run_processes
-from run_ranks import CASES, RANKS, ROWS_OF_HEAD, STEPS, rows_of_one_owner, train
+from run_ranks import (
+    CASES,
+    EARLY,
+    HEADS,
+    ROUNDED,
+    ROWS_OF_HEAD,
+    STEPS,
+    WIDTH,
+    batch,
+    batch_after,
+    rows_of_one_owner,
+    share_of_tokens,
+    train,
+)
 from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
 
 from engram_hf.modeling.disk_safetensors import file_digest
+from engram_hf.modeling.table_ranks import RowCut, check_number
 
 
 SCRIPT = Path(__file__).parent / "run_ranks.py"
 
 
+RANKS = [2, slow(3), slow(4)]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The folder, and what each process of each run has left: number of processes to a list."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # A process that waits for another one for ever is an error.
-    ran = run_processes([sys.executable, SCRIPT, folder])
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return folder, {n: [torch.load(folder / f"result{i}of{n}.pt") for i in range(n)] for n in RANKS}
+def launches():
+    """Numbers of processes that are started together to the folder that they have written to."""
+    return {}
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_table_over_ranks_trains_bit_for_bit_like_whole_tables_on_the_same_ranks(results, case):
-    for of_ranks in results[1].values():
-        for result in of_ranks:
+@pytest.fixture
+def folder(ranks, launches, tmp_path_factory):
+    """Where so many processes have left their results."""
+    together = ("2",) if ranks == 2 else ("3", "4")
+    if together not in launches:
+        launches[together] = tmp_path_factory.mktemp("ranks")
+        # A process that waits for another one for ever is an error.
+        ran = run_processes([sys.executable, SCRIPT, launches[together], *together])
+        assert ran.returncode == 0, ran.stderr[-3000:]
+    return launches[together]
+
+
+@pytest.fixture
+def results(folder, ranks):
+    """What each process has left."""
+    return [torch.load(folder / f"result{rank}of{ranks}.pt") for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_table_over_ranks_trains_bit_for_bit_like_whole_tables_on_the_same_ranks(results):
+    """All rules on all tiers, with accumulation and clipping, batches of several lengths and a rank without tokens."""
+    for result in results:
+        for case in CASES:
             sharded, replicated = result[case], result[case, "replicated"]
-            torch.testing.assert_close(sharded["rows"], replicated["rows"], rtol=0, atol=0)
-            torch.testing.assert_close(sharded["state"], replicated["state"], rtol=0, atol=0)
+            torch.testing.assert_close(sharded["rows"], replicated["rows"], rtol=0, atol=0, msg=str(case))
+            torch.testing.assert_close(sharded["state"], replicated["state"], rtol=0, atol=0, msg=str(case))
             assert sharded["norms"] == replicated["norms"]
 
 
-@pytest.mark.parametrize("way", ["sharded", "replicated"])
-def test_rows_of_one_owner_are_exchanged_by_all(results, way):
+@pytest.mark.parametrize("ranks", RANKS)
+def test_rows_of_one_owner_are_exchanged_by_all(folder, results, ranks):
     case = ("sgd", "resident", "float64")
-    alone = train(results[0] / "float64.safetensors", case, 3, is_alone=True, make=rows_of_one_owner)
-    for result in results[1][3]:
-        torch.testing.assert_close(result["one owner"][way]["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(result["one owner"][way]["norms"], alone["norms"], rtol=1e-12, atol=0)
+    alone = train(folder / "float64.safetensors", case, ranks, is_alone=True, make=rows_of_one_owner)
+    for result in results:
+        for way in result["one owner"]:
+            torch.testing.assert_close(way["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(way["norms"], alone["norms"], rtol=1e-12, atol=0)
     assert min(alone["norms"]) > 0
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_table_over_ranks_trains_what_one_process_does_with_the_joint_batch(results, case, tmp_path):
-    for ranks, of_ranks in results[1].items():
-        alone = train(results[0] / f"{case[2]}.safetensors", case, ranks, is_alone=True)
-        for result in of_ranks:
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_table_over_ranks_trains_what_one_process_does_with_the_joint_batch(folder, results, ranks):
+    for case in CASES:
+        alone = train(folder / f"{case[2]}.safetensors", case, ranks, is_alone=True)
+        for result in results:
             error = 1e-12 if case[2] == "float64" else 1e-6
             torch.testing.assert_close(result[case]["norms"], alone["norms"], rtol=error, atol=0)
-            if case[2] == "float64":
-                torch.testing.assert_close(result[case]["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
-                torch.testing.assert_close(result[case]["state"], alone["state"], rtol=1e-9, atol=1e-12)
+            if case[2] != "bfloat16":
+                torch.testing.assert_close(result[case]["rows"], alone["rows"], rtol=error, atol=error)
+                torch.testing.assert_close(result[case]["state"], alone["state"], rtol=error, atol=error)
         # Not one of the steps was without gradients, and clipping has changed something.
         assert len(alone["norms"]) == STEPS and min(alone["norms"]) > 2.0
 
 
-def test_what_is_rounded_stochastically_does_not_depend_on_the_number_of_ranks(results):
-    """The sums of these gradients are exact, and so are their means over two and four processes."""
-    case = CASES[-1]
-    for ranks in (2, 4):
-        alone = train(results[0] / "bfloat16.safetensors", case, ranks, is_alone=True)
-        assert torch.equal(results[1][ranks][0][case]["rows"], alone["rows"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_what_is_rounded_stochastically_does_not_depend_on_the_number_of_ranks(folder, results):
+    """The sums of these gradients are exact, and so are their means."""
+    path = folder / "bfloat16.safetensors"
+    alone = train(path, ROUNDED, 1, is_alone=True, make=share_of_tokens, highest=1e9)
+    for result in results:
+        assert torch.equal(result["rounded"]["rows"], alone["rows"])
 
 
-def test_each_rank_holds_its_part_of_the_rows_and_one_may_hold_none_of_a_block(results):
-    for ranks, of_ranks in results[1].items():
-        held = [result[CASES[0]]["held"] for result in of_ranks]
-        # Blocks of 26 and 2 rows, in chunks of ceil(rows / ranks).
-        assert held == {2: [14, 14], 3: [10, 10, 8], 4: [8, 8, 7, 5]}[ranks] and sum(held) == sum(ROWS_OF_HEAD)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_each_rank_holds_its_part_of_the_rows_and_one_may_hold_none_of_a_block(results, ranks):
+    held = [result[CASES[0]]["held"] for result in results]
+    # Blocks of 26 and 2 rows, in chunks of ceil(rows / ranks).
+    assert held == {2: [14, 14], 3: [10, 10, 8], 4: [8, 8, 7, 5]}[ranks] and sum(held) == sum(ROWS_OF_HEAD)
 
 
-def test_rows_and_row_ids_travel_once_each_way(results):
-    for result in results[1][3]:
+@pytest.mark.parametrize("ranks", RANKS)
+def test_rows_travel_once_each_way_and_their_ids_take_eight_bytes_in_all(results, ranks):
+    """Counted at the collectives, sends and receives."""
+    for result in results:
         traffic = result["traffic"]
-        foreign, sent = traffic["foreign"], traffic["sent"]
-        assert traffic["moved"] == {"ids": foreign, "rows": foreign, "row_bytes": foreign * 4 * 8} or not foreign
-        heads = sum(nbytes for (name, dtype), nbytes in sent.items() if name == "send" and dtype == "torch.int64")
-        asked = sum(nbytes for (name, dtype), nbytes in sent.items() if name == "send" and dtype == "torch.uint8")
-        # Six numbers before a question; the question itself has 8 bytes a row.
-        assert asked == 8 * foreign and heads <= 2 * 6 * 8
-        backward = sent["alltoall_base_", "torch.uint8"]
-        assert backward == 8 * 4 * traffic["distinct"]
+        foreign, (ids, rows) = traffic["foreign"], traffic["given"]
+        assert traffic["asked"] + ids == 8 * foreign
+        # Each answer begins with 16 bytes that say how it went.
+        answers = sum(name == "recv_" for name, _, _ in traffic["calls"])
+        assert traffic["taken"] == 8 * WIDTH * foreign + 16 * answers
+        assert rows == 8 * WIDTH * foreign
+        # Eight numbers before each question.
+        assert answers <= ranks - 1 and traffic["heads"] == 8 * 8 * answers
+    assert any(result["traffic"]["foreign"] for result in results)
 
 
-def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results):
-    messages = [result["otherwise"] for result in results[1][3]]
+def test_row_ids_above_four_billion_travel_in_four_bytes_each():
+    cut = RowCut([2**35 + 11, 7], ranks=3)
+    generator = torch.Generator().manual_seed(0)
+    for rank in range(3):
+        held = torch.randint(0, sum(cut.rows_of(rank)), (1000,), generator=generator).unique()
+        row_ids = cut.to_table(held, rank)
+        packed = cut.pack(row_ids, rank)
+        assert len(packed) == 4 * len(held) + 8 * 2
+        check = int(check_number(row_ids))
+        assert torch.equal(cut.find_packed(packed, check, rank), held)
+        # Shifted, cut differently, or at another rank.
+        assert cut.find_packed(packed, check + 1, rank) is None
+        assert cut.find_packed(packed[4:], check, rank) is None
+        assert cut.find_packed(packed[1:], check, rank) is None
+        assert cut.find_packed(packed, check, (rank + 1) % 3) is None
+        if rank:
+            assert RowCut([2**35 + 14, 7], ranks=3).find_packed(packed, check, rank) is None
+    assert len(cut.pack(held[:0], 0)) == 8 * 2 and len(cut.find_packed(cut.pack(held[:0], 0), 0, 0)) == 0
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("in_lookup", [True, False])
+@pytest.mark.parametrize("kind", ["NextRanksCut", "ShiftingCut"])
+def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results, kind, in_lookup):
+    messages = [result[kind, in_lookup] for result in results]
     assert all(messages) and any("differently" in each for each in messages)
 
 
-def test_a_model_over_ranks_computes_generates_and_saves_what_one_process_does(results):
-    folder = results[0]
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", HEADS)
+def test_ranks_without_a_row_and_heads_that_lie_on_several_ranks_train_alike(folder, results, ranks, name):
+    tier = "disk" if name == "few" else "host"
+    make = partial(batch, heads=HEADS[name])
+    alone = train(folder / f"{name}.safetensors", ("adam", tier, "float64"), ranks, is_alone=True, make=make)
+    held = [result[name][0]["held"] for result in results]
+    assert sum(held) == sum(HEADS[name]) and (name != "few" or held == [1, 1, 0, 0][:ranks])
+    for result in results:
+        sharded, replicated = result[name]
+        torch.testing.assert_close(sharded["rows"], replicated["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(sharded["state"], replicated["state"], rtol=0, atol=0)
+        torch.testing.assert_close(sharded["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
+
+
+def distinct_rows(number: int, rank: int, ranks: int) -> torch.Tensor:
+    """Row ids in the table that a rank reads for a batch."""
+    firsts = torch.tensor(ROWS_OF_HEAD).cumsum(0) - torch.tensor(ROWS_OF_HEAD)
+    return (batch(number, rank, ranks)[0] + firsts).flatten().unique()
+
+
+def rows_of_others(cut: RowCut, rank: int, number: int) -> int:
+    """How many of them other ranks hold."""
+    return int((cut.owner(distinct_rows(number, rank, cut.ranks)) != rank).sum())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_lookups_that_were_announced_train_the_same_bits_and_owners_know_their_rows_early(results, ranks):
+    cut = RowCut([26, 2], ranks)
+    numbers = [10 * step + part for step in range(STEPS) for part in range(2)]
+    for rank, result in enumerate(results):
+        early, late = result["early"], result[EARLY]
+        torch.testing.assert_close(early["rows"], late["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(early["state"], late["state"], rtol=0, atol=0)
+        assert early["norms"] == late["norms"]
+        foreign = partial(rows_of_others, cut, rank)
+        # Of each batch but the first one.
+        asked = torch.cat([distinct_rows(number, each, ranks) for number in numbers[1:] for each in range(ranks)])
+        wanted = asked[cut.owner(asked) == rank].unique()
+        assert torch.isin(cut.to_held(wanted, rank), torch.cat(early["seen"])).all()
+        assert result["announced"].get("announced", 0) == sum(map(foreign, numbers[1:]))
+        # What a rank announces: the batch that follows, and one that never comes. What it asks for in full: the first
+        # batch, one without a gradient in each forward, and in the end all rows, and two bytes for the state.
+        named = sum(foreign(batch_after(each)) + foreign(each + 100) + foreign(each + 200) for each in numbers)
+        in_the_end = int((cut.owner(torch.arange(28)) != rank).sum())
+        assert result["sent early"] == 4 * (foreign(0) + named + in_the_end) + 2 * (ranks - 1)
+
+
+@pytest.mark.parametrize("ranks", [slow(3)])
+def test_a_model_over_ranks_computes_generates_and_saves_what_one_process_does(folder, results):
     model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    for rank, result in enumerate(results[1][3]):
+    for rank, result in enumerate(results):
         for number, logits in enumerate(result["model"]["logits"]):
             with torch.no_grad():
                 assert torch.equal(logits, model(tiny_ids(2, 5 + 3 * rank, seed=number)).logits)
@@ -108,8 +218,9 @@ def test_a_model_over_ranks_computes_generates_and_saves_what_one_process_does(r
     assert tables and digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("ranks", [2])
 def test_gradient_checkpointing_fetches_no_row_twice(results):
-    for result in results[1][2]:
+    for result in results:
         found = result["checkpointing"]
         assert found["None"]["fetched"] == found["False"]["fetched"] == found["True"]["fetched"] > 0
         for way in ("False", "True"):

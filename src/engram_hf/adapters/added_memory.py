@@ -110,7 +110,7 @@ def add_memory(
     check: Callable[[ModelFacts], None] = lambda facts: None,
     layers: str | None = None,
 ) -> PreTrainedModel:
-    """Put the modules of a memory into a model, with weights that nobody has set.
+    """Put the modules of a memory into a model. Their weights are not set yet.
 
     Args:
         whole: the model.

@@ -1,6 +1,6 @@
-"""What came of writing facts into a memory: what the model says now, which rows changed, and what else changed.
+"""The result of writing facts into a memory: what the model says now, which rows changed, and what else changed.
 
-Measuring is here too. Nothing in this file changes a model.
+The functions that measure this are here too. Nothing in this file changes a model.
 """
 
 import json
@@ -56,7 +56,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class FactResult:
-    """What came of one fact.
+    """The result of writing one fact.
 
     prompt, target: as they were given.
     is_recalled: whether `generate` continues the prompt greedily with the target.
@@ -122,7 +122,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class FactReport:
-    """What came of a patch of facts.
+    """The result of a patch of facts.
 
     facts: one result each.
     kept: facts that were to stay as they were: (prompt, recalled before, recalled after).

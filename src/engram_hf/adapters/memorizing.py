@@ -1,9 +1,9 @@
-"""Facts written into a memory and taken out again: which rows have to change so that a model says something else?
+"""Writing facts into a memory: which rows have to change so that a model says something else?
 
-`memorize` looks for small changes of the rows that the n-grams of a fact read, by gradient, and with a price for each
-row by how much text reads it. The model is never written to: the changes are a row patch (row_patches.py). Nothing is
-drawn at random, so the same call gives the same patch. Editing facts by gradient on rows of an Engram table: compare
-arXiv 2606.19172.
+`memorize` searches by gradient for small changes of the rows that the n-grams of a fact read. Changing a row costs more
+if more text reads it. The result is a row patch (row_patches.py): the model is never written to, and the patch can be
+taken out. Nothing is drawn at random, so the same call gives the same patch. arXiv 2606.19172 also edits facts by
+gradient on the rows of an Engram table.
 """
 
 import pydoc_data.topics

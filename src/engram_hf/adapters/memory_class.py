@@ -4,9 +4,9 @@ A model with a memory is of a subclass that is made for it. The subclass has the
 it is made of, because transformers looks classes up by these: Trainer to shift labels, recorders to find what they
 record, loaders to name an architecture. Taking the memory out gives the model its own class back.
 
-Saved whole, such a model has a config.json of the type "engram_memory", which holds that of the backbone. Without this
-package nothing knows this type, and the backbone's own class stumbles over `vocab_size`. So nobody loads the backbone
-without its memory.
+Such a model is saved with a config.json of the type "engram_memory", which holds the config of the backbone. Only this
+package knows the type, and the backbone's own class raises on `vocab_size`. So the backbone is never loaded without its
+memory by mistake.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a memory is that is added to somebody else's model: its own fields, and what it knows of that model.
+"""The config of a memory that is added to somebody else's model, and the facts that it needs about that model.
 
 The fields are the memory's half of `EngramMoEConfig` without the prefix `engram_`. Hash, memory layer and checks are
 the same as there: they read both configs under the names of `EngramMoEConfig`, here through `MemoryOfModel`.
@@ -96,8 +96,10 @@ class EngramConfig:
             raise ValueError(f"start must be one of {', '.join(STARTS)}; got {shorten(self.start)}.")
         if not 0 < self.rms_norm_eps <= 1:
             raise ValueError(f"rms_norm_eps must be above 0 and at most 1, got {self.rms_norm_eps}.")
-        # As much as can be said without a model.
-        MemoryOfModel(copy.copy(self), ModelFacts()).check()
+        # As much as can be said without a model, which may have a pad.
+        alone = copy.copy(self)
+        alone.pad_token_id = self.pad_token_id or 0
+        MemoryOfModel(alone, ModelFacts()).check()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON has them."""
@@ -179,7 +181,7 @@ class ModelFacts:
     passes_kwargs: whether the decoder hands keyword arguments that it does not know to its layers.
     passes_ids: whether a model around the decoder, which sees more than text, hands `engram_input_ids` to it.
     num_cache_layers: cache layers that the model itself needs.
-    base_model: where the model came from, as it was loaded; "" where nobody knows.
+    base_model: the name that the model was loaded by; "" if it is not known.
     """
 
     hidden_size: int = 1
@@ -234,8 +236,6 @@ class MemoryOfModel(MemoryFields):
         Raises:
             ValueError: names the field.
         """
-        if self.memory.pad_token_id is None:
-            self.memory.pad_token_id = 0
         try:
             check_range(self, [name for name in SIZES if name.startswith(PREFIX)])
             self.validate_engram()

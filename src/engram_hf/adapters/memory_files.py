@@ -78,7 +78,7 @@ class Description(NamedTuple):
 
 
 def check_tensors(modules: Mapping[str, nn.Module], places: Mapping[str, TensorPlace], where: str) -> None:
-    """See that files hold the tensors of memories in their shapes, and no others of memories. Tables are left aside.
+    """See that files hold every tensor of the memories in its shape, and no other tensor of a memory, tables excepted.
 
     Args:
         modules: as `Description.modules` gives them.
@@ -155,7 +155,7 @@ def read_memory_config(where: str | Path, **hub: Any) -> MemoryFiles | None:
         ValueError: it is damaged.
     """
     path = find_file(where, "config.json", {key: value for key, value in hub.items() if value is not None})
-    # Who reads another kind of model has messages of their own for a damaged file.
+    # Readers of other kinds of models report a damaged file themselves.
     if path is None or MODEL_TYPE.encode() not in path.read_bytes():
         return None
     content = read_json(path)

@@ -1,9 +1,9 @@
-"""What runs in a forward of somebody else's model that has a memory: hooks, and the step that they share.
+"""The hooks that add a memory to somebody else's model during a forward, and the step that they share.
 
 A pre-hook on the decoder hashes the tokens of a forward and hands them to its layers as a keyword argument. A pre-hook
 on every layer takes that argument out again, and layers with a memory add what it says to their input. Ids and the
-inputs of the convolution are kept in the caller's cache, behind the layers of the model. No class of anybody is
-patched, and no forward is replaced. Hash and memory layers are those of EngramMoE.
+inputs of the convolution are kept in the caller's cache, after the layers of the model. No class is patched
+and no forward is replaced. Hash and memory layers are those of EngramMoE.
 
 Names of modules: hashes are `<decoder>.engram.<name>`, memory layers are `<decoder layer>.engram.<name>`.
 """
@@ -50,7 +50,7 @@ class Step:
     row_ids: layer id to (batch, seq, heads).
     hashed: what is known of the tokens.
     num_cache_layers: cache layers that the model itself needs.
-    gates: layer id to (batch, seq, streams), where somebody asks for gates.
+    gates: layer id to (batch, seq, streams), if gates were asked for.
     shows_gates: whether the decoder's own output has them.
     decoder, before: the model that made this step, and the step that it stands in for; where steps are not carried by
         keyword arguments.

@@ -117,7 +117,7 @@ def save_engram(
         for block in table.block_records:
             full_name = block_name(table_name, block.number)
             block.saved_in = (published[full_name], full_name)
-        table.follow_save(())
+        table.saving.follow()
 
 
 def _refuse_other_content(folder: Path) -> None:

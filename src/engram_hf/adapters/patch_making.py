@@ -99,8 +99,7 @@ def open_any(model_or_folder: nn.Module | str | Path) -> OpenTables:
     sources = open_sources(checkpoint, match_blocks(tables, checkpoint, places, config))
     for name, table in tables.items():
         table.open_blocks(sources[name], [RESIDENT] * len(sources[name]), ["cpu"] * len(sources[name]))
-        if (changed := open_changes(name, checkpoint, places)) is not None:
-            table.changes.bring(name, table, changed)
+        table.changes.bring(name, table, open_changes(name, checkpoint, places))
     table_files = {checkpoint.file_of[tensor].name for tensor in checkpoint.blocks().values()}
     digests = checkpoint.metadata.get("sha256", {})
     backbone = {name: each for name, each in digests.items() if name not in table_files}
@@ -297,7 +296,7 @@ def _merge_folder(source: Path, patch: RowPatch, target: Path, scale: float) -> 
                 f"{', '.join(differing)}. Use the patch with the model that it was made for."
             )
     checkpoint, places = part.checkpoint, part.places
-    if any(open_changes(name, checkpoint, places) is not None for name in opened.tables):
+    if any(open_changes(name, checkpoint, places) for name in opened.tables):
         raise ValueError(
             f"{source} is a checkpoint of a run, with changed rows beside its blocks. Merge these first: "
             "engram_hf.merge_changed_rows(source, folder)."

@@ -27,7 +27,7 @@ class FoundRows(NamedTuple):
 class RowsInMemory:
     """All rows of a table, as its blocks lie at this moment. It keeps their memory.
 
-    addresses: of each block. Where they are other ones, a block has moved, and this record is stale.
+    addresses: of each block. If they differ from those of today, a block has moved and this record is stale.
     files: those that blocks are mapped from.
     """
 
@@ -42,7 +42,7 @@ class RowsInMemory:
         mapped = [block.mapped_file() for block in blocks]
         self.files = list(dict.fromkeys(file for file in mapped if file is not None))
         self.addresses = addresses_of(block.parameter for block in blocks)
-        # Nobody frees them while they are read.
+        # Holding them keeps their memory while it is read.
         self._blocks = [block.rows for block in blocks]
         first = blocks[0]
         self._width, self._row_nbytes, self._number_nbytes = first.row_width, first.row_nbytes, first.rows.itemsize

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.table import EngramTable
+from ..modeling.table_blocks import RESIDENT, BlockSource
 from ..modeling.table_formats import FloatRows
 from .rows_in_memory import RowsInMemory, addresses_of
 from .same_name import class_of_same_name, without_attributes
@@ -45,6 +46,19 @@ class TableOfParts(EngramTable):
         self._first_rows = np.array(list(accumulate(rows_of_part[:-1], initial=0)))
         self._rows: RowsInMemory | None = None
 
+    def take_over(self, parts: Sequence[torch.Tensor], sources: Sequence[BlockSource | None], train: bool) -> None:
+        """Begin with rows that are in memory, whatever file they came from.
+
+        Args:
+            parts: the rows of each part, (rows, width).
+            sources: where each part lies in a file, if it does. Rows are compared before a part goes to disk.
+            train: whether they may be trained.
+        """
+        for block, rows, source in zip(self.block_records, parts, sources, strict=True):
+            self.blocks.append(nn.Parameter(rows, requires_grad=train and self.stored_as.is_trainable))
+            block.tier, block.source = RESIDENT, source
+        self._move_heads(self.blocks[0].device)
+
     def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Look the table's own rows up.
 
@@ -73,8 +87,8 @@ class TableOfParts(EngramTable):
         return not self.is_resident and not torch.compiler.is_compiling() and self._in_memory() is not None
 
     def bring_pages(self, row_ids: torch.Tensor) -> None:
-        """As `EngramTable.bring_pages`, for row ids of the table, in any order. Those that it does not have are passed
-        over, since nobody may ever look them up."""
+        """As `EngramTable.bring_pages`, for row ids of the table in any order. Ids that it lacks are skipped, and
+        looking them up raises."""
         # Over ranks, the owner of a row reads it when it is asked.
         if self.is_resident or self.ranks is not None:
             return

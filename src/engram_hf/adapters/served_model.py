@@ -200,8 +200,7 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
         for name, own in sources.items():
             tiers, devices = [place.tier for place in planned[name]], [place.device for place in planned[name]]
             tables[name].open_blocks(own, tiers, devices, reader)
-            if (changed := open_changes(name, checkpoint, places)) is not None:
-                tables[name].changes.bring(name, tables[name], changed)
+            tables[name].changes.bring(name, tables[name], open_changes(name, checkpoint, places))
         self._name_ignored_by_ddp()
 
     def _prefetch_in_forwards(self) -> None:
@@ -249,7 +248,7 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
         """What tables the model has and where their blocks live, by the names of their embeddings."""
         return [replace(info, name=info.name.removesuffix(f".{TABLE_CHILD}")) for info in super().engram_tables()]
 
-    def place_tables(self, places: Mapping[str, object], hot_rows: int | None = None) -> None:
+    def place_tables(self, places: Mapping[str, object], hot_rows: int | None = None, host_nodes: Any = None) -> None:
         """As `engram_hf.place_tables`."""
         given = {name.removesuffix(f".{TABLE_CHILD}"): value for name, value in places.items()}
         backbone, entries = split_places(given, embeddings_of(cast(nn.Module, self)), tied_weights(self))
@@ -261,7 +260,8 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
         new = [name for name, _ in entries if name is not None and name not in self.served]
         if new:
             take_over(self, new, {name: entries[name, None] for name in new})
-        super().place_tables({f"{name}.{TABLE_CHILD}": value for (name, _), value in entries.items()}, hot_rows)
+        named = {f"{name}.{TABLE_CHILD}": value for (name, _), value in entries.items()}
+        super().place_tables(named, hot_rows, host_nodes)
 
     @torch.no_grad()
     def prefetch(self, input_ids, attention_mask=None, position_ids=None) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from ..modeling.checkpoint_loading import Checkpoint, read_headers
 from ..modeling.disk_files import BlockSource, TableFile
-from ..modeling.table_blocks import DISK, RESIDENT
+from ..modeling.table_blocks import DISK
 from .table_parts import TABLE_CHILD, TableParts, checkpoint_of, find_parts, names_in_model
 
 
@@ -46,16 +45,14 @@ def take_over(model: Any, names: list[str], values: Mapping[str, object]) -> Non
     tables = {name: model.named_tables()[f"{name}.{TABLE_CHILD}"] for name in names}
     files: dict[Path, TableFile] = {}
     for name in [name for name in names if name not in on_disk]:
-        table, each = tables[name], found[name]
-        for block, rows in zip(table.block_records, weights[name].detach().split(list(each.rows))):
-            requires_grad = weights[name].requires_grad and table.stored_as.is_trainable
-            table.blocks.append(nn.Parameter(rows, requires_grad=requires_grad))
-            block.tier = RESIDENT
-            if checkpoint is not None and (path := checkpoint.file_of.get(each.tensors[block.number])) is not None:
-                # Before a block goes to disk, its rows are compared.
+        sources: list[BlockSource | None] = []
+        for tensor in found[name].tensors:
+            path = None if checkpoint is None else checkpoint.file_of.get(tensor)
+            if path is not None:
                 files[path] = files.get(path) or TableFile(path)
-                block.source = BlockSource(files[path], each.tensors[block.number])
-        table._move_heads(table.blocks[0].device)
+            sources.append(None if path is None else BlockSource(files[path], tensor))
+        parts = weights[name].detach().split(list(found[name].rows))
+        tables[name].take_over(parts, sources, weights[name].requires_grad)
     if on_disk:
         entries = {(name, None): DISK for name in on_disk}
         model.open_served_tables({n: found[n] for n in on_disk}, checkpoint, places, entries, None, True)

@@ -103,7 +103,7 @@ def check_loadable(parts: list[Part], config: Any, has_contents: bool = True) ->
         for name in named:
             open_changes(name, tables.checkpoint, tables.places)
         for name, ngram_hash in _hashes(config, model).items():
-            _check_hash(model.checkpoint, name, ngram_hash)
+            _confirm_hash(model.checkpoint, name, ngram_hash)
     return named
 
 
@@ -132,8 +132,8 @@ def _hashes(config: Any, model: Part) -> dict[str, NgramHash]:
     return {"": NgramHash(copy.deepcopy(config))}
 
 
-def _check_hash(checkpoint: Checkpoint, name: str, ngram_hash: NgramHash) -> None:
-    """Token map and constants of a hash are those of the config's fingerprint."""
+def _confirm_hash(checkpoint: Checkpoint, name: str, ngram_hash: NgramHash) -> None:
+    """Read the token map of a hash, and see that map and constants are those of the config's fingerprint."""
     maps = [each for each in checkpoint.file_of if each.startswith(name) and each.endswith(OLD_TOKEN_MAP)]
     if maps and ngram_hash.token_map is not None:
         ngram_hash.token_map.copy_(TableFile(checkpoint.file_of[maps[0]]).tensor(maps[0]))

@@ -1,5 +1,6 @@
 """What a checkpoint holds, by the headers of its files. Of a repository nothing else is downloaded."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..modeling.configuration_engram_moe import PRESETS
 from ..modeling.disk_safetensors import TensorPlace, read_json, read_places
 from ..modeling.modeling_engram_moe import EngramMoEModel
 from ..modeling.table import EngramTable
-from ..modeling.table_blocks import ROW_IDS, changed_name, is_of_table, layer_of_table, parse_changed_name
+from ..modeling.table_blocks import ROW_IDS, is_of_table, layer_of_table, parse_changed_name
 from .checking import Part, check_loadable, read_config
 
 
@@ -137,14 +138,23 @@ def _inspect_other_tables(where: str, hub: dict[str, Any]) -> Inspection | None:
         sizes = [(name, part.places[name], part.checkpoint.file_of[name].name) for name in each.tensors]
         blocks = tuple(FoundBlock(name, place.shape[0], place.nbytes, file) for name, place, file in sizes)
         nbytes, dtype = sum(block.nbytes for block in blocks), str(each.dtype).removeprefix("torch.")
-        changed = part.places.get(changed_name(f"{each.name}.{TABLE_CHILD}", ROW_IDS))
-        num_changed = 0 if changed is None else changed.shape[0]
+        num_changed = _count_changed(part).get(f"{each.name}.{TABLE_CHILD}", 0)
         tables.append(FoundTable(each.name, sum(each.rows), each.width, dtype, nbytes, blocks, num_changed))
     in_tables = sum(table.nbytes for table in tables)
     of_tables = {block.name for table in tables for block in table.blocks}
     beside = [place.nbytes for name, place in part.places.items() if name not in of_tables and not is_of_table(name)]
     vocab_size = config.get_text_config().vocab_size
     return Inspection(where, tuple(tables), in_tables, sum(beside), None, vocab_size, None)
+
+
+def _count_changed(part: Part) -> Counter[str]:
+    """How many changed rows lie beside the blocks of each table."""
+    changed: Counter[str] = Counter()
+    for name, place in part.places.items():
+        table, kind, _ = parse_changed_name(name) or ("", "", 0)
+        if kind == ROW_IDS:
+            changed[table] += place.shape[0]
+    return changed
 
 
 def _at_one_commit(where: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
@@ -211,16 +221,12 @@ def _open(where: str, hub: dict[str, Any]) -> Part:
 
 def _tables(part: Part, config: Any, named: Mapping[str, EngramTable]) -> tuple[FoundTable, ...]:
     found: dict[str, list[FoundBlock]] = {}
-    changed = {}
+    changed = _count_changed(part)
     for (table, _), name in sorted(part.checkpoint.blocks().items()):
         place = part.places[name]
         block = FoundBlock(name, place.shape[0], place.nbytes, part.checkpoint.file_of[name].name)
         found.setdefault(table, []).append(block)
     prefix = f"{EngramMoEModel.base_model_prefix}."
-    for name, place in part.places.items():
-        table, kind = parse_changed_name(name) or ("", "")
-        if kind == ROW_IDS:
-            changed[table] = place.shape[0]
     return tuple(
         FoundTable(
             name=name.removeprefix(prefix),

@@ -14,7 +14,7 @@ from ..adapters.table_parts import MODEL_TYPES
 from ..modeling.checkpoint_loading import PROGRESS_BYTES, open_changes
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_safetensors import TensorContent, read_json
-from ..modeling.table_changes import rows_of_pieces
+from ..modeling.table_changes import ChangedRows, rows_of_pieces
 from .rewriting import files_beside, open_folder, refuse_weights, rewrite_blocks
 
 
@@ -51,28 +51,30 @@ def merge_changed_rows(source: str | Path, target: str | Path) -> Path:
         names = [name for (owner, _), name in sorted(blocks.items()) if owner == table]
         first_rows[table] = list(accumulate((places[name].shape[0] for name in names), initial=0))
 
-    def rows_for(name: str) -> slice:
-        """Which changed rows lie in a block."""
+    def rows_for(name: str) -> list[tuple[ChangedRows, slice]]:
+        """Which changed rows lie in a block: those of each rank that has some there."""
         table, number = owners[name]
-        if (brought := changes[table]) is None:
-            return slice(0, 0)
         bounds = torch.tensor(first_rows[table][number : number + 2])
-        return slice(*torch.searchsorted(brought.row_ids, bounds).tolist())
+        found = [(each, slice(*torch.searchsorted(each.row_ids, bounds).tolist())) for each in changes[table]]
+        return [(each, part) for each, part in found if part.start < part.stop]
 
     parts = {name: rows_for(name) for name in blocks.values()}
-    total = sum(places[name].nbytes for name, part in parts.items() if part.start < part.stop)
+    total = sum(places[name].nbytes for name, found in parts.items() if found)
     with logging.tqdm(
         total=total, desc="Merging", unit="B", unit_scale=True, disable=total < PROGRESS_BYTES
     ) as progress:
 
         def merged(file: TableFile, name: str) -> TensorContent | None:
             table, number = owners[name]
-            brought, part = changes[table], parts[name]
-            if brought is None or part.start == part.stop:
+            if not (found := parts[name]):
                 return None
-            row_ids = brought.row_ids[part] - first_rows[table][number]
-            digest = bytes(brought.digests[number].tolist())
-            return _with_rows(file, name, row_ids, brought.rows[part], digest, progress.update)
+            row_ids = torch.cat([each.row_ids[part] for each, part in found]) - first_rows[table][number]
+            row_ids, order = row_ids.sort()
+            rows = [each.rows[part] for each, part in found]
+            # Of one file nothing is copied.
+            merged_rows = rows[0] if len(rows) == 1 else torch.cat(rows)[order]
+            digest = bytes(found[0][0].digests[number].tolist())
+            return _with_rows(file, name, row_ids, merged_rows, digest, progress.update)
 
         rewrite_blocks(checkpoint, config, source, target, merged)
     return target

@@ -36,6 +36,7 @@ TRAINING_FILES = (
     "trainer_state.json",
     "training_args.bin",
     "rng_state*.pth",
+    "row-state-*.safetensors",
 )
 
 

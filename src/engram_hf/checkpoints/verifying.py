@@ -3,18 +3,20 @@
 Every byte is read: a forward does not notice a flipped one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
+from ..adapters.table_parts import MODEL_TYPES, all_parts
 from ..modeling.checkpoint_loading import Checkpoint, check_saved_config, find_checkpoint, name_inside, read_headers
 from ..modeling.disk_files import TableFile
-from ..modeling.disk_safetensors import file_digest
+from ..modeling.disk_safetensors import file_digest, read_json
 from ..modeling.ids_hashing import check_fingerprint, digest, map_tokens
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import ROWS, parse_block_name, parse_changed_name
@@ -49,6 +51,10 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
     tokenizer and index with the fingerprint of the config. All rows must be finite. A file without a SHA-256 in the
     index cannot be compared, and is refused.
 
+    Of somebody else's model with lookup tables (Qwen, Gemma), the weight files are compared with the SHA-256 in the
+    index, and the parts of the tables with the config. Their rows must be finite. The backbone's shapes are not
+    compared. Published checkpoints promise no SHA-256: `load_with_tables` and `save_pretrained` write one.
+
     Args:
         path_or_repo: folder of a checkpoint, or of tables alone; or a repository whose files were downloaded.
         tables_from: folder or repository of the tables, as in `from_pretrained`. By default they lie beside the
@@ -74,6 +80,8 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             "this machine; nothing can be verified."
         )
     folder = next(iter(checkpoint.file_of.values())).parent
+    if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
+        return _verify_other_tables(path_or_repo, folder, Part(checkpoint, read_headers(checkpoint)))
     config = read_config(folder) if (folder / "config.json").exists() else None
     if config is None and len(checkpoint.blocks()) < len(checkpoint.file_of):
         raise FileNotFoundError(f"{path_or_repo} has weights and no config.json. Copy or download it again.")
@@ -88,23 +96,49 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
         if any((folder / name).exists() for name in TOKENIZER_FILES):
             check_tokenizer(folder, read_tokenizer(folder))
     files = [file for part in parts for file in _verify_files(part.checkpoint)]
-    unknown = [file.name for file in files if file.promised is None]
-    changed = [file for file in files if file.promised is not None and not file.is_sound]
-    if changed:
-        raise ValueError(
-            f"{len(changed)} of {len(files)} files of {path_or_repo} are not what was saved: "
-            + "; ".join(f"{file.name} (with {_some(file.tensors)})" for file in changed)
-            + ". Download or copy them again."
-        )
+    _refuse_changed(files, path_or_repo)
     for part in parts:
         _verify_total(part)
         _verify_rows(part, config, named)
-    if unknown:
+    if unknown := [file.name for file in files if file.promised is None]:
         raise ValueError(
             f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and "
             "save it once with save_pretrained, which writes them."
         )
     return files
+
+
+def _verify_other_tables(path_or_repo: str | Path, folder: Path, part: Part) -> list[VerifiedFile]:
+    """The files of somebody else's model with lookup tables; errors as of `verify_tables`."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    tables = all_parts(config, part.checkpoint, part.places)
+    files = _verify_files(part.checkpoint)
+    _refuse_changed(files, path_or_repo)
+    _verify_total(part)
+    for tensor in (tensor for table in tables for tensor in table.tensors):
+        path = part.checkpoint.file_of[tensor]
+        # Whether a number of 8 bits is finite, only a wider type can say.
+        _check_finite(tensor, path, TableFile(path).tensor(tensor), part.checkpoint.where, torch.Tensor.float)
+    if unknown := [file.name for file in files if file.promised is None]:
+        raise ValueError(
+            f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so their bytes cannot be compared. The tables "
+            f"{_some(table.name for table in tables)} fit the config, and all their rows are finite. Load the model "
+            "with load_with_tables and save it once, which writes the SHA-256 of every file."
+        )
+    return files
+
+
+def _refuse_changed(files: list[VerifiedFile], where: str | Path) -> None:
+    """
+    Raises:
+        ValueError: a file has another SHA-256 than the index promises.
+    """
+    if changed := [file for file in files if file.promised is not None and not file.is_sound]:
+        raise ValueError(
+            f"{len(changed)} of {len(files)} files of {where} are not what was saved: "
+            + "; ".join(f"{file.name} (with {_some(file.tensors)})" for file in changed)
+            + ". Download or copy them again."
+        )
 
 
 def _find(path_or_repo: str, revision: str | None = None) -> Checkpoint | None:
@@ -180,6 +214,10 @@ def _verify_files(checkpoint: Checkpoint) -> list[VerifiedFile]:
     tensors: dict[Path, list[str]] = {}
     for name, file in checkpoint.file_of.items():
         tensors.setdefault(file, []).append(name)
+    # A model may be copied without what its training run goes on from.
+    folder, of_run = next(iter(tensors)).parent, checkpoint.metadata.get("row_state", {})
+    digests = {**digests, **of_run}
+    tensors |= {folder / name: [] for name in of_run if (folder / name).exists()}
     total = sum(file.stat().st_size for file in tensors)
     files = []
     with logging.tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=total < 2**26) as progress:
@@ -204,30 +242,50 @@ def _verify_rows(part: Part, config: Any, tables: Mapping[str, EngramTable]) -> 
     is_quantized = config is not None and config.engram_table_dtype in QUANTIZED_FORMATS
     files: dict[Path, TableFile] = {}
     for name, path in part.checkpoint.file_of.items():
-        table, kind = parse_changed_name(name) or parse_block_name(name) or ("", "")
-        if parse_block_name(name) is None and kind != ROWS:
+        changed, block = parse_changed_name(name), parse_block_name(name)
+        if block is None and (changed is None or changed.part != ROWS):
             continue
+        table = block.table if block is not None else changed.table if changed is not None else ""
         file = files.setdefault(path, TableFile(path))
         rows = file.tensor(name)
         if not is_quantized and not rows.is_floating_point():
             # Tables alone, without the config that says what their bytes mean.
             continue
-        head_dim = tables[name_inside(table, tables)].head_dim if is_quantized else 0
-        count = max(1, PART_BYTES // (rows.shape[1] * rows.dtype.itemsize))
-        for number, part_of_rows in enumerate(rows.split(count)):
-            numbers = (
-                dequantize_rows(part_of_rows, str(config.engram_table_dtype), head_dim)
-                if config is not None and is_quantized
-                else part_of_rows
+        if config is None or not is_quantized:
+            _check_finite(name, path, rows, part.checkpoint.where)
+            continue
+        head_dim = tables[name_inside(table, tables)].head_dim
+        numbers_of = partial(dequantize_rows, name=str(config.engram_table_dtype), width=head_dim)
+        _check_finite(name, path, rows, part.checkpoint.where, numbers_of, " (a number or its scale)")
+
+
+def _check_finite(
+    name: str,
+    path: Path,
+    rows: torch.Tensor,
+    where: str,
+    numbers_of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    which: str = "",
+) -> None:
+    """
+    Args:
+        name, path, where: tensor, file and folder, for the message.
+        rows: (rows, row width), as they are stored.
+        numbers_of: of some rows their numbers.
+        which: of them, for the message.
+
+    Raises:
+        ValueError: a number of a row is none.
+    """
+    count = max(1, PART_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+    for number, part_of_rows in enumerate(rows.split(count)):
+        is_finite = torch.isfinite(numbers_of(part_of_rows)).all(-1)
+        if not is_finite.all():
+            row = number * count + int((~is_finite).nonzero()[0])
+            raise ValueError(
+                f"{name} in {path.name} of {where} holds NaN or infinity, first in row {row}{which}. It was saved this "
+                "way: take an earlier checkpoint, or find what made the training diverge."
             )
-            is_finite = torch.isfinite(numbers).all(-1)
-            if not is_finite.all():
-                row = number * count + int((~is_finite).nonzero()[0])
-                raise ValueError(
-                    f"{name} in {path.name} of {part.checkpoint.where} holds NaN or infinity, first in row {row}"
-                    f"{' (a number or its scale)' if is_quantized else ''}. It was saved this way: take an earlier "
-                    "checkpoint, or find what made the training diverge."
-                )
 
 
 def _some(names) -> str:

@@ -100,13 +100,20 @@ def plan_in_words(model: str, estimate: MemoryEstimate, tokens: int, rates: Rate
     it so."""
     backbone, tables = sum(estimate.backbone.values()), sum(estimate.tables.values())
     if tables:
+        of_rank = " a rank" if estimate.ranks > 1 else ""
         needed = backbone + max(estimate.step.values())
         yield (
-            f"{model}: tables {size(tables)}, backbone {size(backbone)}; with the tables on disk it needs "
+            f"{model}: tables {size(tables)}{of_rank}, backbone {size(backbone)}; with the tables on disk it needs "
             f"{size(needed)} of memory where it computes."
         )
     if estimate.limits:
         yield f"{model} does not fit." if estimate.lacking else f"{model} fits."
+    if estimate.ranks > 1:
+        yield (
+            f"Over {estimate.ranks:,} ranks each holds {size(tables)} of tables and the whole backbone. In a training "
+            f"step of {tokens:,} tokens a rank, each moves {size(estimate.moved_per_step)} between ranks, if "
+            f"{estimate.distinct_share:.0%} of the rows are distinct."
+        )
     for place, nbytes in estimate.lacking.items():
         if place == "disk":
             yield f"does not fit: {size(nbytes)} of the backbone find no place in memory."

@@ -23,28 +23,29 @@ from ..checkpoints.checking import backbone_config, read_config
 from ..checkpoints.inspecting import inspect_checkpoint
 from ..insight.ablation import Ablation
 from ..insight.plotting import read_figures
-from ..modeling.checkpoint_loading import find_checkpoint, read_digests
+from ..modeling.checkpoint_loading import read_digests
 from ..modeling.configuration_engram_moe import EngramMoEConfig
-from ..modeling.modeling_engram_moe import EngramMoEForCausalLM
+from ..modeling.modeling_engram_moe import EngramMoEModel
 from ..planning import count_parameters, estimate_memory
 
 
 logger = logging.get_logger(__name__)
 CAUSAL_LM = "EngramMoEForCausalLM"
 # Somebody else's model with a memory, and such a memory alone.
-MEMORIES = WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
+WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
 PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
-# Our section of a card lies between two lines. A comment in it records the facts, with a digest against edits.
-BEGIN, END = "<!-- engram-hf: begin -->", "<!-- engram-hf: end -->"
+# A comment in a card records its facts, with a digest against edits.
 RECORD = re.compile(r"^<!-- engram-hf: facts (\w+) (.*) -->", re.MULTILINE)
 CONFIG_FIELDS: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "hc_mult", "vocab_size")
 CONFIG_FIELDS += ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "first_k_dense_replace")
 CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads", "engram_compressed_vocab_size")
 CONFIG_FIELDS += ("engram_fingerprint", "max_position_embeddings")
-TABLE_FIELDS = ("rows", "head_dim", "dtype", "nbytes")
-# Fields that an author gives: those that stay true of other weights, and those that do not.
+TABLE_FIELDS = ("name", "rows", "head_dim", "dtype", "nbytes")
+# Facts that an author gives: those that stay true of other weights, and those that do not.
 ALWAYS = ("license", "base_model")
 OF_WEIGHTS = ("data", "training", "picture", "gates", "evaluation", "ablation", "limits")
+OF_DATA = ["description"], ["datasets", "languages", "tokens"]
+OF_RESULT = ["metric", "value", "dataset", "command"], ["dataset_id", "split", "unit"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,9 @@ class CardFacts:
     architecture: str
     dtype: str
     config: dict[str, Any]
-    parameters: dict[str, float] | None
+    parameters: dict[str, int] | None
     tables: list[dict[str, Any]]
     backbone_nbytes: int
-    disk_nbytes: int
     preset: str | None = None
     weights: str | None = None
     has_weights: bool = False
@@ -79,15 +79,6 @@ class CardFacts:
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     ablation: dict[str, Any] | None = None
     limits: list[str] = field(default_factory=list)
-
-    @property
-    def tables_nbytes(self) -> int:
-        return sum(table["nbytes"] for table in self.tables)
-
-    @property
-    def has_experts(self) -> bool:
-        dense = self.config["first_k_dense_replace"]
-        return dense is not None and dense < self.config["num_hidden_layers"]
 
 
 def gather_facts(
@@ -123,8 +114,8 @@ def gather_facts(
         base_model: repositories that this model was made from; by default the one that a memory was added to.
         repo_id, tables_repo: where the model will be on the Hub, and where its tables will be if they are apart.
         name: title; by default the name of the repository, preset or folder.
-        picture: of the training curves; a file in `source`, named from there.
-        gates: the same for a picture of a text that is coloured by the gates of the memory.
+        picture, gates: pictures of the training curves, and of a text that is coloured by the gates of the memory;
+            files in `source`, named from there.
         limits: sentences.
         tables_from: folder or repository of the tables, as in `from_pretrained`.
 
@@ -138,23 +129,22 @@ def gather_facts(
         53826
     """
     if isinstance(source, EngramMoEConfig):
-        found, known = _facts_of_config(source), None
+        found, known, folder = _facts_of_config(source), None, None
     else:
-        found, known = _facts_of_checkpoint(Path(source), tables_from), read_facts(source)
-    for name_of_file, drawn_by in ((picture, "plot_training(run, picture)"), (gates, "show(trace).save(gates)")):
-        if name_of_file is None:
-            continue
-        if isinstance(source, EngramMoEConfig) or not (Path(source) / name_of_file).is_file():
-            raise FileNotFoundError(f"{name_of_file} is not a file in {source}. Draw it there: {drawn_by}.")
-    default_name, default_base = found.pop("name"), found.pop("base_model", [])
-    facts = CardFacts(
-        **found,
+        found, known, folder = _facts_of_checkpoint(Path(source), tables_from), read_facts(source), Path(source)
+    for file, drawn_by in ((picture, "plot_training(run, picture)"), (gates, "show(trace).save(gates)")):
+        if file is not None and not (folder and (folder / file).is_file()):
+            raise FileNotFoundError(f"{file} is not a file in {source}. Draw it there: {drawn_by}.")
+    if data is not None:
+        data = _with_fields({"description": data} if isinstance(data, str) else data, "data must have a", OF_DATA)
+    facts = replace(
+        found,
         name=name or (repo_id or "").split("/")[-1],
         repo_id=repo_id,
         tables_repo=tables_repo,
         license=license,
-        base_model=as_list(base_model) or default_base,
-        data=None if data is None else _data(data),
+        base_model=as_list(base_model) or found.base_model,
+        data=data,
         training=None if training is None else read_figures(training),
         picture=picture,
         gates=gates,
@@ -162,10 +152,11 @@ def gather_facts(
         ablation=None if ablation is None else asdict(ablation),
         limits=as_list(limits),
     )
-    for repository in filter(None, [repo_id, tables_repo, *facts.base_model, *(facts.data or {}).get("datasets", [])]):
-        validate_repo_id(repository)
+    for repository in [repo_id, tables_repo, *facts.base_model, *as_list((facts.data or {}).get("datasets"))]:
+        if repository is not None:
+            validate_repo_id(repository)
     facts = facts if known is None else keep_known(facts, known)
-    return replace(facts, name=facts.name or default_name)
+    return replace(facts, name=facts.name or found.name)
 
 
 def read_facts(path: str | Path) -> CardFacts | None:
@@ -188,14 +179,13 @@ def read_card(path: str | Path) -> tuple[Path, bytes]:
 
 def facts_in(content: bytes, where: object) -> CardFacts | None:
     """As `read_facts`, for what a file holds. `where` names the file in the warning."""
-    text = content.decode(errors="replace")
-    record = RECORD.search(text)
-    if record is not None and record[1] == _digest(record[2]):
-        # Another release has other fields.
-        with suppress(TypeError):
+    if (record := RECORD.search(content.decode(errors="replace"))) is None:
+        return None
+    # Another release has other fields.
+    with suppress(TypeError):
+        if record[1] == _digest(record[2]):
             return CardFacts(**json.loads(record[2]))
-    if BEGIN in text:
-        logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
+    logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
     return None
 
 
@@ -226,24 +216,12 @@ def as_list(value) -> list:
     return [] if value is None else [value] if isinstance(value, str | Mapping) else list(value)
 
 
-def is_repository(name: str) -> bool:
-    """Whether a name is that of a repository of the Hub, and of no folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _data(data: str | Mapping) -> dict[str, Any]:
-    content = {"description": data} if isinstance(data, str) else data
-    content = _with_fields(content, "data must have a", ["description"], ["datasets", "languages", "tokens"])
-    return content | {name: as_list(content[name]) for name in ("datasets", "languages")}
-
-
 def _result(result: Mapping) -> dict[str, Any]:
-    needed = ["metric", "value", "dataset", "command"]
-    content = _with_fields(result, "A result has", needed, ["dataset_id", "split", "unit"])
+    content = _with_fields(result, "A result has", OF_RESULT)
     value, command = content["value"], content["command"]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (is_number and command.strip()):
@@ -254,74 +232,63 @@ def _result(result: Mapping) -> dict[str, Any]:
     return content
 
 
-def _with_fields(content: Mapping, claim: str, needed: list[str], known: list[str]) -> dict[str, Any]:
-    """A copy with None for what is not known."""
+def _with_fields(content: Mapping, claim: str, fields: tuple[list[str], list[str]]) -> dict[str, Any]:
+    """A copy with None for what is not known. `fields`: those that must be there, and those that may be."""
+    needed, known = fields
     if not set(needed) <= set(content) <= {*needed, *known}:
         raise ValueError(f"{claim} {', '.join(needed)}, and may have {', '.join(known)}; got {sorted(content)}.")
     return {**dict.fromkeys(known), **content}
 
 
-def _facts_of_config(config: EngramMoEConfig) -> dict[str, Any]:
+def _facts_of_config(config: EngramMoEConfig) -> CardFacts:
     """Facts of the causal language model of a config; bytes are counted in bfloat16 if it names no type."""
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     preset = next((name for name in PAPER_PRESETS if EngramMoEConfig.preset(name).to_dict() == config.to_dict()), None)
     with torch.device("meta"):
         # A copy: the type that a model is built in is written into its config.
-        model = EngramMoEForCausalLM._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
-    needed = estimate_memory(config, "cpu", dtype)
-    return {
-        **_facts_of_fields(config, config, CAUSAL_LM),
-        "name": preset or config.model_type,
-        "preset": preset,
-        "dtype": dtype,
-        "tables": _tables(model.engram_tables(), CAUSAL_LM),
-        "backbone_nbytes": sum(needed.backbone.values()),
-        "disk_nbytes": sum(needed.backbone.values()) + sum(needed.tables.values()),
-    }
+        tables = EngramMoEModel._from_config(copy.deepcopy(config), dtype=getattr(torch, dtype)).engram_tables()
+    return CardFacts(
+        name=preset or config.model_type,
+        preset=preset,
+        dtype=dtype,
+        backbone_nbytes=sum(estimate_memory(config, "cpu", dtype).backbone.values()),
+        **_of_architecture(CAUSAL_LM, config, config, tables),
+    )
 
 
-def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> dict[str, Any]:
-    inspection, digests = inspect_checkpoint(folder, tables_from=tables_from), read_digests(folder)
-    config, checkpoint = read_config(folder), find_checkpoint(str(folder), {"local_files_only": True})
-    if checkpoint is None:
-        raise FileNotFoundError(f"{folder} holds no safetensors files of a model.")
+def _facts_of_checkpoint(folder: Path, tables_from: str | Path | None) -> CardFacts:
+    found, config, digests = (
+        inspect_checkpoint(folder, tables_from=tables_from),
+        read_config(folder),
+        read_digests(folder),
+    )
     if isinstance(config, MemoryFiles):
-        own = _facts_of_fields(config, folder, MEMORY if config.description.is_alone else WITH_MEMORY)
-        facts = config.description.facts
+        architecture, facts = MEMORY if config.description.is_alone else WITH_MEMORY, config.description.facts
+        own = _of_architecture(architecture, config, folder, found.tables)
         own["config"] |= {"hc_mult": facts.streams, "backbone": ", ".join(config.architectures or [])}
-        own["base_model"] = [facts.base_model] if is_repository(facts.base_model) else []
+        is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model) and not Path(facts.base_model).exists()
+        own["base_model"] = [facts.base_model] if is_repository else []
     else:
-        own = _facts_of_fields(config, config, (config.architectures or [CAUSAL_LM])[0])
-    here_nbytes = sum(path.stat().st_size for path in set(checkpoint.file_of.values()))
-    return {
-        **own,
-        "name": folder.resolve().name,
+        own = _of_architecture((config.architectures or [CAUSAL_LM])[0], config, config, found.tables)
+    return CardFacts(
+        name=folder.resolve().name,
         # Not of file names, so that saving the same weights again changes nothing.
-        "weights": _digest(json.dumps(sorted(digests.values()))) if digests else None,
-        "has_weights": True,
-        "has_code": getattr(config, "auto_map", None) is not None,
-        "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
-        "dtype": str(getattr(backbone_config(config), "dtype", None) or "float32").removeprefix("torch."),
-        "tables": _tables(inspection.tables, own["architecture"]),
-        "backbone_nbytes": inspection.backbone_nbytes,
-        "disk_nbytes": here_nbytes + (0 if checkpoint.blocks() else inspection.tables_nbytes),
-    }
+        weights=_digest(json.dumps(sorted(digests.values()))) if digests else None,
+        has_weights=True,
+        has_code=getattr(config, "auto_map", None) is not None,
+        has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+        dtype=str(getattr(backbone_config(config), "dtype", None) or "float32").removeprefix("torch."),
+        backbone_nbytes=found.backbone_nbytes,
+        **own,
+    )
 
 
-def _facts_of_fields(config: Any, source: Any, architecture: str) -> dict[str, Any]:
-    """What follows from a config. `source`: what `count_parameters` takes."""
-    counted = count_parameters(source) if architecture in (CAUSAL_LM, WITH_MEMORY) else None
+def _of_architecture(architecture: str, config: Any, source: Any, tables: Iterable[Any]) -> dict[str, Any]:
+    """What follows from a config and its tables. `source`: what `count_parameters` takes."""
     backbone = backbone_config(config)
     return {
         "architecture": architecture,
         "config": {name: getattr(config, name, getattr(backbone, name, None)) for name in CONFIG_FIELDS},
-        "parameters": counted and {**asdict(counted), "memory_share": counted.memory_share},
+        "parameters": asdict(count_parameters(source)) if architecture in (CAUSAL_LM, WITH_MEMORY) else None,
+        "tables": [{name: getattr(table, name) for name in TABLE_FIELDS} for table in tables],
     }
-
-
-def _tables(tables: Iterable[Any], architecture: str) -> list[dict[str, Any]]:
-    prefix = "" if architecture in ("EngramMoEModel", *MEMORIES) else "model."
-    return [
-        {"name": prefix + table.name.removeprefix("model."), **{name: getattr(table, name) for name in TABLE_FIELDS}}
-        for table in tables
-    ]

@@ -27,7 +27,7 @@ INDEX_FILES = "model.safetensors.index*.json"
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.py", "*.png", "*.jpg", "*.svg", "LICENSE*")
 # Weight files of a save without a variant. They are of no use in a repository whose indices do not name them.
 NAMED_BY_AN_INDEX = re.compile(
-    r"(model-\d{5}-of-\d{5}|tables-layer-\d+-\d{5}-of-\d{5}|rows-layer-\d+)(\.\d+)?\.safetensors"
+    r"(model-\d{5}-of-\d{5}|tables-layer-\d+-\d{5}-of-\d{5}|rows-layer-\d+(-\d{5}-of-\d{5})?)(\.\d+)?\.safetensors"
 )
 # The Hub recommends no larger files.
 LARGEST_UPLOAD = 20 * 10**9

@@ -1,4 +1,4 @@
-"""What one looks at: what a memory does to a text, what its parts are worth, and curves of a run."""
+"""Instruments: what a memory does to a text, what each of its parts is worth, and the curves of a run."""
 
 from importlib import import_module
 from typing import Any

@@ -1,7 +1,7 @@
-"""What the page of `engram-hf explore` does, without the page: look at a text, at one token, and at two continuations.
+"""What the page of `engram-hf explore` computes: the view of a text, the effect on one token, and two continuations.
 
-Several visitors may call these functions at once. They take turns, because silencing a memory puts hooks on the model.
-Errors are raised as `Refusal`: a sentence for visitors, which names no file of this machine.
+The page itself is page.py. Several visitors may call these functions at once. They take turns, because silencing a
+memory puts hooks on the model. Errors that a visitor may read are raised as `Refusal`. Its sentence names no file.
 """
 
 import html
@@ -23,7 +23,7 @@ from .tracing import Trace, evaluating, trace
 
 
 LONGEST_TEXT, LONGEST_CONTINUATION, LONGEST_SECONDS = 2000, 128, 60
-# Characters to a token that are read at most, so that nobody can make the tokenizer busy.
+# A longer text is refused before it is tokenized, so that a visitor cannot keep the tokenizer busy.
 CHARACTERS_PER_TOKEN = 20
 PREDICTIONS = 5
 

@@ -69,7 +69,7 @@ def hidden_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     def end(layer: nn.Module, args: tuple, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    # In front of hooks that add a memory to the input of the first layer.
+    # It runs before the hooks that add a memory to the input of the first layer.
     hooks = [layers[0].register_forward_pre_hook(begin, with_kwargs=True, prepend=True)]
     hooks += [layer.register_forward_hook(end) for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""Which memory a model has. A model is known by what it can do, since classes of remote code are not the package's."""
+"""Which memory a model has. Classes of remote code are not this package's, so a model is recognised by its methods."""
 
 from typing import Any
 

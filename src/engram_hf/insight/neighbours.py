@@ -35,7 +35,7 @@ class NearRow:
 
 @dataclass(frozen=True)
 class HeadNeighbours:
-    """What one hash head says.
+    """What one hash head contributes.
 
     head, row_id: the head, and the row of the table that the n-gram reads.
     sharing: n-grams of the text that read this very row, the most frequent first.
@@ -195,7 +195,7 @@ class _Search:
         return HeadNeighbours(head, row_id, self._readers(row_id, column), found)
 
     def _compared(self, head: int, column: int) -> Iterator[torch.Tensor]:
-        """The rows of a head that a text reads, or all where there is no text; some at a time."""
+        """The rows of a head that a text reads, a part at a time. Without a text, all rows."""
         if len(self.rows):
             yield from self.rows[:, column].unique().split(ROWS_AT_ONCE)
             return

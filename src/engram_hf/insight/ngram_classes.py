@@ -31,7 +31,7 @@ FUNCTION_WORDS = frozenset(WORDS.split())
 CODE = re.compile(r"[_(){}\[\]<>=;|&\\/#@$*+~^`]|[^\W\d_A-Z][A-Z]")
 WORD = re.compile(r"[^\W\d_]+")
 ENDS_A_SENTENCE = re.compile(r"(?:^|[.!?:\n])[\s\"'»”’]*$")
-# Tokens in front of an n-gram that say whether it begins a sentence.
+# Tokens before an n-gram that show whether it begins a sentence.
 TOKENS_BEFORE = 3
 
 
@@ -53,7 +53,7 @@ def class_of(ngram: str, before: str) -> str:
     words = list(WORD.finditer(ngram))
     for word in words:
         front = before + ngram[: word.start()]
-        # A word that begins in front of the n-gram is not a whole one.
+        # A word that begins before the n-gram is not a whole one.
         is_whole = not front[-1:].isalpha()
         if word[0][0].isupper() and is_whole and word[0] != "I" and not ENDS_A_SENTENCE.search(front):
             return "names"
@@ -76,6 +76,6 @@ def classes_of(row: TextRow, order: int, tokenizer: Any) -> torch.Tensor:
     wider = tokenizer.batch_decode([ids[max(0, end - order - TOKENS_BEFORE) : end] for end in ends])
     found = []
     for ngram, text in zip(ngrams, wider, strict=True):
-        # A tokenizer that drops the space in front of a text leaves the rest as it is.
+        # Some tokenizers drop the space before a text, and leave the rest as it is.
         found.append(CLASSES.index(class_of(ngram, text[: len(text) - len(ngram)])))
     return torch.tensor(found, dtype=torch.int64)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .drawing import COLORS, empty_figure, save_figure, style
 
 
-# What is told of a memory layer without its curve: the last value in the log.
+# Figures of a memory layer of which a card gives the last value in the log.
 LAYER_FIGURE = re.compile(
     r"engram/(gate_mean|memory_share|rows_touched|ngrams_per_row|ngrams_per_row_perfect_hash)/layer_(\d+)"
 )

@@ -65,7 +65,7 @@ class TableUse:
     share_of_hottest: percent of the table's rows to the share of lookups that go to so many of the hottest.
     heads: how many n-grams share a row, against rows drawn at random.
     hottest_ngrams: the most frequent n-grams of each order.
-    caches: hit rates of caches in front of the table, over the first `cached_lookups` lookups, token by token.
+    caches: hit rates that caches of rows would have, over the first `cached_lookups` lookups, token by token.
     """
 
     layer: int
@@ -274,7 +274,7 @@ class _Counts:
         nbytes = table.row_nbytes
         return TableUse(
             layer=self.layer.layer_idx,
-            # A table may have rows behind those of its heads, which nobody can read.
+            # A table may have rows after those of its heads. No token reads them.
             rows=sum(use.rows for use in heads),
             row_nbytes=nbytes,
             lookups=self.num_lookups,

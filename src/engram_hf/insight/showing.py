@@ -404,7 +404,7 @@ class View:
                 cells.append(measure.written(measure.values[position]))
                 if trace.effects:
                     gain = trace.effects[measure.layer_id].gain[position]
-                    # Nobody knows what comes after the last token.
+                    # There is nothing to predict after the last token.
                     cells.append("" if math.isnan(gain) else f"{gain:+.2f}")
                 cells.append(" ".join(map(str, trace.row_ids[measure.layer_id][position].tolist())))
             found.add_row(*(Text(_on_grid(cell)) for cell in cells))

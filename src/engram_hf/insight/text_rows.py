@@ -1,7 +1,7 @@
 """The text that a measurement reads: rows of token ids, each with the name of its document, and batches of them.
 
-Rows are batched without changing what a model computes for them: padding is taken out first, and batches are padded on
-the right, where no token looks.
+Batching changes nothing that a model computes for a row: padding is taken out first, and batches are padded on the
+right, which no token attends to.
 """
 
 import sys
@@ -35,7 +35,7 @@ class TextRow(NamedTuple):
     """Tokens that belong together.
 
     ids: (seq,) int64, without padding.
-    is_scored: (seq,) bool, whether the loss of predicting this token counts; the first token is predicted by nobody.
+    is_scored: (seq,) bool, whether the loss of predicting this token counts; nothing predicts the first token.
     document: the name of the document that it is of.
     """
 

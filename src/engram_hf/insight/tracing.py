@@ -37,7 +37,7 @@ REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError
 
 @dataclass(frozen=True)
 class Effect:
-    """What one memory layer does to the prediction after each token. The last token of a text has no next one: NaN.
+    """What one memory layer does to the prediction after each token: NaN after the last one, which has no next token.
 
     log_prob: (tokens,) of the true next token, in nats.
     silenced_log_prob: (tokens,) the same with this layer silenced at this token, and nowhere else.

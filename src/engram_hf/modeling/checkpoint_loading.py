@@ -508,14 +508,14 @@ def check_changes(tables: Iterable[str], checkpoint: Checkpoint, places: Mapping
     """
     found: dict[str, int] = {}
     for name, path in checkpoint.file_of.items():
-        table, part = parse_changed_name(name) or ("", "")
+        table, part, _ = parse_changed_name(name) or ("", "", 0)
         if part and name_inside(table, tables) not in tables:
             raise ValueError(
                 f"{path} holds {name}, and {checkpoint.where} has no table {table}. Copy the whole folder of the "
                 "checkpoint again, or load it with the config that it was saved with."
             )
         if part == ROW_IDS and places[name].shape:
-            found[table] = places[name].shape[0]
+            found[table] = found.get(table, 0) + places[name].shape[0]
     promised = checkpoint.metadata.get("changed_rows")
     if promised is not None and promised != found:
         table = min(name for name in {*promised, *found} if promised.get(name) != found.get(name))
@@ -526,8 +526,8 @@ def check_changes(tables: Iterable[str], checkpoint: Checkpoint, places: Mapping
         )
 
 
-def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> ChangedRows | None:
-    """The changed rows that a training checkpoint holds beside the blocks of a table; None where there are none.
+def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> list[ChangedRows]:
+    """The changed rows that a training checkpoint holds beside the blocks of a table, of each rank that held some.
 
     Args:
         table_name: with or without the prefix of the base model.
@@ -536,13 +536,19 @@ def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, T
     Raises:
         ValueError: a part is missing or damaged, or does not fit the blocks.
     """
-    names: dict[str, str] = {}
+    by_rank: dict[int, dict[str, str]] = {}
     for tensor in checkpoint.file_of:
-        table, part = parse_changed_name(tensor) or ("", "")
-        if part and name_inside(table, [table_name]) == table_name and names.setdefault(part, tensor) != tensor:
+        table, part, rank = parse_changed_name(tensor) or ("", "", 0)
+        names = by_rank.setdefault(rank, {}) if part and name_inside(table, [table_name]) == table_name else None
+        if names is not None and names.setdefault(part, tensor) != tensor:
             raise ValueError(f"{names[part]} and {tensor} of {checkpoint.where} are the same rows. Copy it again.")
-    if not names:
-        return None
+    return [_open_changes_of_rank(table_name, checkpoint, places, names) for _, names in sorted(by_rank.items())]
+
+
+def _open_changes_of_rank(
+    table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace], names: Mapping[str, str]
+) -> ChangedRows:
+    """As `open_changes`, of the tensors of one rank: part to name."""
     files = {path: TableFile(path) for path in sorted({checkpoint.file_of[tensor] for tensor in names.values()})}
     parts = {part: files[checkpoint.file_of[tensor]].tensor(tensor) for part, tensor in names.items()}
     where = f"{', '.join(path.name for path in files)} of {checkpoint.where}"
@@ -560,6 +566,8 @@ def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, T
             f"The changed rows of {table_name} in {where} are of another run or step than its index: their stamp is "
             f"{changed.stamp.hex()}, the index promises {stamp}. Copy the whole folder of the checkpoint again."
         )
+    for file in files.values():
+        file.forget_pages()
     return changed
 
 

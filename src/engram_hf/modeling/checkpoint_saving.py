@@ -65,11 +65,14 @@ CODE_FILES = (
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_nodes.py",
     "table_overlay.py",
     "table_patches.py",
     "table_placement.py",
     "table_ranks.py",
     "table_requests.py",
+    "table_saving.py",
+    "table_traffic.py",
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26
@@ -80,7 +83,8 @@ TRAINER_STATE = "trainer_state.json"
 STAGE_PREFIX = ".saving-"
 # Files that a save of this package or of transformers leaves, and a later one may remove.
 WEIGHT_FILE = re.compile(
-    r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5}|rows-layer-\d+)(\.\d+)?\.safetensors"
+    r"(model(\.[^.-]+)?(-\d{5}-of-\d{5})?|tables-layer-\d+-\d{5}-of-\d{5}"
+    r"|rows-layer-\d+(-\d{5}-of-\d{5})?|row-state-layer-\d+(-\d{5}-of-\d{5})?)(\.\d+)?\.safetensors"
 )
 
 
@@ -92,6 +96,7 @@ class WrittenTables:
     by_base: table name to the numbers of blocks that were left to the file they come from.
     changed_rows: table name, as its tensors have it, to the number of changed rows beside its blocks.
     stamp: of the run and step that the changed rows are of; empty where there are none.
+    row_state: files of the optimizer's state of rows, which no index names as tensors, to their SHA-256.
     """
 
     weight_map: dict[str, str] = field(default_factory=dict)
@@ -99,6 +104,7 @@ class WrittenTables:
     by_base: dict[str, list[int]] = field(default_factory=dict)
     changed_rows: dict[str, int] = field(default_factory=dict)
     stamp: str = ""
+    row_state: dict[str, str] = field(default_factory=dict)
 
 
 def write_tables(
@@ -136,10 +142,10 @@ def write_tables(
                 continue
             by_rows = is_checkpoint and table.is_in_training
             standing = {
-                block: table.base_of(block) if by_rows else _source_on_disk(table, block, tensor)
+                block: table.saving.base_of(block) if by_rows else _source_on_disk(table, block, tensor)
                 for block, tensor in given.items()
             }
-            nbytes = {block: table.whole_nbytes(block) for block in given}
+            nbytes = {block: table.saving.whole_nbytes(block) for block in given}
             groups = list(_group(nbytes, standing, limit))
             left: list[Block] = []
             for number, group in enumerate(groups, 1):
@@ -155,14 +161,21 @@ def write_tables(
                     written.digests[filename] = write_file(stage / filename, contents, progress.update)
                 written.weight_map.update(dict.fromkeys(names.values(), filename))
             if by_rows and table.changes.run is not None:
-                rows = table.changes.contents(full_name, table, left)
-                filename = f"rows-layer-{layer:02d}.safetensors"
-                written.digests[filename] = write_file(stage / filename, rows)
-                written.weight_map.update(dict.fromkeys(rows, filename))
+                changed = table.saving.changed_rows(full_name, left)
+                for rank, rows in enumerate(changed):
+                    filename = file_of_rank(f"rows-layer-{layer:02d}", rank, len(changed))
+                    written.digests[filename] = write_file(stage / filename, rows)
+                    written.weight_map.update(dict.fromkeys(rows, filename))
+                    count = rows[changed_name(full_name, ROW_IDS, rank)].shape[0]
+                    written.changed_rows[full_name] = written.changed_rows.get(full_name, 0) + count
                 written.by_base[name] = [block.number for block in left]
-                written.changed_rows[full_name] = rows[changed_name(full_name, ROW_IDS)].shape[0]
                 written.stamp = table.changes.run.stamp.hex()
     return written
+
+
+def file_of_rank(start: str, rank: int, ranks: int) -> str:
+    """Name of a file with rows that a rank holds; one process needs no number."""
+    return f"{start}.safetensors" if ranks == 1 else f"{start}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 def numbers_of_files(tables: Iterable[str]) -> dict[str, int]:
@@ -214,7 +227,7 @@ def _whole_file(standing: Mapping[str, BlockSource | None]) -> Path | None:
 
 def _content(table: EngramTable, block: Block, tensor: torch.Tensor) -> TensorContent:
     if table.ranks is not None:
-        return table.content_of(block)
+        return table.saving.content_of(block, table.ranks.cut)
     source = block.source
     if source is None or not source.is_under(tensor):
         return TensorContent.of(tensor)
@@ -373,6 +386,8 @@ def publish(
         }
         if written.changed_rows:
             metadata |= {"changed_rows": written.changed_rows, "stamp": written.stamp}
+        if written.row_state:
+            metadata["row_state"] = written.row_state
         weight_map = {tensor: names[name] for tensor, name in sorted(file_of.items())}
         content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
         (stage / index).write_text(content)
@@ -395,7 +410,7 @@ def publish(
     for path in sorted(stage.iterdir()):
         os.replace(path, folder / path.name)
     sync_folder(folder)
-    remove_stale_weights(folder, set(names.values()), variant)
+    remove_stale_weights(folder, {*names.values(), *written.row_state}, variant)
     if any(name != final for name, final in names.items()) and _link_names(folder, names):
         write_index({name: name for name in names})
         with (stage / index).open("rb") as file:

@@ -21,6 +21,8 @@ from .disk_safetensors import PIECE_BYTES, TensorContent, TensorPlace, read_head
 PAGE = mmap.PAGESIZE
 PAGES_LOOKED_AT = 2**20
 MAP_NORESERVE = 0x4000
+# What this process has mapped where, on Linux.
+MAPS = "/proc/self/maps"
 
 
 class MappedFile:
@@ -88,13 +90,13 @@ class MappedFile:
             return True
         return False
 
-    def content(self, name: str) -> TensorContent:
+    def content(self, name: str, piece_bytes: int = PIECE_BYTES) -> TensorContent:
         """A tensor of the file, to be written to another one; read from the file, not through the mapping."""
         place = self.places[name]
 
         def pieces():
-            for start in range(0, place.nbytes, PIECE_BYTES):
-                piece = bytearray(min(PIECE_BYTES, place.nbytes - start))
+            for start in range(0, place.nbytes, piece_bytes):
+                piece = bytearray(min(piece_bytes, place.nbytes - start))
                 self.read_bytes(name, start, memoryview(piece))
                 yield piece
 
@@ -202,6 +204,17 @@ class TableFile(MappedFile):
         except OSError:
             return False
 
+    def forget_pages(self, name: str | None = None) -> None:
+        """Give back the memory of pages that were read or written through the mapping, of a tensor or of all. What was
+        written to them is lost."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        place = TensorPlace(None, (), 0, len(self.mapping)) if name is None else self.places[name]
+        # Pages that have nothing else on them.
+        first, end = -(-place.start // PAGE) * PAGE, (place.start + place.nbytes) // PAGE * PAGE
+        if first < end:
+            self.mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+
     def map_again(self) -> "TableFile":
         """The same open file, under a mapping of its own."""
         twin = object.__new__(TableFile)
@@ -247,6 +260,28 @@ class BlockSource:
         if self.is_under(block) and not self.was_written():
             return True
         return not block.is_meta and same_bytes(block, self.file.content(self.name).pieces())
+
+
+def source_behind(tensor: torch.Tensor) -> BlockSource | None:
+    """The file that a tensor is a mapped view of, to be read from there: pages of its mapping that are read count as
+    memory of this process. None where it is something else, was written to, or the system does not tell."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.nbytes or not os.path.exists(MAPS):
+        return None
+    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    with open(MAPS) as maps:
+        for line in maps:
+            span, _, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
+            start, stop = (int(part, 16) for part in span.split("-"))
+            if start <= first and end <= stop:
+                break
+    is_file = bool(path) and Path(path[0]).is_file() and Path(path[0]).stat().st_ino == int(inode)
+    if not is_file:
+        return None
+    file = object.__new__(MappedFile)
+    file.path, start_in_file = Path(path[0]), int(offset, 16) + first - start
+    file.places = {"": TensorPlace(tensor.dtype, tuple(tensor.shape), start_in_file, tensor.nbytes)}
+    file.address, file.file = first - start_in_file, file.path.open("rb")
+    return None if file.was_written("") else BlockSource(file, "")
 
 
 def same_bytes(tensor: torch.Tensor, pieces: Iterable[bytes | bytearray | memoryview]) -> bool:

@@ -234,6 +234,11 @@ def _check_index(content: Mapping[str, Any]) -> None:
             f"sha256 of its metadata and weight_map must name the same files, and only one of them names "
             f"{', '.join(map(_short, sorted(differing)[:4]))}."
         )
+    of_run = metadata.get("row_state", {})
+    if not isinstance(of_run, dict) or not all(
+        _is_inside(name) and isinstance(each, str) and SHA256.fullmatch(each) for name, each in of_run.items()
+    ):
+        raise ValueError(f"row_state of its metadata must map files to 64 hexadecimal digits, got {_short(of_run)}.")
     fingerprint = metadata.get("engram_fingerprint")
     if fingerprint is not None and not (
         isinstance(fingerprint, dict) and all(isinstance(part, str) for part in fingerprint.values())

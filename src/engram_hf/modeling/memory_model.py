@@ -5,6 +5,7 @@ transformers loads and saves the backbone, and never sees a block. Blocks are op
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ from .ids_hashing import NgramHash, check_fingerprint, differing_parts
 from .memory_layer import EngramLayer
 from .memory_patches import ModelPatches, check_patch
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import RESIDENT, block_name, is_of_table
+from .table_blocks import block_name, is_of_table
 from .table_formats import QUANTIZED_FORMATS
 from .table_hot_rows import HotRows
+from .table_nodes import HostNodes
 from .table_overlay import RowsInTraining
 from .table_patches import (
     PATCH_DTYPES,
@@ -85,6 +87,7 @@ from .table_placement import (
 )
 from .table_ranks import RowService, open_parts, start_ranks
 from .table_requests import count_copies, generating
+from .table_traffic import nbytes_of_step, rows_of_step
 
 
 logger = logging.get_logger(__name__)
@@ -113,6 +116,8 @@ class TableInfo:
     """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts.
 
     ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
+    moved_per_step: bytes that a rank then moves in a training step of 16,384 tokens, if half of their rows are
+        distinct; computed by table_traffic.py. `engram-hf plan --ranks` does it for other steps.
     """
 
     name: str
@@ -123,11 +128,15 @@ class TableInfo:
     blocks: tuple[BlockInfo, ...]
     hot_rows: HotRows | None
     ranks: int = 1
+    moved_per_step: int = 0
 
     @property
     def tiers(self) -> dict[str, int]:
         """Bytes on each tier."""
-        return {tier: sum(b.nbytes for b in self.blocks if b.tier == tier) for tier in {b.tier for b in self.blocks}}
+        found: Counter[str] = Counter()
+        for block in self.blocks:
+            found[block.tier] += block.nbytes
+        return dict(found)
 
 
 def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> None:
@@ -148,6 +157,26 @@ def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> 
             f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '
             f"{mesh[0] if mesh else 'hot_rows'}. Leave one of them out."
         )
+
+
+def bind_host_blocks(
+    tables: Mapping[str, EngramTable], planned: Mapping[str, Sequence[Place]], nodes: HostNodes | None
+) -> None:
+    """Say which NUMA nodes the memory of blocks is to lie on, before they are placed.
+
+    Raises:
+        ValueError: nodes are named, and no block goes to host memory.
+    """
+    on_host = [
+        tables[name].block_records[i] for name, each in planned.items() for i, p in enumerate(each) if p.is_on_host
+    ]
+    if nodes is not None and not on_host:
+        raise ValueError(
+            "host_nodes is for tables in host memory, and no table goes there. Give device_map an entry such as "
+            '"...table": "host", or leave host_nodes out.'
+        )
+    for block in on_host:
+        block.host_nodes = nodes
 
 
 class CountsCopies:
@@ -189,6 +218,7 @@ class ModelWithTables:
         hot_rows: int = 0,
         output_loading_info: bool = False,
         engram_ranks: str | None = None,
+        host_nodes: Sequence[int] | str | None = None,
         **kwargs,
     ):
         """As `PreTrainedModel.from_pretrained`, with tables on tiers.
@@ -209,14 +239,19 @@ class ModelWithTables:
             engram_ranks: "shard" cuts every table over the processes of this run, so that each holds its part of the
                 rows and asks the others for the rest. All processes load the model at the same time. None has every
                 process hold whole tables.
+            host_nodes: NUMA nodes such as [2], on which blocks in host memory are to lie, or "interleave" for pages on
+                all nodes in turn. None leaves it to the system. Linux only.
 
         Raises:
             ValueError, FileNotFoundError: a tensor is missing, misshapen or of an integer type; a file is truncated,
                 missing or outside its folder; there is no config.json; the fingerprint differs; an entry names no
                 table or part of a layer; weights are in GGUF; engram_ranks is another word, or there is one process.
-            NotImplementedError: engram_ranks goes with hot_rows or with a mesh of devices.
+            NotImplementedError: engram_ranks goes with hot_rows or with a mesh of devices; host_nodes is given on
+                another system than Linux.
+            OSError: host_nodes is given, and the system does not let this process bind memory.
         """
         check_ranks(engram_ranks, hot_rows, kwargs)
+        nodes = None if host_nodes is None else HostNodes.of(host_nodes)
         where = str(pretrained_model_name_or_path)
         if kwargs.get("gguf_file") is not None:
             raise ValueError(
@@ -238,7 +273,7 @@ class ModelWithTables:
             # Who asks for the list of what is missing gets it, and tables drawn at random.
             checkpoint = None
         if checkpoint is None:
-            if entries or tables_from or hot_rows or engram_ranks:
+            if entries or tables_from or hot_rows or engram_ranks or nodes:
                 raise ValueError(
                     "Tables can be placed, or cut over ranks, only where they lie in safetensors files, and "
                     f"{where} has none. If it holds an adapter, load its base model with these arguments, then "
@@ -285,7 +320,7 @@ class ModelWithTables:
             tables, places = found, read_headers(found)
         model._confirm_hash(where)
         service = None if engram_ranks is None else start_ranks()
-        model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows, service)
+        model._open_tables(tables, places, entries, limits, kwargs.get("max_memory") is None, hot_rows, service, nodes)
         if (beside := describe_patch_in(Path(where))) is not None:
             logger.warning(
                 f"{where} holds the row patch {beside[0]!r} beside the model, and loading the model leaves it out. To "
@@ -322,7 +357,15 @@ class ModelWithTables:
         check_model(built, backbone, checkpoint.where, is_same_class, may_lack, is_any_shape)
 
     def _open_tables(
-        self, checkpoint, places, entries, limits, has_margin: bool, hot_rows: int, service: RowService | None = None
+        self,
+        checkpoint,
+        places,
+        entries,
+        limits,
+        has_margin: bool,
+        hot_rows: int,
+        service: RowService | None = None,
+        nodes: HostNodes | None = None,
     ) -> None:
         tables = self.named_tables()
         fingerprint = checkpoint.metadata.get("engram_fingerprint")
@@ -345,12 +388,12 @@ class ModelWithTables:
         default, main_device = self._default_places(tables)
         free = None if limits is None else self._memory_left(limits, has_margin)
         planned = plan_places(sizes, entries, default, free)
+        bind_host_blocks(tables, planned, nodes)
         reader = PageReader()
         for name, table in tables.items():
             tiers, devices = [p.tier for p in planned[name]], [p.device for p in planned[name]]
             table.open_blocks(sources[name], tiers, devices, reader)
-            if (changed := open_changes(name, checkpoint, places)) is not None:
-                table.changes.bring(name, table, changed)
+            table.changes.bring(name, table, open_changes(name, checkpoint, places))
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
         self._name_ignored_by_ddp()
@@ -367,7 +410,7 @@ class ModelWithTables:
                 continue
             name = f"{self._tables_prefix()}{name}"
             ours |= {f"{name}.{parameter}" for parameter, _ in table.named_parameters()}
-            blocks = {block_name(name, block.number) for block in table.block_records if block.tier == RESIDENT}
+            blocks = {block_name(name, block.number) for block in table.block_records if block.is_resident}
             if table.ranks is not None:
                 # Each process has other rows.
                 blocks = set()
@@ -468,6 +511,9 @@ class ModelWithTables:
                 )
                 for block in table.block_records
             )
+            ranks = 1 if table.ranks is None else table.ranks.cut.ranks
+            rows_read = rows_of_step(sum(len(block.rows_of_head) for block in table.block_records))
+            moved = nbytes_of_step(rows_read, table.head_dim, table.row_nbytes, ranks, table.is_trainable)
             infos.append(
                 TableInfo(
                     name=name,
@@ -477,21 +523,30 @@ class ModelWithTables:
                     nbytes=sum(block.nbytes for block in blocks),
                     blocks=blocks,
                     hot_rows=table.hot_rows,
-                    ranks=1 if table.ranks is None else table.ranks.cut.ranks,
+                    ranks=ranks,
+                    moved_per_step=round(moved),
                 )
             )
         return infos
 
-    def place_tables(self, places: Mapping[str, object], hot_rows: int | None = None) -> None:
+    def place_tables(
+        self,
+        places: Mapping[str, object],
+        hot_rows: int | None = None,
+        host_nodes: Sequence[int] | str | None = None,
+    ) -> None:
         """Move tables or blocks to other tiers.
 
         Args:
             places: as the entries of a `device_map`: name of a table or block, or three dots and its end, to "host" or
                 "cpu", "disk", "resident" or an accelerator.
             hot_rows: rows per table to keep in a cache from now on (0: none); None leaves the caches as they are.
+            host_nodes: as for `from_pretrained`, for the blocks that these entries put into host memory.
 
         Raises:
-            ValueError: an entry names no table; or a block that was changed, or comes from no file, is to go to disk.
+            ValueError: an entry names no table; or a block that was changed, or comes from no file, is to go to disk;
+                or host_nodes names no node, or no entry is for host memory.
+            NotImplementedError, OSError: as for `from_pretrained`.
 
         Example:
             >>> model.place_tables({"model.layers.1.engram.table": "disk"})
@@ -505,7 +560,10 @@ class ModelWithTables:
         entries = resolve_entries(entries, sizes, self._tables_prefix())
         home, main_device = self._default_places(tables)
         stay = dict.fromkeys(tables, Place(""))
-        for name, planned in plan_places(sizes, entries, stay, home=home).items():
+        planned_places = plan_places(sizes, entries, stay, home=home)
+        if host_nodes is not None:
+            bind_host_blocks(tables, planned_places, HostNodes.of(host_nodes))
+        for name, planned in planned_places.items():
             for number, place in enumerate(planned):
                 if place.tier:
                     tables[name].place(number, place.tier, place.device)
@@ -797,6 +855,8 @@ class ModelWithTables:
             self._describe_memory(stage)
             given = {} if apart else blocks
             written = write_tables(stage, given, tables, prefix, max_shard_size, is_checkpoint, name_of)
+            if run is not None and is_checkpoint and run.write_row_state is not None:
+                written.row_state = run.write_row_state(stage)
             by_base = written.by_base
             saved |= publish(stage, folder, written, self._saved_facts(), variant)
             if not with_code:
@@ -808,7 +868,7 @@ class ModelWithTables:
                 for block in table.block_records:
                     saved_name = name_of(f"{prefix}{name}", block.number)
                     block.saved_in = (saved[saved_name], saved_name)
-                table.follow_save(by_base.get(name, ()))
+                table.saving.follow(by_base.get(name, ()))
         save_trained_patch(trained, folder)
         if repository is not None:
             self._upload_modified_files(folder, token=token, **repository)

@@ -4,48 +4,28 @@ A table is a list of blocks (table_blocks.py), each on a tier of its own. A tier
 nothing of models, hashing or gates.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .disk_files import BlockSource, MappedFile, TableFile
+from .disk_files import BlockSource, MappedFile, source_behind
 from .disk_reading import PageReader, Prefetches, pages_of_rows
-from .disk_safetensors import PIECE_BYTES, TensorContent
-from .table_blocks import (
-    DIGESTS,
-    DISK,
-    OLD_ROW_IDS,
-    RESIDENT,
-    ROW_IDS,
-    ROWS,
-    STAMP,
-    Block,
-    RowBlocks,
-    make_blocks,
-    put_rows,
-)
-from .table_changes import (
-    LARGEST_SHARE,
-    ChangedRows,
-    RowChanges,
-    TrainingRun,
-    digest_of,
-    digest_of_content,
-)
+from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name, put_rows
+from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, digest_of_content
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
 from .table_overlay import TablePatches, is_traced
-from .table_ranks import BASE, CHANGED, SAVED, PendingRows, RankFile, RowCut, RowService, TableRanks
+from .table_ranks import PendingRows, RowCut, RowService, TableRanks, local_part
+from .table_saving import TableSaving
 
 
 Watch = Callable[[torch.Tensor], AbstractContextManager]
@@ -158,7 +138,7 @@ class EngramTable(nn.Module):
         return self.ranks is None and self._are_blocks_resident()
 
     def _are_blocks_resident(self) -> bool:
-        return all(block.tier == RESIDENT for block in self.block_records)
+        return all(block.is_resident for block in self.block_records)
 
     @property
     def is_trainable(self) -> bool:
@@ -287,7 +267,10 @@ class EngramTable(nn.Module):
     def _prefetch(self, row_ids: torch.Tensor, on_cpu: torch.Tensor) -> None:
         if self.ranks is not None:
             if self.ranks.find_kept(row_ids) is None:
-                self.ranks.remember(row_ids, *self._ask_ranks(self.ranks, on_cpu))
+                groups, pending = self._ask_ranks(self.ranks, on_cpu)
+                for pages, file in self._pages_of_held(pending.own):
+                    self._reader.start(pages, file)
+                self.ranks.remember(row_ids, groups, pending)
             return
         block_rows = self._split_on_cpu(on_cpu)
         if row_ids.is_cuda and not self.is_in_training:
@@ -299,13 +282,17 @@ class EngramTable(nn.Module):
     def bring_pages(self, row_ids: torch.Tensor) -> None:
         """Begin to read the pages of rows that somebody may look up later, and return at once.
 
-        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU.
+        Unlike `prefetch` it keeps nothing for a lookup, and moves nothing to a GPU. Where the table is cut over ranks,
+        the owners read these pages, and a lookup of the same rows sends no row ids any more.
 
         Args:
             row_ids: as in `forward`.
         """
-        # Over ranks, the owner of a row reads it when it is asked.
-        if not self.is_resident and self.ranks is None:
+        if self.ranks is not None:
+            on_cpu = row_ids.cpu()
+            self._check_row_ids(on_cpu)
+            self.ranks.announce(group(self._row_ids_in_table(on_cpu).flatten()).distinct)
+        elif not self.is_resident:
             for pages, file in self._pages_on_disk(self._split_on_cpu(row_ids)):
                 self._reader.start(pages, file)
 
@@ -348,7 +335,7 @@ class EngramTable(nn.Module):
         """(..., heads of the block) rows on the CPU to (..., heads of the block, row width) on a device."""
         block.require_memory()
         hot = self.hot_rows
-        if block.tier == RESIDENT:
+        if block.is_resident:
             return F.embedding(rows.to(block.rows.device), block.rows).to(device)
         if hot is None:
             return self._copy_out(block, rows, device)
@@ -394,7 +381,9 @@ class EngramTable(nn.Module):
             first += rows
         # The table knows its type when its blocks are open.
         self.ranks = TableRanks(cut, service, 0, self._read_for_ranks)
-        self.ranks.handlers |= {CHANGED: self._answer_changed, BASE: self._answer_base, SAVED: self._answer_saved}
+        self.saving.answer()
+        self.register_state_dict_post_hook(_show_parts)
+        self.ranks.bring["rows"] = partial(self._bring_held, PageReader())
         return cut
 
     def held_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
@@ -413,6 +402,17 @@ class EngramTable(nn.Module):
         """(n,) held ids to (n, row width); another rank may have asked for them, in another thread."""
         return self.gather_held(held.to(self.home))
 
+    def _bring_held(self, reader: PageReader, held: torch.Tensor) -> None:
+        """Read the pages of rows that a step to come needs, (n,) held ids, behind everything else; returns at once."""
+        for pages, file in self._pages_of_held(held):
+            reader.read_aside(pages, file)
+
+    def _pages_of_held(self, held: torch.Tensor) -> Iterator[tuple[np.ndarray, MappedFile]]:
+        """The pages of rows that this process holds, (n,) held ids, ascending, and the files on disk that have them."""
+        for block, _, wanted in self.parts(held):
+            if block.is_on_disk and block.source is not None:
+                yield pages_of_rows(block.addresses(wanted.numpy()), self.row_nbytes), block.source.file
+
     def _ask_ranks(self, ranks: TableRanks, on_cpu: torch.Tensor) -> tuple[Grouping, PendingRows]:
         """Ask for the rows of a lookup, (..., heads) on the CPU; returns at once."""
         self._check_files()
@@ -426,7 +426,8 @@ class EngramTable(nn.Module):
         if kept is not None:
             return group(self._row_ids_in_table(row_ids.cpu()).flatten()), kept
         groups, pending = ranks.take(row_ids) or self._ask_ranks(ranks, row_ids.cpu())
-        rows = pending.result()
+        with self._watched(groups.distinct):
+            rows = pending.result()
         if self.training and self.is_in_training:
             ranks.keep(row_ids, rows)
         return groups, rows
@@ -541,6 +542,10 @@ class EngramTable(nn.Module):
         """Put a context around the reading of every lookup in training; it gets the distinct row ids. None ends it."""
         self._watch = watch
 
+    def _watched(self, distinct: torch.Tensor) -> AbstractContextManager:
+        """What somebody has put around the reading of rows in training, (n,) row ids."""
+        return nullcontext() if self._watch is None or not self.is_in_training else self._watch(distinct)
+
     @torch.compiler.disable
     def _look_up_to_train(self, row_ids: torch.Tensor) -> torch.Tensor:
         """(..., heads) to (..., heads, head_dim); its graph begins at the distinct rows."""
@@ -549,9 +554,8 @@ class EngramTable(nn.Module):
         else:
             self.ranks.meets_later = True
             groups, rows = self._rows_of_ranks(self.ranks, row_ids)
-            with nullcontext() if self._watch is None else self._watch(groups.distinct):
-                # An alias: the graph of each forward begins at a leaf of its own.
-                rows = rows.detach()
+            # An alias: the graph of each forward begins at a leaf of its own.
+            rows = rows.detach()
         rows = rows.to(row_ids.device, torch.promote_types(self.dtype, torch.float32))
         looked_up = self.row_gradients.look_up(rows, groups, self._are_trained(groups.distinct), self.is_trainable)
         return looked_up.view(*row_ids.shape, self.head_dim).to(self.dtype)
@@ -562,7 +566,7 @@ class EngramTable(nn.Module):
         home = row_ids.to(self.home)
         self._check_row_ids(home)
         groups = group(self._row_ids_in_table(home).flatten())
-        with nullcontext() if self._watch is None else self._watch(groups.distinct):
+        with self._watched(groups.distinct):
             started = self._prefetches.take(row_ids)
             for future in started or []:
                 future.result()
@@ -624,7 +628,7 @@ class EngramTable(nn.Module):
         """
         block = self.block_records[number]
         self.changes.settle()
-        if tier == DISK and self.is_in_training and not block.is_on_disk:
+        if self.is_in_training and block.goes_to_disk(tier):
             raise ValueError(
                 f"Block {number} is in training and cannot move to disk now. Place tables before Trainer makes its "
                 "optimizer, with engram_optimizers(args, work_folder=...), or load the trained model again."
@@ -644,122 +648,25 @@ class EngramTable(nn.Module):
             )
         self.hot_rows = HotRows(size, self.row_width, self.dtype, device) if size else None
 
-    # Saving over ranks. The rank that saves asks the others; each answers for its part of a block.
-
-    def base_of(self, block: Block) -> BlockSource | None:
-        """The file that a block can be saved with, its changed rows beside it; None where there is none.
-
-        Over ranks, each of them sees to its own part of the block.
-        """
-        if self.ranks is None:
-            return self.changes.base_of(block)
-        own = self._base_of_part(block)
-        others = [json.loads(each) for each in self.ranks.ask_all(BASE, {"block": block.number})]
-        changed = sum(each["changed_rows"] for each in [own, *others])
-        rows = self.ranks.cut.rows_of_block[block.number]
-        is_base = own["path"] is not None and all(each["path"] == own["path"] for each in others)
-        return block.base.source if is_base and block.base and changed <= LARGEST_SHARE * rows else None
-
-    def _base_of_part(self, block: Block) -> dict:
-        source = self.changes.base_of(block, largest_share=1.0)
-        path = None if source is None else f"{source.file.path.resolve()} {source.name}"
-        return {"path": path, "changed_rows": len(self.changes.changed_of(block))}
-
-    def _answer_base(self, asked: bytes) -> bytes:
-        return json.dumps(self._base_of_part(self.block_records[json.loads(asked)["block"]])).encode()
-
-    def changed_rows(self, block: Block) -> torch.Tensor:
-        """(n,) int64, ascending: row ids of the changed rows of a block, over all ranks."""
-        own = self.row_ids_of(self.changes.changed_of(block))
-        if self.ranks is None:
-            return own
-        others = self.ranks.ask_all(CHANGED, {"block": block.number})
-        parts = [own, *(torch.from_numpy(np.frombuffer(each, dtype=np.int64).copy()) for each in others)]
-        return torch.cat(parts).sort().values
-
-    def _answer_changed(self, asked: bytes) -> bytes:
-        block = self.block_records[json.loads(asked)["block"]]
-        return self.row_ids_of(self.changes.changed_of(block)).numpy().tobytes()
-
-    def digest_of_base(self, block: Block) -> bytes | None:
-        """SHA-256 of the whole block in the file that it stands on."""
-        if block.base is None or not isinstance(block.base.source.file, RankFile):
-            return None if block.base is None else block.base.digest
-        return block.base.source.file.whole_digest(block.base.source.name, digest_of_content)
-
-    def whole_nbytes(self, block: Block) -> int:
-        """Bytes of a block with the rows of all ranks."""
-        rows = block.num_rows if self.ranks is None else self.ranks.cut.rows_of_block[block.number]
-        return rows * self.row_nbytes
-
-    def content_of(self, block: Block) -> TensorContent:
-        """A block with the rows of all ranks, to be written to a file; they arrive while it is written."""
-        cut = RowCut([block.num_rows for block in self.block_records], 1) if self.ranks is None else self.ranks.cut
-        rows, first = cut.rows_of_block[block.number], sum(cut.rows_of_block[: block.number])
-        rows_at_once = max(1, PIECE_BYTES // self.row_nbytes)
-
-        def pieces() -> Iterator[bytes | memoryview]:
-            for start in range(first, first + rows, rows_at_once):
-                ids = torch.arange(start, min(start + rows_at_once, first + rows))
-                yield from TensorContent.of(self.gather_rows(ids)).pieces()
-
-        return TensorContent(self.dtype, (rows, self.row_width), rows * self.row_nbytes, pieces)
-
-    def _answer_saved(self, asked: bytes) -> bytes:
-        saved = json.loads(asked)
-        for number, (path, name) in saved["saved_in"].items():
-            self.block_records[int(number)].saved_in = (Path(path), name)
-        self._follow_save(saved["by_base"])
-        return b""
+    @property
+    def saving(self) -> TableSaving:
+        """What a save takes of this table."""
+        return TableSaving(self)
 
     def _part_of(self, block: Block, given: torch.Tensor) -> torch.Tensor:
         """What this process holds of a whole block that a state dict brings."""
         if self.ranks is None or given.shape == block.parameter.shape:
             return given
         begin, end = self.ranks.cut.part(block.number, self.ranks.rank)
+        behind = source_behind(given)
         is_whole = given.shape == (self.ranks.cut.rows_of_block[block.number], self.row_width)
-        if is_whole:
+        if not is_whole:
+            return given
+        if behind is None:
             block.digest_of_loaded = digest_of(given)
-        return given[begin:end] if is_whole else given
-
-    def follow_save(self, saved_by_base: Sequence[int] = ()) -> None:
-        """A save has put every block where its `saved_in` says: read those on disk from there if their own file is
-        gone.
-
-        Args:
-            saved_by_base: numbers of the blocks that were left to the file they come from, changed rows beside it.
-        """
-        if self.ranks is not None:
-            places = {block.number: block.saved_in for block in self.block_records if block.saved_in is not None}
-            saved_in = {number: (str(path.absolute()), name) for number, (path, name) in places.items()}
-            self.ranks.ask_all(SAVED, {"saved_in": saved_in, "by_base": list(saved_by_base)})
-        self._follow_save(saved_by_base)
-
-    def _follow_save(self, saved_by_base: Sequence[int]) -> None:
-        opened: dict[str, TableFile] = {}
-        ranks, paths = self.ranks, {block.saved_in[0] for block in self.block_records if block.saved_in is not None}
-        if ranks is not None:
-            saved_in = [(block.saved_in, ranks.cut.part(block.number, ranks.rank)) for block in self.block_records]
-            for path in paths:
-                parts = {where[1]: part for where, part in saved_in if where is not None and where[0] == path}
-                opened[str(path)] = RankFile(path, parts)
-        for block in self.block_records:
-            if block.saved_in is None:
-                continue
-            path, name = block.saved_in
-            by_base = block.number in saved_by_base
-            # The file of a base lacks the rows that have changed.
-            is_gone = block.is_on_disk and block.source is not None and not block.source.file.is_at_its_path()
-            if (is_gone and not by_base) or self.is_in_training:
-                if str(path) not in opened:
-                    opened[str(path)] = TableFile(path)
-                source = BlockSource(opened[str(path)], name)
-                if is_gone and not by_base:
-                    block.read_from(source)
-                if self.is_in_training:
-                    self.changes.follow_save(block, source, by_base)
-            if ranks is not None:
-                block.saved_in = None
+            return given[begin:end]
+        block.digest_of_loaded = digest_of_content(behind.file.content(behind.name))
+        return block.parameter if block.load_part(behind, begin) else given[begin:end]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.changes.settle()
@@ -771,20 +678,20 @@ class EngramTable(nn.Module):
         for block in self.block_records[: len(self.blocks)]:
             name = f"{prefix}blocks.{block.number}"
             if name in state_dict:
-                given = self._part_of(block, state_dict[name])
+                given = self._part_of(block, local_part(state_dict[name]))
                 state_dict[name] = block.load(given, name)
                 block.base = None
                 loaded.append(block)
         if self.hot_rows is not None:
             self.hot_rows.clear()
-        parts = {part: state_dict.pop(f"{prefix}changed.{part}", None) for part in (ROWS, DIGESTS, STAMP)}
-        row_ids = [state_dict.pop(f"{prefix}changed.{part}", None) for part in (ROW_IDS, OLD_ROW_IDS)]
-        parts[ROW_IDS] = next((each for each in row_ids if each is not None), None)
-        found = {part: tensor for part, tensor in parts.items() if tensor is not None}
-        if found:
-            name = prefix.removesuffix(".")
-            self.changes.arrive(name, self, ChangedRows.from_tensors(found, name, "the loaded state dict"))
-        elif loaded:
+        name, found = prefix.removesuffix("."), dict[int, dict[str, torch.Tensor]]()
+        for key in [key for key in state_dict if key.startswith(f"{prefix}changed.")]:
+            if (changed := parse_changed_name(key)) is not None and changed.table == name:
+                found.setdefault(changed.rank, {})[changed.part] = state_dict.pop(key)
+        for rank, parts in sorted(found.items()):
+            rows = ChangedRows.from_tensors(parts, name, "the loaded state dict")
+            self.changes.arrive(name, self, rows, rank)
+        if loaded and not found:
             self.changes.forget_stamp()
         super()._load_from_state_dict(state_dict, prefix, *args)
         # The blocks themselves are loaded after this, by their ParameterList.
@@ -792,11 +699,17 @@ class EngramTable(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
-        staying = {id(block.parameter) for block in self._present() if block.tier != RESIDENT}
+        staying = {id(block.parameter) for block in self._present() if not block.is_resident}
         if not len(self.blocks):
             return super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.blocks[0].device))
+        before = torch.empty(0, dtype=self.dtype, device=self.blocks[0].device)
+        probe = fn(before)
         converts = probe.dtype != self.dtype
+        if probe is not before and probe.device == before.device and not converts and not probe.is_pinned():
+            # torch takes "cpu:0", where Trainer wants its model, for another device than "cpu", and would copy rows
+            # that are still in their file.
+            in_files = [(block.source, block.parameter) for block in self._present() if block.source is not None]
+            staying |= {id(parameter) for source, parameter in in_files if source.is_under(parameter)}
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) in staying:
@@ -880,6 +793,14 @@ def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     if table.ranks is not None:
         # All ranks load the same, and one that is done must not get rows of one that is not.
         table.ranks.service.after_step(table.ranks)
+
+
+def _show_parts(table: EngramTable, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """In a state dict, a block that is cut over ranks is a DTensor, so that nobody takes a part for the whole."""
+    if table.ranks is not None:
+        for block in table._present():
+            name = block_name(prefix.removesuffix("."), block.number)
+            state_dict[name] = table.ranks.as_sharded(state_dict[name], block.number)
 
 
 def refuse_export(is_resident: bool, row_ids: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """A block: a run of whole hash heads of one table. It is one parameter, one tensor in a checkpoint, and has one tier.
 
 A tensor's name comes from the name of its table's module: `<table>.blocks.<number>`. Rows that a training checkpoint
-keeps beside its blocks are `<table>.changed.<part>`. A table may sit anywhere in any model.
+keeps beside its blocks are `<table>.changed.<part>`, and those of a further rank have its number behind that. A table
+may sit anywhere in any model.
 
 Tiers, which never change a row:
 
@@ -23,18 +24,21 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .disk_files import BlockSource, MappedFile, TableFile
+from .disk_files import BlockSource, MappedFile, TableFile, same_bytes
 from .table_formats import RowFormat
+from .table_nodes import HostNodes
 
 
 DRAWN_BYTES = 2**26
+# Of a file, read at once to be compared with rows. What is made of it takes several times as much.
+COMPARED_BYTES = 2**21
 RESIDENT, HOST, DISK = "resident", "host", "disk"
 # Parts of the rows that a training checkpoint keeps beside its blocks.
 ROW_IDS, ROWS, DIGESTS, STAMP = "row_ids", "rows", "digests", "stamp"
 # What ROW_IDS was called before version 0.2.
 OLD_ROW_IDS = "keys"
 BLOCK_KEY = re.compile(r"^(.+)\.blocks\.(0|[1-9]\d*)$")
-CHANGED_KEY = re.compile(rf"^(.+)\.changed\.({ROW_IDS}|{OLD_ROW_IDS}|{ROWS}|{DIGESTS}|{STAMP})$")
+CHANGED_KEY = re.compile(rf"^(.+)\.changed\.({ROW_IDS}|{OLD_ROW_IDS}|{ROWS}|{DIGESTS}|{STAMP})(?:\.([1-9]\d*))?$")
 
 logger = logging.get_logger(__name__)
 
@@ -57,10 +61,25 @@ def parse_block_name(tensor: str) -> BlockName | None:
     return None if match is None else BlockName(match[1], int(match[2]))
 
 
-def parse_changed_name(tensor: str) -> tuple[str, str] | None:
-    """The table, and which part of its changed rows a tensor is; None for any other tensor."""
+class ChangedName(NamedTuple):
+    """Which part of the changed rows of which table a tensor is, and the rank that held these rows."""
+
+    table: str
+    part: str
+    rank: int
+
+
+def parse_changed_name(tensor: str) -> ChangedName | None:
+    """The table, and which part of its changed rows a tensor is; None for any other tensor.
+
+    Example:
+        >>> parse_changed_name("model.layers.1.engram.table.changed.rows.3")
+        ChangedName(table='model.layers.1.engram.table', part='rows', rank=3)
+    """
     match = CHANGED_KEY.match(tensor)
-    return None if match is None else (match[1], ROW_IDS if match[2] == OLD_ROW_IDS else match[2])
+    if match is None:
+        return None
+    return ChangedName(match[1], ROW_IDS if match[2] == OLD_ROW_IDS else match[2], int(match[3] or 0))
 
 
 def is_of_table(tensor: str) -> bool:
@@ -73,9 +92,9 @@ def block_name(table: str, number: int) -> str:
     return f"{table}.blocks.{number}"
 
 
-def changed_name(table: str, part: str) -> str:
-    """A tensor of the changed rows of a table."""
-    return f"{table}.changed.{part}"
+def changed_name(table: str, part: str, rank: int = 0) -> str:
+    """A tensor of the changed rows of a table that a rank held; one process is rank 0."""
+    return f"{table}.changed.{part}" + (f".{rank}" if rank else "")
 
 
 def layer_of_table(table: str) -> int:
@@ -133,6 +152,7 @@ class Block:
     source: the tensor of a file that it comes from; None for a block that was drawn.
     base: what the next checkpoint of a training run may stand on; see table_changes.py.
     saved_in: the file and the tensor that the last save has put it in.
+    host_nodes: where its memory is bound to when it goes to the host tier; None leaves that to the system.
     """
 
     def __init__(self, parameters: nn.ParameterList, number: int, first_row: int, rows_of_head: list[int], width: int):
@@ -143,6 +163,7 @@ class Block:
         self.source: BlockSource | None = None
         self.base: Base | None = None
         self.saved_in: tuple[Path, str] | None = None
+        self.host_nodes: HostNodes | None = None
         # SHA-256 of the whole block that a state dict has brought, where this process holds a part of it.
         self.digest_of_loaded: bytes | None = None
 
@@ -168,8 +189,16 @@ class Block:
         return self.row_width * self.parameter.dtype.itemsize
 
     @property
+    def is_resident(self) -> bool:
+        return self.tier == RESIDENT
+
+    @property
     def is_on_disk(self) -> bool:
         return self.tier == DISK
+
+    def goes_to_disk(self, tier: str) -> bool:
+        """Whether moving to a tier takes the rows out of memory."""
+        return tier == DISK and not self.is_on_disk
 
     def require_memory(self) -> None:
         """
@@ -227,9 +256,10 @@ class Block:
     def _in_memory(self) -> torch.Tensor:
         """The rows in host memory of their own; not copied where they are there already."""
         is_mapped = self.source is not None and self.source.is_under(self.parameter)
-        if self.rows.device.type == "cpu" and not is_mapped:
+        is_in_place = self.host_nodes is None or (self.rows.device.type == "cpu" and self.host_nodes.hold(self.rows))
+        if self.rows.device.type == "cpu" and not is_mapped and is_in_place:
             return self.rows
-        copied = torch.empty(self.rows.shape, dtype=self.rows.dtype, device="cpu")
+        copied = self._host_memory()
         if self.source is None or not is_mapped:
             return copied.copy_(self.rows)
         self.source.file.check_unchanged()
@@ -237,6 +267,12 @@ class Block:
             return copied.copy_(self.rows)
         self.source.file.read_into(self.source.name, copied)
         return copied
+
+    def _host_memory(self) -> torch.Tensor:
+        """Memory for the rows, on the nodes that they are to lie on."""
+        if self.host_nodes is None:
+            return torch.empty(self.rows.shape, dtype=self.rows.dtype, device="cpu")
+        return self.host_nodes.empty(self.rows.shape, self.rows.dtype)
 
     def _source_that_holds(self) -> BlockSource:
         """The file that the block comes from, or that the last save has put it in, whichever has its rows."""
@@ -280,13 +316,50 @@ class Block:
                 f"{name} gets other rows than its file has, and moves from disk to host memory. To resume a run on "
                 "disk, load the model from the checkpoint that is resumed."
             )
-            self._set(torch.empty_like(self.rows))
+            self._set(self._host_memory())
             self.tier = HOST
             return given
         if not source.holds(self.parameter):
             # What was written lies under the old mapping.
             self.read_from(BlockSource(source.file.map_again(), source.name))
         return self.parameter
+
+    def load_part(self, given: BlockSource, begin: int) -> bool:
+        """Take the rows from `begin` on of a whole block in a file, without mapping its pages. A block on disk stays
+        there, and takes no other rows than it has; whether it has taken them.
+
+        Args:
+            given: the whole block.
+            begin: of the rows that this process holds.
+        """
+        source = self.source
+        if not self.is_on_disk or source is None or source.file.is_shared:
+            self._read_rows(given, begin)
+            return True
+        nbytes, start = source.file.places[source.name].nbytes, begin * self.row_nbytes
+        buffers = bytearray(COMPARED_BYTES), bytearray(COMPARED_BYTES)
+        for first in range(0, nbytes, COMPARED_BYTES):
+            ours, theirs = (memoryview(each)[: nbytes - first] for each in buffers)
+            source.file.read_bytes(source.name, first, ours)
+            given.file.read_bytes(given.name, start + first, theirs)
+            if ours != theirs:
+                return False
+        if not source.holds(self.parameter):
+            self.read_from(BlockSource(source.file.map_again(), source.name))
+        return True
+
+    def _read_rows(self, source: BlockSource, begin: int) -> None:
+        """Write those rows from `begin` on of a whole block in a file that differ from this block's."""
+        dtype = source.file.dtype_of(source.name)
+        row_nbytes = self.row_width * dtype.itemsize
+        at_once = max(1, COMPARED_BYTES // row_nbytes)
+        for start in range(0, self.num_rows, at_once):
+            rows = self.rows[start : start + at_once]
+            found = torch.empty(rows.shape, dtype=dtype)
+            target = memoryview(found.view(-1).view(torch.uint8).numpy().data)
+            source.file.read_bytes(source.name, (begin + start) * row_nbytes, target)
+            if rows.dtype != dtype or not same_bytes(rows, [target]):
+                rows.copy_(found)
 
     def state_to_copy(self) -> dict:
         """This record for a copy or a pickle of the model.

@@ -7,11 +7,13 @@ with the rows that have changed since. That file has, for each table:
 * `<table>.changed.rows`, (n, row width);
 * `<table>.changed.digests`, (blocks, 32) uint8, the SHA-256 of each block that the rows are written over;
 * `<table>.changed.stamp`, (16,) uint8, of the run and its step, which the optimizer's state has too.
+
+Where a table is cut over ranks there is one such file for the rows of each rank.
 """
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .disk_files import BlockSource
 from .disk_safetensors import PIECE_BYTES, TensorContent
-from .table_blocks import DIGESTS, ROW_IDS, ROWS, STAMP, Base, Block, changed_name
+from .table_blocks import COMPARED_BYTES, DIGESTS, ROW_IDS, ROWS, STAMP, Base, Block
 
 
 DIGEST_BYTES, STAMP_BYTES = 32, 16
@@ -46,8 +48,6 @@ class RowStore(Protocol):
     def home(self) -> torch.device: ...
     def parts(self, row_ids: torch.Tensor) -> Iterator[tuple[Block, slice, torch.Tensor]]: ...
     def gather_rows(self, row_ids: torch.Tensor) -> torch.Tensor: ...
-    def changed_rows(self, block: Block) -> torch.Tensor: ...
-    def digest_of_base(self, block: Block) -> bytes | None: ...
     def held_ids(self, row_ids: torch.Tensor) -> torch.Tensor: ...
     def are_held(self, row_ids: torch.Tensor) -> torch.Tensor | None: ...
     def write_rows(self, row_ids: torch.Tensor, rows: torch.Tensor) -> None: ...
@@ -59,12 +59,15 @@ class TrainingRun:
 
     folder: `args.output_dir`; checkpoints of the run lie in it.
     steps: of the optimizer, in this run.
+    write_row_state: writes into a folder what the optimizer knows of rows, where that is too much for one process, and
+        returns the names of the files with their SHA-256; None where the optimizer's own file holds it.
     """
 
     folder: Path | None = None
     steps: int = 0
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     last_checkpoint: tuple[Path, int] | None = None
+    write_row_state: Callable[[Path], dict[str, str]] | None = None
 
     @property
     def stamp(self) -> bytes:
@@ -169,8 +172,10 @@ class RowChanges:
         self.stamp: bytes | None = None
         # (rows that are held,) bool while it is trained.
         self._is_changed: torch.Tensor | None = None
-        # Number of a block to rows that a state dict has brought for it.
-        self._arrived: dict[int, ArrivedRows] = {}
+        # Number of a block, and of the rank that has saved them, to rows that a state dict has brought for it.
+        self._arrived: dict[tuple[int, int], ArrivedRows] = {}
+        # Number of a block to its SHA-256 before any of these rows were written to it.
+        self._digests: dict[int, bytes] = {}
         # Numbers of blocks that state dicts have brought since the rows were used last.
         self._loaded: set[int] = set()
         # Held ids of rows that a checkpoint has brought over the table's blocks.
@@ -228,36 +233,19 @@ class RowChanges:
         block.base = None if digest is None else Base(base.source, digest, version)
         return None if block.base is None else block.base.source
 
-    def contents(self, table_name: str, table: RowStore, blocks: Sequence[Block]) -> dict[str, TensorContent]:
-        """What a checkpoint of the run holds of the changed rows of some blocks.
+    def count_changed(self, block: Block) -> int:
+        """How many rows of a block have changed."""
+        return int(self._marks_of(block).count_nonzero())
 
-        Args:
-            table_name: as the names of its blocks begin.
-            table: the table.
-            blocks: those that their `base` stands for.
-        """
-        if self.run is None:
-            raise RuntimeError("The table is not in training, so its changed rows are not known.")
-        parts, digests = [], torch.zeros(len(table.block_records), DIGEST_BYTES, dtype=torch.uint8)
-        for block in sorted(blocks, key=lambda block: block.number):
-            parts.append(table.changed_rows(block))
-            digest = table.digest_of_base(block)
-            digests[block.number] = torch.tensor(list(digest or bytes(DIGEST_BYTES)), dtype=torch.uint8)
-        row_ids = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-        row_nbytes = table.row_width * table.dtype.itemsize
-        rows_at_once = max(1, PIECE_BYTES // row_nbytes)
-
-        def pieces():
-            for part in row_ids.split(rows_at_once):
-                yield from TensorContent.of(table.gather_rows(part.to(table.home))).pieces()
-
-        shape = (len(row_ids), table.row_width)
-        return {
-            changed_name(table_name, ROW_IDS): TensorContent.of(row_ids),
-            changed_name(table_name, ROWS): TensorContent(table.dtype, shape, len(row_ids) * row_nbytes, pieces),
-            changed_name(table_name, DIGESTS): TensorContent.of(digests),
-            changed_name(table_name, STAMP): TensorContent.of(torch.tensor(list(self.run.stamp), dtype=torch.uint8)),
-        }
+    def changed_between(self, start: int, end: int, blocks: Sequence[Block]) -> torch.Tensor:
+        """(n,) int64, ascending: held ids of the changed rows of some blocks, from `start` up to `end`."""
+        found = [torch.zeros(0, dtype=torch.int64)]
+        for block in blocks:
+            first, last = max(start, block.first_row), min(end, block.first_row + block.num_rows)
+            if first < last:
+                marks = self._marks_of(block)[first - block.first_row : last - block.first_row]
+                found.append(marks.nonzero().flatten() + first)
+        return torch.cat(found)
 
     def follow_save(self, block: Block, source: BlockSource, by_base: bool) -> None:
         """Know where a save has put a block: by its base and rows, or whole, which is a new base."""
@@ -268,32 +256,55 @@ class RowChanges:
 
     # Loading.
 
-    def bring(self, table_name: str, table: RowStore, changed: ChangedRows) -> None:
+    def bring(self, table_name: str, table: RowStore, changed: Sequence[ChangedRows]) -> None:
         """Write the rows that a checkpoint holds over blocks that have just been opened.
 
+        Args:
+            table_name: for messages.
+            table: the table.
+            changed: the rows, of each rank that has saved some.
+
         Raises:
             ValueError: they do not fit the table.
         """
-        changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
-        held, which = _held(table, changed.row_ids)
-        self._brought, self.stamp = held, changed.stamp
+        for each in changed:
+            each.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
         rows_at_once = max(1, PIECE_BYTES // (table.row_width * table.dtype.itemsize))
-        for part, wanted in zip(held.split(rows_at_once), which.split(rows_at_once)):
-            table.write_rows(part.to(table.home), changed.rows[wanted])
+        for each in changed:
+            held, which = _held(table, each.row_ids)
+            self._remember_brought(held, each.stamp)
+            for part, wanted in zip(held.split(rows_at_once), which.split(rows_at_once)):
+                table.write_rows(part.to(table.home), each.rows[wanted])
 
-    def arrive(self, table_name: str, table: RowStore, changed: ChangedRows) -> None:
+    def _remember_brought(self, held: torch.Tensor, stamp: bytes | None) -> None:
+        """Held ids of rows that a checkpoint has brought. Those of other ranks at the same step count too."""
+        is_more = stamp is not None and stamp == self.stamp and self._brought is not None
+        self._brought = torch.cat([self._brought, held]).unique() if is_more and self._brought is not None else held
+        self.stamp = stamp
+
+    def arrive(self, table_name: str, table: RowStore, changed: ChangedRows, rank: int = 0) -> None:
         """Take rows that a state dict brings. Their blocks may be there already, or come in a later state dict.
 
+        Args:
+            table_name: for messages.
+            table: the table.
+            changed: the rows.
+            rank: that has saved them.
+
         Raises:
             ValueError: they do not fit the table.
         """
         changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
         held, which = _held(table, changed.row_ids)
-        self._arrived = {
-            block.number: ArrivedRows(bytes(changed.digests[block.number].tolist()), wanted, changed.rows[which[part]])
+        if changed.stamp is None or changed.stamp != self.stamp:
+            self._arrived, self._digests = {}, {}
+        self._arrived = {key: each for key, each in self._arrived.items() if key[1] != rank} | {
+            (block.number, rank): ArrivedRows(
+                bytes(changed.digests[block.number].tolist()), wanted, changed.rows[which[part]]
+            )
             for block, part, wanted in table.parts(held)
         }
-        self._brought, self.stamp = held, changed.stamp
+        self._remember_brought(held, changed.stamp)
 
     def forget_stamp(self) -> None:
         """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
@@ -307,19 +318,26 @@ class RowChanges:
         Once rows and their block have both come, in either order, they are done with: what is loaded next has rows of
         its own.
         """
-        self._loaded |= {block.number for block in loaded}
         here = {block.number for block in loaded}
-        for number, arrived in list(self._arrived.items()):
-            block = table.block_records[number]
-            if arrived.is_written and number not in here:
+        self._loaded |= here
+        self._digests = {number: each for number, each in self._digests.items() if number not in here}
+        for key, arrived in list(self._arrived.items()):
+            block = table.block_records[key[0]]
+            if arrived.is_written and block.number not in here:
                 continue
-            if not block.parameter.is_meta and _digest_of_block(block) == arrived.digest:
+            if self._digest_of(block) == arrived.digest:
                 table.write_rows(arrived.wanted + block.first_row, arrived.rows)
                 arrived.is_written = True
-                if number in self._loaded:
-                    del self._arrived[number]
+                if block.number in self._loaded:
+                    del self._arrived[key]
             else:
                 arrived.is_written = False
+
+    def _digest_of(self, block: Block) -> bytes | None:
+        """SHA-256 of a block as it was loaded; None where it has no memory yet."""
+        if block.number not in self._digests and not block.parameter.is_meta:
+            self._digests[block.number] = _digest_of_block(block)
+        return self._digests.get(block.number)
 
     def settle(self) -> None:
         """Called before rows are used or copied. Nothing that a load has brought may be missing then.
@@ -327,10 +345,10 @@ class RowChanges:
         Raises:
             ValueError: rows have come without the block that they belong to.
         """
-        self._loaded = set()
+        self._loaded, self._digests = set(), {}
         if not self._arrived:
             return
-        for number, arrived in self._arrived.items():
+        for (number, _), arrived in self._arrived.items():
             if not arrived.is_written:
                 raise ValueError(
                     f"Changed rows of a checkpoint have come without block {number} that they belong to. Load all "
@@ -394,7 +412,7 @@ def _has_rows_of(source: BlockSource, block: torch.Tensor, is_changed: torch.Ten
 def rows_of_pieces(source: BlockSource, width: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     """A file's tensor in runs of whole rows: the number of the first, and the rows, (n, width)."""
     start, rest, row_nbytes = 0, b"", width * dtype.itemsize
-    for piece in source.file.content(source.name).pieces():
+    for piece in source.file.content(source.name, COMPARED_BYTES).pieces():
         held = rest + bytes(piece)
         whole = len(held) // row_nbytes * row_nbytes
         rest = held[whole:]

@@ -28,10 +28,18 @@ EVERY_TABLE = (None, None)
 
 
 class Place(NamedTuple):
-    """Where a block goes. device: of a resident block."""
+    """Where a block goes. device: of a resident block; rows in host memory are on the CPU."""
 
     tier: str
     device: torch.device | str | int = "cpu"
+
+    @property
+    def is_on_host(self) -> bool:
+        return self.tier == HOST
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.tier == DISK
 
 
 def as_device(value) -> torch.device:
@@ -235,14 +243,14 @@ def plan_places(
                 place = default[table]
             else:
                 place = next(p for p in (default[table], Place(HOST), Place(DISK)) if _fits(p, nbytes, free))
-            if free is not None and place.tier != DISK:
+            if free is not None and not place.is_on_disk:
                 free[memory_of(place)] = free.get(memory_of(place), 0) - nbytes
             places[table].append(place)
     return places
 
 
 def _fits(place: Place, nbytes: int, free: Mapping[object, int]) -> bool:
-    return place.tier == DISK or free.get(memory_of(place), 0) >= nbytes
+    return place.is_on_disk or free.get(memory_of(place), 0) >= nbytes
 
 
 def left_by_backbone(limits: Mapping[object, int], used: Mapping[object, int]) -> dict[object, int]:
@@ -263,8 +271,6 @@ def left_by_backbone(limits: Mapping[object, int], used: Mapping[object, int]) -
 
 def memory_of(place: Place) -> object:
     """The key of `max_memory` that a block at this place counts against."""
-    if place.tier == HOST:
-        return "cpu"
     device = as_device(place.device)
     return "cpu" if device.type == "cpu" else (device.index or 0)
 

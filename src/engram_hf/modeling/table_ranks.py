@@ -1,10 +1,12 @@
 """One table over many ranks: which rank holds which rows, and how a lookup gets rows that another rank holds.
 
 Each block is cut as torch's DTensor cuts it with `Shard(0)`. A rank asks the owners of the rows that it needs, and a
-thread of each owner answers. No rank has to look rows up at the same time as another one: ranks may evaluate texts of
-different lengths, one may have no tokens, and one may save alone. Gradients travel back in training/row_exchange.py.
+thread of each owner answers. Lookups are questions and not collectives, because a collective makes every rank look rows
+up whenever one does: ranks could not evaluate texts of different lengths, have no tokens, or save alone. Gradients do
+travel by collectives, in training/row_exchange.py, since all ranks end a backward together.
 
-A *row id* counts through the whole table, as everywhere. A *held id* counts through the rows that one rank holds.
+A *row id* counts through the whole table, as everywhere. A *held id* counts through the rows that one rank holds. Held
+ids travel, with a check number of the row ids that they stand for.
 """
 
 import atexit
@@ -13,27 +15,31 @@ import math
 import os
 import sys
 import threading
+import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import accumulate, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from transformers.utils import logging
 
 from .disk_files import BlockSource, TableFile
 from .disk_safetensors import TensorContent, TensorPlace
 from .table_gradients import Grouping
 
 
-# Kinds of requests. `ROWS` is answered with rows; tables and optimizers answer the others.
-ROWS, WHY, CHANGED, BASE, SAVED, STATE, LEAVE = range(7)
+# Kinds of requests. `ROWS` is answered with rows, and `COMING` not at all; tables and optimizers answer the others.
+ROWS, WHY, CHANGED, BASE, SAVED, STATE, LEAVE, COMING = range(8)
 HEAD_TAG, FIRST_TAG, TAGS = 1, 16, 2**24
 # Kind, number of the table, steps that it has made, bytes of what follows, tag of the answer, bytes of an answer with
-# rows.
-HEAD_NUMBERS = 6
+# rows, check number of the rows, tag under which they were announced (0 where they were not).
+HEAD_NUMBERS = 8
 # Before the rows of an answer, so that they are aligned for every type.
 STATUS_BYTES = 16
 DONE, FOREIGN, FAILED = range(3)
@@ -41,8 +47,18 @@ DONE, FOREIGN, FAILED = range(3)
 OPEN_FETCHES = 64
 # Lookups of a backward that is still to come, whose rows are kept in case their forward is made again.
 LOOKUPS_KEPT = 64
+# Lookups to come that a rank has announced. It and the owners forget the oldest of more.
+ANNOUNCED_KEPT = 64
+# Bytes of a held id that travels, and the bits of it.
+ID_BYTES, ID_BITS = 4, 32
+# Nobody may ask a rank for anything all day. A rank that asks waits as long as the process group of the run allows.
+QUIET = timedelta(days=365)
+# Of rows that travel while one rank saves.
+PIECE_BYTES = 2**20
 # How long a rank that has come to its end goes on answering without being asked.
 LINGER_SECONDS = 600.0
+
+logger = logging.get_logger(__name__)
 
 
 class RowCut:
@@ -86,6 +102,12 @@ class RowCut:
         block = self.block_of(row_ids)
         return (row_ids - self._firsts.to(row_ids.device)[block]) // self._chunks.to(row_ids.device)[block]
 
+    def by_owner(self, row_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """(n,) ascending row ids: their places in the order of owners, (n,), and the row ids of each owner."""
+        owners = self.owner(row_ids)
+        order = owners.argsort(stable=True)
+        return order, row_ids[order].split(owners.bincount(minlength=self.ranks).tolist())
+
     def to_held(self, row_ids: torch.Tensor, rank: int) -> torch.Tensor:
         """(n,) row ids of rows that a rank holds to its held ids; ascending stay ascending."""
         return row_ids - self._shifts(rank).to(row_ids.device)[self.block_of(row_ids)]
@@ -96,11 +118,64 @@ class RowCut:
         block = torch.bucketize(held, firsts[1:], right=True)
         return held + self._shifts(rank).to(held.device)[block]
 
+    def pack(self, row_ids: torch.Tensor, rank: int) -> torch.Tensor:
+        """Row ids as they travel to the rank that holds the rows: its held ids, in four bytes each.
+
+        Args:
+            row_ids: (n,) int64, ascending.
+            rank: that holds the rows.
+
+        Returns:
+            (`packed_nbytes(n, rank)`,) uint8.
+        """
+        held = self.to_held(row_ids, rank)
+        # Where more than 2**32 rows are held: how many ids lie below each multiple of it.
+        steps = torch.arange(1, self._carries(rank) + 1, device=held.device) << ID_BITS
+        low = held.unsqueeze(-1).view(torch.uint8)[:, :ID_BYTES].flatten()
+        return torch.cat([low, torch.searchsorted(held, steps).view(torch.uint8)])
+
+    def unpack(self, content: torch.Tensor, rank: int) -> torch.Tensor:
+        """What `pack` has made, to held ids, (n,) int64."""
+        num = (len(content) - 8 * self._carries(rank)) // ID_BYTES
+        low, steps = content.split([ID_BYTES * num, len(content) - ID_BYTES * num])
+        # A part of a message may lie anywhere, and numbers must be aligned.
+        held = low.clone().view(torch.int32).long() & (2**ID_BITS - 1)
+        above = torch.bucketize(torch.arange(num, device=held.device), steps.clone().view(torch.int64), right=True)
+        return held + (above << ID_BITS)
+
+    def packed_nbytes(self, num: int, rank: int) -> int:
+        """Bytes of so many packed row ids."""
+        return ID_BYTES * num + 8 * self._carries(rank)
+
+    def find_packed(self, content: torch.Tensor, check: int | torch.Tensor, rank: int) -> torch.Tensor | None:
+        """What `pack` has made, to held ids, (n,) int64; None where they do not stand for the row ids that were meant.
+
+        Args:
+            content: the packed row ids.
+            check: `check_number` of the row ids.
+            rank: that they have come to.
+        """
+        if (len(content) - self.packed_nbytes(0, rank)) % ID_BYTES:
+            return None
+        held = self.unpack(content, rank)
+        is_held = ((held >= 0) & (held < sum(self.rows_of(rank)))).all()
+        return held if is_held and check_number(self.to_table(held, rank)) == check else None
+
+    def _carries(self, rank: int) -> int:
+        """How often held ids of a rank pass a multiple of 2**32."""
+        return max(0, sum(self.rows_of(rank)) - 1) >> ID_BITS
+
     def _shifts(self, rank: int) -> torch.Tensor:
         """(blocks,): row id less held id."""
         begins = torch.tensor([self.part(block, rank)[0] for block in range(len(self.rows_of_block))])
         held_firsts = torch.tensor(list(accumulate(self.rows_of(rank)[:-1], initial=0)))
         return self._firsts + begins - held_firsts
+
+
+def check_number(row_ids: torch.Tensor) -> torch.Tensor:
+    """A number, (), that is another one for (n,) row ids of which one differs, and almost surely for all others."""
+    # Odd factors lose nothing of a number modulo 2**64.
+    return ((row_ids + 1) * (2 * torch.arange(len(row_ids), device=row_ids.device) + 1)).sum()
 
 
 class RankFile(TableFile):
@@ -150,7 +225,11 @@ class Answer:
         self._works, self._kept = works, kept
 
     def wait(self) -> int:
-        """Wait until it is here, and return its status."""
+        """Wait until it is here, and return its status.
+
+        Raises:
+            RuntimeError: the owner has ended, or does not answer in time.
+        """
         works, self._works = self._works, []
         for work in works:
             work.wait()
@@ -167,7 +246,22 @@ class Question(NamedTuple):
     steps: int
     tag: int
     answer_nbytes: int
+    check: int
     payload: torch.Tensor
+
+
+class Announced(NamedTuple):
+    """A lookup to come, of which the owners know.
+
+    row_ids: (n,) int64, ascending and distinct.
+    tags: of the messages, by owner.
+    works, kept: what has been sent, and is to live until it is there.
+    """
+
+    row_ids: torch.Tensor
+    tags: dict[int, int]
+    works: list
+    kept: list
 
 
 class RowService:
@@ -175,25 +269,38 @@ class RowService:
 
     All processes make it at the same time, and give it the same tables in the same order.
 
-    moved: counts of what this process has asked for and been given: `ids`, `rows`, and `row_bytes`.
+    moved: counts of what this process has asked for and been given: `ids`, `rows`, and `row_bytes`; of the rows, those
+        that were `announced`.
+    waited_seconds: that this process has spent on waiting for rows.
     """
 
     def __init__(self):
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.moved: Counter[str] = Counter()
+        self.waited_seconds = 0.0
         # Why this process must not go on; it is raised where all processes meet.
         self.failure: str | None = None
         self._tables: list[weakref.ref[TableRanks]] = []
         self._tags = count()
         self._open: list[Answer] = []
         self._lock = threading.Lock()
+        # Owners forget announcements in the order of these messages.
+        self.order = threading.RLock()
         self._was_asked = False
+        # Not in every build of torch.
+        from torch.distributed.device_mesh import init_device_mesh
+
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+        # By kind of device: of all processes. torch may make groups for them, for which all have to be here.
+        self.meshes = {kind: init_device_mesh(kind, (self.ranks,)) for kind in kinds}
         self._others = {rank for rank in range(self.ranks) if rank != self.rank}
         self._has_left = False
         if not self._others:
             return
         # The group itself: `destroy_process_group` forgets its name, and other ranks may still ask.
-        self._group = dist.new_group(backend="gloo")
+        self._patience = timeout_of_run()
+        self._group = dist.new_group(backend="gloo", timeout=self._patience)
         self._thread = threading.Thread(target=self._serve, name="engram-rows", daemon=True)
         self._thread.start()
         atexit.register(self.leave)
@@ -213,25 +320,48 @@ class RowService:
         return FIRST_TAG + 2 * (next(self._tags) % TAGS)
 
     def _send(
-        self, to: int, kind: int, table: int, payload: torch.Tensor, tag: int, answer_nbytes: int = 0
+        self,
+        to: int,
+        kind: int,
+        table: int,
+        sent: torch.Tensor,
+        tag: int,
+        answer_nbytes: int = 0,
+        check: int = 0,
+        announced: int = 0,
     ) -> tuple[list, tuple]:
         ranks = self._tables[table]()
         steps = 0 if ranks is None else ranks.steps
-        head = torch.tensor([kind, table, steps, payload.nbytes, tag, answer_nbytes], device="cpu")
-        sent = payload.contiguous().view(torch.uint8).view(-1)
-        works = [self._group.send([head], to, HEAD_TAG)]
-        if len(sent):
-            works.append(self._group.send([sent], to, tag + 1))
+        head = torch.tensor([kind, table, steps, len(sent), tag, answer_nbytes, check, announced], device="cpu")
+        with self.order:
+            works = [self._group.send([head], to, HEAD_TAG)]
+            if len(sent):
+                works.append(self._group.send([sent], to, tag + 1))
         return works, (head, sent)
 
-    def ask_rows(self, owner: int, table: int, row_ids: torch.Tensor, row_nbytes: int) -> Answer:
-        """Ask for rows, (n,) row ids that the owner holds; returns at once."""
+    def announce_rows(self, owner: int, ranks: "TableRanks", row_ids: torch.Tensor) -> tuple[int, list, tuple]:
+        """Tell an owner which rows, (n,) row ids, it is going to be asked for; the tag of this, and as `_send`."""
         tag = self._next_tag()
-        buffer = torch.empty(STATUS_BYTES + len(row_ids) * row_nbytes, dtype=torch.uint8, device="cpu")
+        check = int(check_number(row_ids))
+        self.moved.update(ids=len(row_ids))
+        return tag, *self._send(owner, COMING, ranks.number, ranks.cut.pack(row_ids, owner), tag, check=check)
+
+    def ask_rows(self, owner: int, ranks: "TableRanks", row_ids: torch.Tensor, announced: int = 0) -> Answer:
+        """Ask for rows, (n,) row ids that the owner holds; returns at once.
+
+        Args:
+            announced: tag of the message that has named them to the owner; 0 for none.
+        """
+        tag, num = self._next_tag(), len(row_ids)
+        buffer = torch.empty(STATUS_BYTES + num * ranks.row_nbytes, dtype=torch.uint8, device="cpu")
         arrival = self._group.recv([buffer], owner, tag)
-        works, kept = self._send(owner, ROWS, table, row_ids, tag, len(buffer))
+        if announced:
+            sent, check = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
+        else:
+            sent, check = ranks.cut.pack(row_ids, owner), int(check_number(row_ids))
+        works, kept = self._send(owner, ROWS, ranks.number, sent, tag, len(buffer), check, announced)
         answer = Answer(owner, buffer, [*works, arrival], kept)
-        self.moved.update(ids=len(row_ids), rows=len(row_ids), row_bytes=len(row_ids) * row_nbytes)
+        self.moved.update(rows=num, row_bytes=num * ranks.row_nbytes, **{"announced" if announced else "ids": num})
         with self._lock:
             self._open = [each for each in self._open if each._works]
             oldest = self._open.pop(0) if len(self._open) >= OPEN_FETCHES else None
@@ -239,6 +369,11 @@ class RowService:
         if oldest is not None:
             oldest.wait()
         return answer
+
+    def finish(self, announced: "Announced") -> None:
+        """Wait until an announcement is with the owners; it has long been."""
+        for work in announced.works:
+            work.wait()
 
     def ask(self, owner: int, kind: int, table: int, payload: bytes = b"") -> bytes:
         """Ask another rank for something else than rows, and wait for its answer.
@@ -272,23 +407,49 @@ class RowService:
             while self._others:
                 head = torch.empty(HEAD_NUMBERS, dtype=torch.int64, device="cpu")
                 arrival = self._group.recv_anysource([head], HEAD_TAG)
-                arrival.wait()
-                asker = arrival._source_rank()
-                kind, table, steps, nbytes, tag, answer_nbytes = head.tolist()
-                payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-                if nbytes:
-                    self._group.recv([payload], asker, tag + 1).wait()
+                arrival.wait(QUIET)
                 self._was_asked = True
-                if kind == LEAVE:
+                asker = arrival._source_rank()
+                try:
+                    self._take(asker, *head.tolist())
+                except RuntimeError:
+                    # That process is gone, and the others still need rows.
                     self._others.discard(asker)
-                    if bool(table) and not self._has_left:
-                        # That rank has failed, and waits for nobody.
-                        self._group.send([leaving(False)], asker, HEAD_TAG).wait()
-                elif not self._park(question := Question(asker, kind, table, steps, tag, answer_nbytes, payload)):
-                    self.reply(question)
         except RuntimeError:
-            # Another process is gone. Who needs its rows learns it by asking.
+            # The group is gone. Who needs rows of this process learns it by asking.
             self._others.clear()
+
+    def _take(
+        self,
+        asker: int,
+        kind: int,
+        table: int,
+        steps: int,
+        nbytes: int,
+        tag: int,
+        answer_nbytes: int,
+        check: int,
+        announced: int,
+    ) -> None:
+        """Take a message from another rank, whose head has come, and answer it where it is a question."""
+        payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        if nbytes:
+            self._group.recv([payload], asker, tag + 1).wait()
+        ranks = self._tables[table]() if table < len(self._tables) else None
+        if kind == LEAVE:
+            self._others.discard(asker)
+            if bool(table) and not self._has_left:
+                # That rank has failed, and waits for nobody.
+                self._group.send([leaving(False)], asker, HEAD_TAG).wait()
+        elif kind == COMING:
+            if ranks is not None:
+                ranks.expect(asker, tag, payload, check)
+        else:
+            if announced and ranks is not None:
+                payload, check = ranks.expected[asker].pop(announced, (payload, check))
+            question = Question(asker, kind, table, steps, tag, answer_nbytes, check, payload)
+            if not self._park(question):
+                self.reply(question)
 
     def _park(self, question: "Question") -> bool:
         """Leave a question for later where the asker has made a step that this rank has still to make."""
@@ -303,13 +464,15 @@ class RowService:
         """Answer a question."""
         asker, tag = question.asker, question.tag
         if question.kind == ROWS:
-            answer = self._rows(question.table, question.payload.view(torch.int64), question.answer_nbytes)
+            answer = self._rows(question)
             self._group.send([answer], asker, tag).wait()
         else:
             self._send_answer(asker, tag, *self._answer(question.kind, question.table, question.payload))
 
     def after_step(self, ranks: "TableRanks") -> None:
         """This rank has made a step with a table, or loaded it anew: answer what has waited for it."""
+        # What a lookup without a backward has left: the rows are others now.
+        ranks.kept = []
         with self._lock:
             ranks.steps += 1
             ready = [each for each in ranks.parked if each.steps <= ranks.steps]
@@ -317,20 +480,18 @@ class RowService:
         for question in ready:
             self.reply(question)
 
-    def _rows(self, table: int, row_ids: torch.Tensor, nbytes: int) -> torch.Tensor:
-        """(n,) row ids to an answer: the status, and the bytes of the rows."""
+    def _rows(self, question: "Question") -> torch.Tensor:
+        """The answer: the status, and the bytes of the rows."""
+        table, nbytes = question.table, question.answer_nbytes
         out = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
         status = out[:8].view(torch.int64)
         ranks = self._tables[table]() if table < len(self._tables) else None
-        if ranks is None or nbytes != STATUS_BYTES + len(row_ids) * ranks.row_nbytes:
-            status[0] = FOREIGN
-            return out
-        is_here = (row_ids >= 0) & (row_ids < ranks.cut.num_rows)
-        if not (is_here.all() and (ranks.cut.owner(row_ids) == self.rank).all()):
+        held = None if ranks is None else ranks.cut.find_packed(question.payload, question.check, self.rank)
+        if ranks is None or held is None or nbytes != STATUS_BYTES + len(held) * ranks.row_nbytes:
             status[0] = FOREIGN
             return out
         try:
-            rows = ranks.read(ranks.cut.to_held(row_ids, self.rank))
+            rows = ranks.read(held)
             out[STATUS_BYTES:] = rows.cpu().contiguous().view(torch.uint8).view(-1)
         except Exception as error:
             self.failure = f"Rank {self.rank} could not read rows that another rank has asked for: {error}"
@@ -365,16 +526,24 @@ class RowService:
                     self._group.send([leaving(has_failed)], other, HEAD_TAG).wait()
                 except RuntimeError:
                     self._others.discard(other)
+        patience = min(LINGER_SECONDS, self._patience.total_seconds()) if has_failed else LINGER_SECONDS
         while self._others and self._thread.is_alive():
             self._was_asked = False
-            self._thread.join(LINGER_SECONDS)
+            self._thread.join(patience)
             if not self._was_asked:
                 return
 
 
 def leaving(has_failed: bool) -> torch.Tensor:
     """The head of a message that says that a rank has come to its end."""
-    return torch.tensor([LEAVE, int(has_failed), 0, 0, 0, 0], device="cpu")
+    return torch.tensor([LEAVE, int(has_failed), *[0] * (HEAD_NUMBERS - 2)], device="cpu")
+
+
+def timeout_of_run() -> timedelta:
+    """How long a rank waits for another one in this run: what its process group was initialised with."""
+    group: Any = dist.group.WORLD
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", default_pg_timeout)
 
 
 class PendingRows:
@@ -387,16 +556,18 @@ class PendingRows:
             row_ids: (n,) int64, ascending and distinct, on the CPU.
         """
         self._ranks = ranks
-        owners = ranks.cut.owner(row_ids)
-        self._order = owners.argsort(stable=True)
-        counts = owners.bincount(minlength=ranks.cut.ranks).tolist()
-        asked = row_ids[self._order].split(counts)
-        self._own = asked[ranks.rank]
-        self._answers = {
-            owner: ranks.service.ask_rows(owner, ranks.number, ids, ranks.row_nbytes)
-            for owner, ids in enumerate(asked)
-            if len(ids) and owner != ranks.rank
-        }
+        self._order, asked = ranks.cut.by_owner(row_ids)
+        # Held ids of the rows that are here, (n,).
+        self.own = ranks.cut.to_held(asked[ranks.rank], ranks.rank)
+        self._answers = {}
+        with ranks.service.order:
+            announced = ranks.take_announced(row_ids)
+            for owner, ids in enumerate(asked):
+                if len(ids) and owner != ranks.rank:
+                    tag = 0 if announced is None else announced.tags[owner]
+                    self._answers[owner] = ranks.service.ask_rows(owner, ranks, ids, tag)
+        # An announcement has come before the answer to its question.
+        self._announced = announced
         self._rows: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
@@ -409,8 +580,8 @@ class PendingRows:
         if self._rows is not None:
             return self._rows
         ranks = self._ranks
-        own = ranks.read(ranks.cut.to_held(self._own, ranks.rank)).cpu()
-        parts = []
+        own = ranks.read(self.own).cpu()
+        parts, start = [], time.perf_counter()
         for owner in range(ranks.cut.ranks):
             if owner == ranks.rank:
                 parts.append(own)
@@ -419,6 +590,10 @@ class PendingRows:
                 if (status := answer.wait()) != DONE:
                     ranks.fail(owner, status)
                 parts.append(answer.buffer[STATUS_BYTES:].view(own.dtype).view(-1, own.shape[1]))
+        if self._announced is not None:
+            ranks.service.finish(self._announced)
+            self._announced = None
+        ranks.service.waited_seconds += time.perf_counter() - start
         self._rows = torch.empty(len(self._order), own.shape[1], dtype=own.dtype, device="cpu")
         self._rows[self._order] = torch.cat(parts)
         self._answers = {}
@@ -430,6 +605,9 @@ class TableRanks:
 
     kept: rows of lookups whose backward is still to come. A forward that is made again (gradient checkpointing) takes
         them from here.
+    announced: lookups to come, of which the owners know already.
+    expected: by rank, what it has announced: the tag of the message to packed row ids and their check number.
+    bring: what to do with held ids, (n,) ascending, that somebody is going to ask for, by what they bring closer.
     """
 
     def __init__(self, cut: RowCut, service: RowService, row_nbytes: int, read: Callable[[torch.Tensor], torch.Tensor]):
@@ -448,6 +626,9 @@ class TableRanks:
         # Of the optimizer with this table, and loads of it. Nobody gets rows of an earlier step than its own.
         self.steps = 0
         self.parked: list[Question] = []
+        self.announced: list[Announced] = []
+        self.expected: list[dict[int, tuple[torch.Tensor, int]]] = [{} for _ in range(cut.ranks)]
+        self.bring: dict[str, Callable[[torch.Tensor], None]] = {}
         self._asked: list[tuple[torch.Tensor, Grouping, PendingRows]] = []
         # Whether a failed fetch is raised where all ranks meet, and not here.
         self.meets_later = False
@@ -455,6 +636,55 @@ class TableRanks:
     def begin(self, row_ids: torch.Tensor) -> PendingRows:
         """Ask for rows, (n,) int64, ascending and distinct; returns at once."""
         return PendingRows(self, row_ids.cpu())
+
+    def announce(self, row_ids: torch.Tensor) -> None:
+        """Tell the owners which rows a lookup to come needs, and return at once.
+
+        They read the pages of these rows, where the rows are on disk. A lookup of exactly these rows then names the
+        announcement in place of row ids. It gets the rows as they are when it asks, so nothing depends on this.
+
+        Args:
+            row_ids: (n,) int64, ascending and distinct, on the CPU.
+        """
+        _, asked = self.cut.by_owner(row_ids)
+        announced = Announced(row_ids, {}, [], [])
+        with self.service.order:
+            for owner, ids in enumerate(asked):
+                if len(ids) and owner != self.rank:
+                    announced.tags[owner], works, kept = self.service.announce_rows(owner, self, ids)
+                    announced.works.extend(works)
+                    announced.kept.extend(kept)
+            self.announced.append(announced)
+            forgotten = self.announced.pop(0) if len(self.announced) > ANNOUNCED_KEPT else None
+        if forgotten is not None:
+            self.service.finish(forgotten)
+        self._bring(self.cut.to_held(asked[self.rank], self.rank))
+
+    def take_announced(self, row_ids: torch.Tensor) -> Announced | None:
+        """What was announced of exactly these rows; None for nothing."""
+        for number, announced in enumerate(self.announced):
+            if torch.equal(announced.row_ids, row_ids):
+                return self.announced.pop(number)
+        return None
+
+    def expect(self, asker: int, tag: int, packed: torch.Tensor, check: int) -> None:
+        """Another rank has announced a lookup."""
+        expected = self.expected[asker]
+        expected[tag] = packed, check
+        if len(expected) > ANNOUNCED_KEPT:
+            del expected[next(iter(expected))]
+        held = self.cut.find_packed(packed, check, self.rank)
+        # Who asks for rows that are not here is told so when it asks.
+        if held is not None:
+            self._bring(held)
+
+    def _bring(self, held: torch.Tensor) -> None:
+        for bring in list(self.bring.values()):
+            try:
+                bring(held)
+            except Exception as error:
+                # The lookup reads them by itself, and raises what there is to raise.
+                logger.warning(f"Rows that a lookup to come needs were not read early: {error}")
 
     def fail(self, owner: int, status: int) -> None:
         """A fetch has failed: raise now, or where all ranks meet."""
@@ -491,11 +721,63 @@ class TableRanks:
         # The ids too: while they are here, no other tensor has their address.
         self.kept = [*self.kept, (row_ids, rows)][-LOOKUPS_KEPT:]
 
+    def as_sharded(self, held: torch.Tensor, block: int) -> torch.Tensor:
+        """What this rank holds of a block, or of the state of its rows, as torch's distributed checkpoints take it: a
+        DTensor on the same memory.
+
+        Args:
+            held: (rows of the block that this rank holds, ...).
+            block: number of the block.
+        """
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = self.service.meshes[held.device.type]
+        shape = torch.Size([self.cut.rows_of_block[block], *held.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def ask_one(self, rank: int, kind: int, payload: dict) -> bytes:
+        """What a rank answers, which may be this one."""
+        content = json.dumps(payload).encode()
+        return self.handlers[kind](content) if rank == self.rank else self.service.ask(rank, kind, self.number, content)
+
+    def content_of(
+        self, rank: int, kind: int, payload: dict, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> TensorContent:
+        """A tensor with some of the rows that a rank holds, to be written to a file; it arrives while it is written.
+
+        Args:
+            rank: that is asked.
+            kind, payload: of the questions. Each has two numbers more: held ids from `start` up to `end`.
+            dtype, shape: of the whole tensor.
+        """
+        held, nbytes = sum(self.cut.rows_of(rank)), math.prod(shape) * dtype.itemsize
+        at_once = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+
+        def pieces() -> Iterator[bytes]:
+            arrived = 0
+            for start in range(0, held, at_once):
+                piece = self.ask_one(rank, kind, {**payload, "start": start, "end": min(start + at_once, held)})
+                arrived += len(piece)
+                yield piece
+            if arrived != nbytes:
+                raise RuntimeError(
+                    f"Rank {rank} was to give {nbytes:,} bytes of its rows and gave {arrived:,}: it has made a step "
+                    "while another rank saved. Save between two steps, on one rank."
+                )
+
+        return TensorContent(dtype, shape, nbytes, pieces)
+
     def ask_all(self, kind: int, payload: dict) -> list[bytes]:
         """What every other rank answers, in the order of ranks."""
         content = json.dumps(payload).encode()
         others = [rank for rank in range(self.cut.ranks) if rank != self.rank]
         return [self.service.ask(rank, kind, self.number, content) for rank in others]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, which may be torch's DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def open_parts(sources: Mapping[tuple[str, int], BlockSource], cuts: Mapping[str, RowCut], rank: int) -> dict:

@@ -77,6 +77,8 @@ def _damaged_weights(folder: Path) -> str | None:
         checkpoint = find_checkpoint(str(folder), {"local_files_only": True})
         if checkpoint is not None:
             read_headers(checkpoint)
+            for name in checkpoint.metadata.get("row_state", {}):
+                read_header(folder / name)
         for path in folder.glob("adapter_model*.safetensors"):
             read_header(path)
     except (OSError, ValueError, KeyError, TypeError) as error:

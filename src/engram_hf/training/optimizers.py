@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers.utils import logging
 
+from ..modeling.checkpoint_saving import numbers_of_files
 from ..modeling.table import EngramTable
 from ..modeling.table_changes import TrainingRun
 from .dense_parts import (
@@ -140,6 +142,8 @@ class EngramOptimizerFactory:
                 f"The tables are cut over {dist.get_world_size()} processes, and Trainer takes this one for the only "
                 "one. On CPUs give TrainingArguments(use_cpu=True, ...). Start with torchrun or `accelerate launch`."
             )
+        if any(table.ranks is not None for table in tables.values()):
+            refuse_whole_tables(args)
         frozen = [name for name, table in tables.items() if table.row_format is not None]
         if frozen:
             logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
@@ -193,7 +197,10 @@ class EngramOptimizerFactory:
         if rest := {n: p for n, p in dense.items() if n not in matrices}:
             parts.append(dense_part(model, args, rest))
         patience = min(STEPS_WITHOUT_GRADIENT, args.max_steps) if args.max_steps > 0 else STEPS_WITHOUT_GRADIENT
-        return EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience, run)
+        optimizer = EngramOptimizer(parts, rows, args.learning_rate, table_lr_scale, patience, run)
+        if args.save_only_model:
+            run.write_row_state = None
+        return optimizer
 
 
 def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
@@ -225,6 +232,31 @@ def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
     if backbone == "muon" and optim.startswith(LOW_RANK):
         raise ValueError(
             f'backbone="muon" and optim={optim!r} both train the matrices of the backbone. Choose one of them.'
+        )
+
+
+def refuse_whole_tables(args: "TrainingArguments") -> None:
+    """
+    Raises:
+        NotImplementedError: something would bring whole tables to a rank, and they are cut over ranks.
+    """
+    if args.save_on_each_node:
+        raise NotImplementedError(
+            "Tables that are cut over ranks are saved by one rank, and got save_on_each_node=True. Leave it out, and "
+            "copy a checkpoint to the other machines before you resume."
+        )
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is None:
+        return
+    if "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        raise NotImplementedError(
+            "FSDP's FULL_STATE_DICT collects whole tables on one rank, and they are cut over ranks. Launch with "
+            "--fsdp_state_dict_type SHARDED_STATE_DICT."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise NotImplementedError(
+            "FSDP's cpu_ram_efficient_loading copies what the first rank holds to all, and tables are cut over ranks. "
+            "Launch with --fsdp_cpu_ram_efficient_loading false."
         )
 
 
@@ -371,6 +403,8 @@ class EngramOptimizer(torch.optim.Optimizer):
         # Schedulers with an absolute floor divide it by this rate.
         super().__init__(groups, {"lr": lr})
         self.is_made = True
+        if any(updates.table.ranks is not None for updates in rows.values()):
+            self.run.write_row_state = self._write_row_state
         self._show_state()
 
     def _show_state(self) -> None:
@@ -441,6 +475,15 @@ class EngramOptimizer(torch.optim.Optimizer):
         """See `train`."""
         for part in self.parts:
             part.switch("eval")
+
+    def _write_row_state(self, folder: Path) -> dict[str, str]:
+        """What a checkpoint holds of rows beside optimizer.pt: files, name to SHA-256."""
+        written: dict[str, str] = {}
+        numbers = numbers_of_files(self.rows)
+        for name, updates in self.rows.items():
+            if updates.table.ranks is not None:
+                written |= updates.write_state(folder, f"row-state-layer-{numbers[name]:02d}")
+        return written
 
     def state_dict(self) -> dict:
         """torch's layout: `state`, by the number of a parameter, and `param_groups`.

@@ -16,7 +16,7 @@ from torch.autograd import Variable
 
 from ..modeling.table import EngramTable
 from ..modeling.table_gradients import RowGradients, Rows, sum_rows
-from ..modeling.table_ranks import RowCut
+from ..modeling.table_ranks import RowCut, check_number
 
 
 class RowExchange:
@@ -103,46 +103,68 @@ class RowExchange:
         device, parts, failure = device_of_collectives(self.group), [], None
         for table, cut in tables:
             row_ids, gradients = table.row_gradients.rows_to_exchange() or none_of(table.row_gradients)
-            owners = cut.owner(row_ids)
             # Where one process is all there is, its rows are in order.
-            order = owners.argsort(stable=True)
-            counts = owners.bincount(minlength=self.ranks)
-            parts.append((row_ids[order], gradients[order], counts))
+            order, of_process = cut.by_owner(row_ids)
+            parts.append((of_process, gradients[order]))
             if table.ranks is not None and table.ranks.service.failure is not None:
                 failure = table.ranks.service.failure
-        counts = torch.stack([each[2] for each in parts], dim=1)  # (processes, tables)
-        theirs = self._all_to_all(counts.to(device), [1] * self.ranks, [1] * self.ranks).cpu()
-        given = counts.cpu()
-        own_ids = self._by_process([each[0] for each in parts], given)
-        ids = self._all_to_all(own_ids.to(device), given.sum(1).tolist(), theirs.sum(1).tolist())
+        cuts = [cut for _, cut in tables]
+        # (processes, tables, 2): how many rows go to a process, and the check number of their ids.
+        heads = torch.stack([torch.stack([head_of(ids) for ids in each[0]]) for each in parts], dim=1)
+        arrived_heads = self._all_to_all(heads.to(device), [1] * self.ranks, [1] * self.ranks).cpu()
+        given, (theirs, checks) = heads[:, :, 0].cpu(), arrived_heads.unbind(-1)
+        packed = [[cut.pack(ids, to) for to, ids in enumerate(each[0])] for cut, each in zip(cuts, parts)]
+        sizes, their_sizes = torch.zeros_like(given), torch.zeros_like(theirs)
+        for number, cut in enumerate(cuts):
+            sizes[:, number] = torch.tensor([len(each) for each in packed[number]])
+            their_sizes[:, number] = torch.tensor(
+                [cut.packed_nbytes(num, self.rank) for num in theirs[:, number].tolist()]
+            )
+        ids = self._exchange_bytes(packed, sizes, their_sizes)
         nbytes = torch.tensor([each[1].shape[1] * each[1].element_size() for each in parts])
-        own_bytes = self._by_process(
-            [each[1].contiguous().view(torch.uint8).flatten() for each in parts], given * nbytes
+        content = self._exchange_bytes(
+            [
+                each[1].contiguous().view(torch.uint8).flatten().split((given[:, number] * nbytes[number]).tolist())
+                for number, each in enumerate(parts)
+            ],
+            given * nbytes,
+            theirs * nbytes,
         )
-        splits = [(each * nbytes).sum(1).tolist() for each in (given, theirs)]
-        content = self._all_to_all(own_bytes.to(device), *splits)
         owned: list[Rows] = []
-        pieces = zip(ids.split(theirs.flatten().tolist()), content.split((theirs * nbytes).flatten().tolist()))
-        # (processes, tables), as they lie one after another.
-        by_process = [list(each) for each in zip(*[iter(list(pieces))] * len(tables))]
-        for number, (_, cut) in enumerate(tables):
+        for number, cut in enumerate(cuts):
             gradients = parts[number][1]
-            row_ids = torch.cat([each[number][0] for each in by_process]).to(gradients.device)
-            arrived = torch.cat([each[number][1] for each in by_process]).to(gradients.device)
-            is_known = (row_ids >= 0) & (row_ids < cut.num_rows)
-            if not is_known.all() or (cut.owner(row_ids) != self.rank).any():
+            found = [
+                cut.find_packed(of_process[number], int(checks[process, number]), self.rank)
+                for process, of_process in enumerate(ids)
+            ]
+            are_right = all(each is not None for each in found)
+            if not are_right:
                 failure = (
                     f"Rows of another rank have come to rank {self.rank}: the ranks cut a table differently, or the "
                     "network has mixed messages up. Load the same checkpoint on every rank."
                 )
-                row_ids, arrived = row_ids[:0], arrived[:0]
-            owned.append(sum_rows(row_ids, arrived.view(gradients.dtype).view(-1, gradients.shape[1])))
+            known = [each for each in found if each is not None] if are_right else []
+            row_ids = torch.cat([cut.to_table(each, self.rank) for each in known] or [checks.new_zeros(0)])
+            arrived = torch.cat([each[number] for each in content])[: None if are_right else 0].to(gradients.device)
+            rows = arrived.view(gradients.dtype).view(-1, gradients.shape[1])
+            owned.append(sum_rows(row_ids.to(gradients.device), rows))
         return owned, given.any(0).tolist(), failure
 
-    def _by_process(self, of_tables: Sequence[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-        """What each table sends, in the order of processes, to one tensor in the order of processes and then tables."""
-        split = [each.split(counts[:, number].tolist()) for number, each in enumerate(of_tables)]
-        return torch.cat([split[number][process] for process in range(self.ranks) for number in range(len(split))])
+    def _exchange_bytes(
+        self, of_tables: Sequence[Sequence[torch.Tensor]], given: torch.Tensor, taken: torch.Tensor
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """Send bytes to all processes, and get those of each of them for each table.
+
+        Args:
+            of_tables: for each table, and each process, what goes there.
+            given, taken: (processes, tables) bytes of what goes, and of what comes.
+        """
+        # To each process what it gets of all tables.
+        sent = torch.cat([each for of_process in zip(*of_tables) for each in of_process])
+        device = device_of_collectives(self.group)
+        arrived = self._all_to_all(sent.to(device), given.sum(1).tolist(), taken.sum(1).tolist())
+        of_processes = arrived.split(taken.sum(1).tolist())
+        return [each.split(of_table) for each, of_table in zip(of_processes, taken.tolist())]
 
     def _all_to_all(self, sent: torch.Tensor, given: list[int], taken: list[int]) -> torch.Tensor:
         received = sent.new_empty((sum(taken), *sent.shape[1:]))
@@ -184,6 +206,12 @@ class RowExchange:
         of_processes = [int(each) for each in counts]
         row_ids, order = torch.cat(gather(mean[0], of_processes, self.group)).sort()
         return row_ids, torch.cat(gather(mean[1], of_processes, self.group))[order]
+
+
+def head_of(row_ids: torch.Tensor) -> torch.Tensor:
+    """How many (n,) row ids there are, and their check number: (2,) int64."""
+    check = check_number(row_ids)
+    return torch.stack([torch.full_like(check, len(row_ids)), check])
 
 
 def none_of(gradients: RowGradients) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,21 +4,27 @@ A step gathers these rows and their state, moves them by a rule (row_rules.py), 
 nothing of the table's size. A table on disk is trained in a copy of its own, with the state beside it (work_files.py).
 """
 
-import io
+import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..modeling.checkpoint_saving import file_of_rank
+from ..modeling.disk_files import TableFile
 from ..modeling.disk_reading import PageReader, pages_of_rows
+from ..modeling.disk_safetensors import write_file
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import put_rows
 from ..modeling.table_changes import TrainingRun
 from ..modeling.table_gradients import Exchange
-from ..modeling.table_ranks import STATE
+from ..modeling.table_ranks import STATE, TableRanks, local_part
+from ..modeling.table_saving import bytes_of
 from .row_rules import RowRule, draws_of_rows, round_stochastically
+from .row_state import ROW_IDS, STAMP, check_state, find_state, rows_held, stamp_content
 from .work_files import WorkFile, open_training_copy
 
 
@@ -26,6 +32,8 @@ from .work_files import WorkFile, open_training_copy
 PART_BYTES, PART_BYTES_ON_GPU = 2**22, 2**28
 # Saving and loading move the state of rows between devices in pieces of this size.
 PIECE_BYTES = 2**26
+# Of the state that is looked at for rows that were touched.
+TOUCHED_BYTES = 2**22
 WIDE, NARROW = "wide", "narrow"
 
 
@@ -103,8 +111,13 @@ class RowUpdates:
             self.stores = {key: self.work_file.tensor(key) for key in shapes}
         else:
             self.stores = {key: torch.zeros(s, dtype=d, device=table.home) for key, (s, d) in shapes.items()}
+        # Before the first step there is nothing to save.
+        self.was_used = False
+        # Files of the state that the last checkpoint has, until `state_dict` names them.
+        self.files: dict[str, str] = {}
         if table.ranks is not None:
             table.ranks.handlers[STATE] = self._answer_state
+            table.ranks.bring["state"] = partial(self._bring_state, PageReader())
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -119,6 +132,7 @@ class RowUpdates:
 
     def step(self, lr: float) -> int:
         """Move the rows that have gradients, and return how many of them this process holds."""
+        self.was_used = True
         moved = self._move(lr)
         if self.table.ranks is not None:
             self.table.ranks.service.after_step(self.table.ranks)
@@ -172,6 +186,13 @@ class RowUpdates:
             pages = pages_of_rows(tensor.data_ptr() + row_ids.numpy() * nbytes, nbytes)
             self.reader.read(pages, self.work_file)
 
+    def _bring_state(self, reader: PageReader, held: torch.Tensor) -> None:
+        """Read the state of rows that a step to come moves, behind everything else; returns at once."""
+        if self.work_file is not None:
+            for tensor in self.stores.values():
+                nbytes = tensor[0].nbytes
+                reader.read_aside(pages_of_rows(tensor.data_ptr() + held.numpy() * nbytes, nbytes), self.work_file)
+
     def state_dict(self) -> dict:
         """The state of the rows that have been touched, over all ranks.
 
@@ -183,22 +204,63 @@ class RowUpdates:
         * `rows`: (n, width) where nobody else saves them, else an empty tuple.
 
         `stamp` is that of the run and step, which the rows of the same checkpoint have too.
+
+        Where the table is cut over ranks, each rank has the state of all its rows instead, as torch's distributed
+        checkpoints take it: `<store>.<number of a block>`, a DTensor; and `held_by`, (rank, ranks) in a tuple.
+
+        Once, when a checkpoint of this step has just been written, its files hold the state (row_state.py). Instead of
+        tensors there is then `files`, name to SHA-256, and `folder` in a tuple.
         """
-        own = self._own_state()
-        if self.table.ranks is not None:
-            answers = self.table.ranks.ask_all(STATE, {})
-            parts = [own, *(torch.load(io.BytesIO(each), weights_only=True) for each in answers)]
-            order = torch.cat([each["row_ids"] for each in parts]).argsort()
-            own = {name: torch.cat([each[name] for each in parts])[order] for name in own}
-        rows = (self._rows_on_cpu(own["row_ids"]),) if self.saves_rows else ()
-        return {
+        facts = {
             "rule": type(self.rule).__name__,
             "steps": self.steps,
             "run": self.run.run_id,
             "stamp": self.run.stamp.hex(),
-            "rows": rows,
-            **{name: (tensor,) for name, tensor in own.items()},
+            "rows": (),
         }
+        files, self.files = self.files, {}
+        if files and self.run.last_checkpoint is not None and self.run.last_checkpoint[1] == self.run.steps:
+            return {**facts, "files": (files,), "folder": (str(self.run.last_checkpoint[0]),)}
+        ranks = self.table.ranks
+        if ranks is not None and self.was_used:
+            return {**facts, "held_by": ((ranks.rank, ranks.cut.ranks),), **self._sharded_state(ranks)}
+        own = self._own_state()
+        rows = (self._rows_on_cpu(own["row_ids"]),) if self.saves_rows else ()
+        return {**facts, "rows": rows, **{name: (tensor,) for name, tensor in own.items()}}
+
+    def _sharded_state(self, ranks: TableRanks) -> dict[str, torch.Tensor]:
+        """The state of the rows of each block, as DTensors on the memory of the state itself."""
+        return {
+            f"{name}.{block.number}": ranks.as_sharded(
+                store[block.first_row : block.first_row + block.num_rows], block.number
+            )
+            for name, store in self.stores.items()
+            for block in self.table.block_records
+        }
+
+    def write_state(self, folder: Path, start: str) -> dict[str, str]:
+        """Write the state of the rows of all ranks into files, one for each; name to SHA-256.
+
+        Args:
+            folder: of a checkpoint.
+            start: what their names begin with.
+
+        Raises:
+            OSError: no space left.
+        """
+        ranks = self.table.ranks
+        if ranks is None:
+            raise RuntimeError(f"{self.name} is not cut over ranks, and optimizer.pt holds the state of its rows.")
+        self.files = {}
+        for rank in range(ranks.cut.ranks):
+            (count,) = json.loads(ranks.ask_one(rank, STATE, {"part": "count"}))
+            contents = {ROW_IDS: ranks.content_of(rank, STATE, {"part": ROW_IDS}, torch.int64, (count,))}
+            for name, store in self.stores.items():
+                contents[name] = ranks.content_of(rank, STATE, {"part": name}, store.dtype, (count, *store.shape[1:]))
+            contents[STAMP] = stamp_content(self.run.stamp)
+            filename = file_of_rank(start, rank, ranks.cut.ranks)
+            self.files[filename] = write_file(folder / filename, contents)
+        return self.files
 
     def _own_state(self) -> dict[str, torch.Tensor]:
         """The row ids and the state of those rows that this process holds and that have been touched."""
@@ -206,18 +268,21 @@ class RowUpdates:
         stores = {name: _copy_out(store, held) for name, store in self.stores.items()}
         return {"row_ids": self.table.row_ids_of(held), **stores}
 
-    def _answer_state(self, asked: bytes) -> bytes:
-        content = io.BytesIO()
-        torch.save(self._own_state(), content)
-        return content.getvalue()
+    def _answer_state(self, content: bytes) -> bytes:
+        asked = json.loads(content)
+        if asked["part"] == "count":
+            return json.dumps([len(self._touched())]).encode()
+        held = self._touched(asked["start"], asked["end"])
+        if asked["part"] == ROW_IDS:
+            return bytes_of(self.table.row_ids_of(held))
+        store = self.stores[asked["part"]]
+        return bytes_of(store.index_select(0, held.to(store.device)))
 
-    def _touched(self) -> torch.Tensor:
-        """(n,) int64 on the CPU: held ids of the rows that have a state."""
-        marker = self.stores[NARROW if self.rule.narrow else WIDE]
-        if not len(marker):
-            return torch.zeros(0, dtype=torch.int64)
-        found, start = [], 0
-        for piece in marker.split(max(1, PIECE_BYTES // marker[0].nbytes)):
+    def _touched(self, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """(n,) int64 on the CPU: held ids of the rows that have a state, from `start` up to `end`."""
+        marker = self.stores[NARROW if self.rule.narrow else WIDE][start:end]
+        found = [torch.zeros(0, dtype=torch.int64)]
+        for piece in marker.split(max(1, TOUCHED_BYTES // marker[0].nbytes)) if len(marker) else ():
             found.append((piece != 0).flatten(1).any(-1).nonzero().flatten().cpu() + start)
             start += len(piece)
         return torch.cat(found)
@@ -244,6 +309,11 @@ class RowUpdates:
         if type(saved["steps"]) is not int or saved["steps"] < 0:
             raise ValueError(f"{damaged}: steps is {saved['steps']!r}, not a count. Resume from another checkpoint.")
         self._check_stamp(saved)
+        if "files" in saved:
+            return {**saved, "opened": self._open_files(saved, damaged)}
+        if "held_by" in saved:
+            self._check_sharded(saved, damaged)
+            return saved
         row_ids = saved.get("row_ids")
         self._check_row_ids(row_ids, damaged)
         wanted = {name: (len(row_ids), *store.shape[1:]) for name, store in self.stores.items()}
@@ -266,6 +336,58 @@ class RowUpdates:
                 found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else repr(tensor)
                 raise ValueError(f"{damaged}: {name} is {found}, not {shape}. Resume from another checkpoint.")
         return saved
+
+    def _check_sharded(self, saved: dict, damaged: str) -> None:
+        """
+        Raises:
+            ValueError: this process holds whole tables, or the state is that of another rank's rows.
+        """
+        ranks = self.table.ranks
+        if ranks is None:
+            raise ValueError(
+                f"The state of {self.name} is that of a table cut over ranks, and this process holds all of it. Load "
+                'the model with engram_ranks="shard", also on one rank, or resume from a checkpoint of Trainer.'
+            )
+        for name, own in self._sharded_state(ranks).items():
+            given = saved.get(name)
+            if not isinstance(given, torch.Tensor) or given.shape != own.shape:
+                raise ValueError(f"{damaged}: {name} is not {tuple(own.shape)}. Resume from another checkpoint.")
+            # A distributed checkpoint has filled the state in place, whoever has written what belongs to all.
+            is_own = local_part(given).data_ptr() == local_part(own).data_ptr()
+            if not is_own and tuple(saved["held_by"]) != (ranks.rank, ranks.cut.ranks):
+                rank, of = saved["held_by"]
+                raise ValueError(
+                    f"The state of {self.name} is that of rank {rank} of {of} alone, and this is rank {ranks.rank} of "
+                    f"{ranks.cut.ranks}. Save with Trainer, or with torch.distributed.checkpoint on all ranks."
+                )
+
+    def _open_files(self, saved: dict, damaged: str) -> list[TableFile]:
+        """The files of a checkpoint that have the state of the rows.
+
+        Raises:
+            ValueError: they are missing or damaged, or not of this table and rule.
+        """
+        files, folder = saved["files"], saved.get("folder")
+        if not isinstance(files, dict) or not files or not isinstance(folder, str):
+            raise ValueError(f"{damaged}: files is {files!r}. Resume from another checkpoint.")
+        if self.saves_rows:
+            raise ValueError(
+                f"The checkpoint is of a run over ranks that trained {self.name} itself, and this one trains a patch "
+                "or an adapter. Resume without train_as_patch and without the adapter."
+            )
+        sources = [
+            source
+            for block in self.table.block_records
+            for source in (block.source, None if block.base is None else block.base.source)
+        ]
+        # Where the model was loaded from, where this run has its checkpoints, and where they were written.
+        folders = [source.file.path.parent for source in sources if source is not None]
+        folders += [Path(self.run.folder or ".").absolute() / Path(folder).name, Path(folder)]
+        opened = find_state(sorted(files), folders, str(saved.get("stamp")), self.name)
+        wanted = {name: tuple(store.shape[1:]) for name, store in self.stores.items()}
+        for file in opened:
+            check_state(file, wanted, self.table, self.name)
+        return opened
 
     def _check_stamp(self, saved: dict) -> None:
         """Where the rows of the table come from a checkpoint of a run, the state must come from the same one."""
@@ -298,6 +420,20 @@ class RowUpdates:
             ValueError: as `checked`.
         """
         saved = self.checked(saved)
+        was_used, self.steps, self.was_used = self.steps > 0, saved["steps"], True
+        if "held_by" in saved and self.table.ranks is not None:
+            for name, own in self._sharded_state(self.table.ranks).items():
+                local_part(own).copy_(local_part(saved[name]))
+            return
+        if was_used:
+            for store in self.stores.values():
+                store.zero_()
+        if "opened" in saved:
+            for file in saved["opened"]:
+                for held, of_rows in rows_held(file, self.table):
+                    for name, store in self.stores.items():
+                        store.index_copy_(0, held.to(store.device), of_rows[name].to(store.device, store.dtype))
+            return
         row_ids = saved["row_ids"].cpu()
         are_held = self.table.are_held(row_ids)
         if are_held is not None:
@@ -308,10 +444,7 @@ class RowUpdates:
                 self.patch.clear()
             for part, rows in _pieces(row_ids, saved["rows"]):
                 self.table.write_trained(part.to(self.table.home), rows.to(self.table.home, self.table.dtype))
-        was_used, self.steps = self.steps > 0, saved["steps"]
         for name, store in self.stores.items():
-            if was_used:
-                store.zero_()
             for part, values in _pieces(row_ids, saved[name]):
                 store.index_copy_(0, part.to(store.device), values.to(store.device, store.dtype))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..modeling.disk_files import PAGE, BlockSource, MappedFile
-from ..modeling.disk_safetensors import TensorPlace
+from ..modeling.disk_files import PAGE, BlockSource, MappedFile, TableFile
+from ..modeling.disk_safetensors import TensorContent, TensorPlace
 from ..modeling.table import EngramTable
 
 
@@ -65,14 +65,13 @@ class WorkFile(MappedFile):
         """False: writing to a tensor changes the file."""
         return False
 
-    def fill(self, name: str, source: BlockSource) -> None:
-        """Copy a tensor of another file into this one.
+    def fill(self, name: str, content: TensorContent) -> None:
+        """Copy a tensor into this file.
 
         One page is written at a time. From longer pieces the kernel makes large pages, and a step that changes one row
         would have all of a large page written back.
         """
         start = self.places[name].start
-        content = source.file.content(source.name)
         is_short = content.nbytes < PROGRESS_BYTES
         with logging.tqdm(
             total=content.nbytes, desc=f"Copying {name} to train it", unit="B", unit_scale=True, disable=is_short
@@ -97,8 +96,9 @@ def open_training_copy(table: EngramTable, folder: str | Path) -> None:
             continue
         source.file.check_unchanged()
         copy = WorkFile(folder, {source.name: (block.shape, block.rows.dtype)})
-        if source.holds(block.parameter):
-            copy.fill(source.name, source)
-        else:
-            copy.tensor(source.name).copy_(block.rows)
+        is_as_in_file = source.holds(block.parameter)
+        copy.fill(source.name, source.file.content(source.name) if is_as_in_file else TensorContent.of(block.rows))
         block.read_from(BlockSource(copy, source.name))
+        if isinstance(source.file, TableFile):
+            # Nobody looks at the old mapping any more.
+            source.file.forget_pages(source.name)

@@ -1,9 +1,13 @@
 """Prefetching rows from disk for the batches to come: a batch's row ids are known as soon as it is collated.
 
 The pages of the rows go into the page cache, which all processes share, so this works in the workers of a DataLoader.
+Where a table is cut over ranks, their owners are told which rows will be asked for, and read the pages.
 """
 
 import copy
+import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +24,7 @@ from ...modeling.disk_files import PAGE, BlockSource, MappedFile
 from ...modeling.disk_reading import PageReader, pages_of_rows
 from ...modeling.ids_hashing import NgramHash
 from ...modeling.table import EngramTable
+from ...modeling.table_ranks import TableRanks
 from .reporting import EngramCallback
 
 
@@ -55,7 +60,7 @@ class RowPrefetcher:
     def __init__(self, model: nn.Module, optimizer: Any = None):
         """
         Args:
-            model: a model with tables; nothing happens for those that are not on disk.
+            model: a model with tables; nothing happens for those that are neither on disk nor cut over ranks.
             optimizer: the optimizer of the tables, to prefetch the state of their rows too.
         """
         ngram_hash, layers = memory_of(model)
@@ -64,10 +69,17 @@ class RowPrefetcher:
         work_files = {id(each.table): each for each in updates.values() if each.work_file is not None}
         self.columns: dict[int, list[Column]] = {}
         self.first_rows: dict[int, torch.Tensor] = {}
+        self.ranks: dict[int, TableRanks] = {}
         for layer in layers:
             table, layer_id = layer.table, layer.layer_idx
             self.first_rows[layer_id] = table.first_rows_of_heads.cpu()
             self.columns[layer_id] = list(columns_on_disk(table, work_files.get(id(table))))
+            if table.ranks is not None:
+                self.ranks[layer_id] = table.ranks
+        # What forked workers announce.
+        self._lookups: Any = multiprocessing.get_context("fork").Queue() if self.ranks else None
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
         self.reader = PageReader()
         # Shared by all processes that have a copy of this.
         self.bytes_read = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -80,16 +92,43 @@ class RowPrefetcher:
         position_ids: torch.Tensor | None = None,
     ) -> None:
         """Begin to read what a step over these tokens will read, and return. Arguments are those of a forward."""
-        if not any(self.columns.values()):
+        if not self.ranks and not any(self.columns.values()):
             return
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         for layer_id, row_ids in self.ngram_hash(input_ids, position_ids, mask).row_ids.items():
             of_table = np.unique((row_ids + self.first_rows[layer_id]).numpy())
+            if layer_id in self.ranks:
+                self._announce(layer_id, of_table)
             for column in self.columns[layer_id]:
                 file = column.source.file
                 pages = pages_of_rows(column.addresses(of_table), column.row_nbytes)
                 self.reader.in_background(partial(self._count, pages, file))
                 self.reader.read_aside(pages, file)
+
+    def _announce(self, layer_id: int, row_ids: np.ndarray) -> None:
+        """Tell the owners of rows, (n,) ascending row ids, that they will be asked for them."""
+        if os.getpid() == self._process:
+            self.ranks[layer_id].announce(torch.from_numpy(row_ids))
+        else:
+            # A worker has no connection to other ranks, and must not wait for this process when it ends.
+            self._lookups.cancel_join_thread()
+            self._lookups.put((layer_id, row_ids))
+
+    def start(self) -> None:
+        """Take what the workers of a DataLoader announce, until `stop`."""
+        self._thread = threading.Thread(target=self._take_lookups, name="engram-announcements", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more from workers. What they have announced by now is sent."""
+        if self._thread is not None:
+            self._lookups.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _take_lookups(self) -> None:
+        while (found := self._lookups.get()) is not None:
+            self._announce(*found)
 
     def _count(self, pages: np.ndarray, file: MappedFile) -> None:
         self.bytes_read += int((1 - file.share_in_memory(sample(pages))) * len(pages) * PAGE)
@@ -98,7 +137,7 @@ class RowPrefetcher:
 def columns_on_disk(table: EngramTable, updates: Any = None) -> Iterator[Column]:
     """What a step reads from disk for a table: rows, and their state if they are trained there.
 
-    Nothing for a table that is cut over ranks: its rows are read where they are asked for.
+    Nothing for a table that is cut over ranks: its owners read its rows, when they know which.
     """
     if table.ranks is not None:
         return
@@ -143,8 +182,12 @@ class EngramPrefetchCallback(EngramCallback):
     """Reads the rows of coming batches from disk while earlier batches are trained on, and reports:
 
     * `engram/prefetch_in_time`: share of the rows that were in memory when they were looked up (on the console too);
-    * `engram/prefetch_waited_ms`: milliseconds per step that were spent on fetching rows from tables on disk;
+    * `engram/prefetch_waited_ms`: milliseconds per step that were spent on fetching rows from tables on disk, or from
+      other ranks;
     * `engram/prefetch_bytes`: bytes that were read per step.
+
+    Of a table that is cut over ranks, the owners are told which rows a coming batch will ask for. They read these rows
+    early, and the row ids need not travel again. Only `engram/prefetch_waited_ms` is reported for it.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EngramPrefetchCallback()])
@@ -178,15 +221,19 @@ class EngramPrefetchCallback(EngramCallback):
         self._reset()
         self.prefetcher = RowPrefetcher(model, optimizer)
         for layer_id, layer in layers.items():
-            if columns := self.prefetcher.columns[layer_id]:
+            columns = self.prefetcher.columns[layer_id]
+            if columns or layer_id in self.prefetcher.ranks:
                 layer.table.watch_lookups(lambda row_ids, columns=columns: self._watch(row_ids, columns))
                 self._watched.append(layer.table)
         if not self._watched:
-            logger.info("No table is on disk, so there is nothing to prefetch.")
+            logger.info("No table is on disk or cut over ranks, so there is nothing to prefetch.")
         elif self.enabled:
             loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
             self._wrapped = [(loader, loader.collate_fn)]
             loader.collate_fn = PrefetchingCollator(loader.collate_fn, self.prefetcher)
+            workers: int = getattr(loader, "num_workers", 0)
+            if self.prefetcher.ranks and workers:
+                self.prefetcher.start()
 
     @contextmanager
     def _watch(self, row_ids: torch.Tensor, columns: list[Column]) -> Iterator[None]:
@@ -207,8 +254,12 @@ class EngramPrefetchCallback(EngramCallback):
         self._steps += 1
 
     def figures(self):
-        if not self._rows or self.prefetcher is None:
+        if not self._watched or self.prefetcher is None:
             return {}
+        if not self._rows:
+            figures = {"engram/prefetch_waited_ms": 1000 * self._seconds / max(self._steps, 1)}
+            self._reset()
+            return figures
         steps, read = max(self._steps, 1), int(self.prefetcher.bytes_read)
         self.prefetcher.bytes_read.zero_()
         figures = {
@@ -224,4 +275,6 @@ class EngramPrefetchCallback(EngramCallback):
             loader.collate_fn = collate
         for table in self._watched:
             table.watch_lookups(None)
+        if self.prefetcher is not None:
+            self.prefetcher.stop()
         self._wrapped, self._watched = [], []

@@ -1,0 +1,101 @@
+"""The section on a pretrained model: what three ways of training learn, and what they forget."""
+
+import statistics
+from pathlib import Path
+
+from helpers.evidence_sections import NOT_RUN, OPEN, Results, Section, spread
+from helpers.evidence_statistics import Interval, difference, share_right
+from helpers.known_answers import TASKS
+from helpers.pretrained_runs import RATES, TITLES, pretrained_runs
+from helpers.results import Table, wrap
+
+
+def pretrained(scale: str, results: Results) -> Section:
+    base = results.get("smollm-base")
+    found = {way: [results[name] for name in names_of_way(way) if name in results] for way in RATES}
+    found = {way: runs for way, runs in found.items() if runs}
+    files = [run["name"] for run in [*([base] if base else []), *(run for runs in found.values() for run in runs)]]
+    if base is None or not found:
+        return Section(NOT_RUN, files=files)
+    rows, forgotten = [], {}
+    for way, runs in {"base": [base], **found}.items():
+        losses = [run["loss"] for run in runs]
+        twins = [base] * len(runs)
+        others = [[{**run, "documents": run["other"]} for run in each] for each in (runs, twins)]
+        cells = ["", ""]
+        if way != "base":
+            forgotten[way] = difference(*others)
+            cells = [str(difference(runs, twins)), str(forgotten[way])]
+        rows.append(
+            [
+                TITLES[way],
+                runs[0]["learning"] if way != "base" else None,
+                runs[0]["learning_rate"],
+                len(runs),
+                statistics.mean(losses),
+                spread(losses),
+                *cells,
+                *answers_of_way(runs),
+            ]
+        )
+    columns = {
+        "trained": "",
+        "parameters that learn": ",",
+        "learning rate": "g",
+        "seeds": "",
+        "held-out loss": ".4f",
+        "lowest to highest": "",
+        "minus the base": "",
+        "forgotten: loss on code minus the base's": "",
+        "facts trained": ".1%",
+        "facts held out": ".1%",
+        "reading": ".1%",
+    }
+    learned = {way: difference(runs, [base] * len(runs)) for way, runs in found.items()}
+    here = "; ".join(
+        f"{TITLES[way]} {interval.value:+.3f}, on code {forgotten[way].value:+.3f}" for way, interval in learned.items()
+    )
+    silent = [answers_of_way(found["memory"], "silenced")] if "memory" in found else []
+    parts = [Table(columns, rows).markdown()]
+    parts += [
+        wrap(
+            f"With its memory silenced the model answers {a:.1%} of trained facts, {b:.1%} of held-out ones and "
+            f"{c:.1%} of reading."
+        )
+        for a, b, c in silent
+    ]
+    parts.append(
+        wrap(
+            "The base has read far more text than any run here gives it, so most of its facts are its own. Ways were "
+            "tuned by the loss on held-out articles and not by what they forget."
+        )
+    )
+    return Section(OPEN, here, parts, files, lambda path: draw_pretrained(path, learned, forgotten))
+
+
+def names_of_way(way: str) -> list[str]:
+    return [run.name for run in pretrained_runs() if run.way == way and not run.is_tuning]
+
+
+def answers_of_way(runs: list[dict], name: str = "on") -> list[float]:
+    """Share of right answers of each task, over all seeds."""
+    return [
+        share_right("".join(digits for run in runs for digits in run["answers"][task][name].values())) for task in TASKS
+    ]
+
+
+def draw_pretrained(path: Path, learned: dict[str, Interval], forgotten: dict[str, Interval]) -> Path:
+    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
+
+    figure, (axis,) = new_figure("Learned and forgotten", 1, 1, (6.5, 4.2))
+    for color, way in zip(COLORS, learned):
+        axis.errorbar(
+            learned[way].value,
+            forgotten[way].value,
+            xerr=[[learned[way].value - learned[way].low], [learned[way].high - learned[way].value]],
+            yerr=[[forgotten[way].value - forgotten[way].low], [forgotten[way].high - forgotten[way].value]],
+            color=color, marker="o", label=TITLES[way],
+        )  # fmt: skip
+    axis.set(xlabel="held-out articles: loss minus the base's", ylabel="code: loss minus the base's")
+    axis.legend(fontsize=8)
+    return save_figure(figure, path)

@@ -1,0 +1,110 @@
+"""The section on long context: what a small model finds in rows of the trained length and beyond, with YaRN."""
+
+from pathlib import Path
+
+from helpers.evidence_sections import FAILS, FEWEST_SEEDS, HOLDS, NOT_RUN, OPEN, TOO_FEW, Results, Section, seeds_of
+from helpers.evidence_statistics import share_difference, share_interval, share_right
+from helpers.experiments import ENGRAM, MOE
+from helpers.recall_runs import (
+    ARMS,
+    AS_TRAINED,
+    ASKED_ROWS,
+    EXTENDED,
+    LENGTHS,
+    LONG_STEPS,
+    SEEDS,
+    STEPS,
+    TRAINED,
+    YARN_ALONE,
+    YARN_TRAINED,
+    RecallRun,
+)
+from helpers.recall_task import ASSIGNMENTS, KINDS
+from helpers.results import Table, wrap
+
+
+# A model that answers fewer at the trained length has not learned the task, and says nothing of longer rows.
+LEARNED = 0.5
+WAYS = (AS_TRAINED, YARN_ALONE, YARN_TRAINED)
+
+
+def recall(scale: str, results: Results) -> Section:
+    found = {arm: [results[name] for name in names_of(arm) if name in results] for arm in ARMS}
+    files = [run["name"] for runs in found.values() for run in runs]
+    if not all(found.values()):
+        return Section(NOT_RUN, files=files)
+    rows = [
+        [kind, length, way, *(cell(found[arm], way, length, kind) for arm in (MOE, ENGRAM))]
+        for kind in KINDS
+        for length in LENGTHS
+        for way in WAYS
+    ]
+    columns = {"asked for": "", "tokens in a row": ",", "context": "", "MoE": "", "EngramMoE": ""}
+    count = min(len(runs) for runs in found.values())
+    gains = {kind: share_difference(*(digits(found[arm][:count], kind) for arm in (ENGRAM, MOE))) for kind in KINDS}
+    each = [gain_of(found, kind, place) for kind in KINDS for place in range(count)]
+    told = "; ".join(f"{kind} {gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})" for kind, gain in gains.items())
+    here = f"EngramMoE minus MoE in rows of {EXTENDED:,} tokens: {told}, {seeds_of(count)}"
+    values = [*each, *(bound for gain in gains.values() for bound in (gain.low, gain.high))]
+    verdict = OPEN
+    if all(learned(found[arm], kind) for arm in ARMS for kind in KINDS):
+        if count < FEWEST_SEEDS:
+            verdict = TOO_FEW
+        elif min(values) > 0:
+            verdict = HOLDS
+        elif max(values) < 0:
+            verdict = FAILS
+    else:
+        here += "; a model that has not learned a task at its trained length says nothing of longer rows"
+    parts = [
+        wrap(
+            f"Rows of a made-up language hold {ASSIGNMENTS} assignments between phrases, and end with a question for "
+            f"each (`scripts/helpers/recall_task.py`). A model reads {STEPS:,} steps of rows of {TRAINED} tokens, then "
+            f"{LONG_STEPS} of rows of {EXTENDED:,} with YaRN. The loss counts answers alone."
+        ),
+        Table(columns, rows).markdown(),
+        wrap(f"Each share is of {ASKED_ROWS // len(KINDS) * ASSIGNMENTS} questions a seed. {here}."),
+        wrap(
+            "The paper's models are asked in English among 32,768 tokens. Here an assignment is an n-gram that the "
+            "table can learn, which is kinder to a memory than a needle that no one has read before."
+        ),
+    ]
+    return Section(verdict, here, parts, files, lambda path: draw_recall(path, found))
+
+
+def names_of(arm) -> list[str]:
+    return [RecallRun(arm, seed).name for seed in SEEDS]
+
+
+def digits(runs: list[dict], kind: str, way: str = YARN_TRAINED, length: int = EXTENDED) -> str:
+    return "".join(run["right"][way][f"{length}"][kind] for run in runs)
+
+
+def cell(runs: list[dict], way: str, length: int, kind: str) -> str:
+    own = digits(runs, kind, way, length)
+    low, high = share_interval(own)
+    return f"{share_right(own):.1%} ({low:.1%} to {high:.1%})"
+
+
+def gain_of(found: dict, kind: str, place: int) -> float:
+    own, other = (share_right(digits([found[arm][place]], kind)) for arm in (ENGRAM, MOE))
+    return own - other
+
+
+def learned(runs: list[dict], kind: str) -> bool:
+    return all(share_right(digits([run], kind, AS_TRAINED, TRAINED)) >= LEARNED for run in runs)
+
+
+def draw_recall(path: Path, found: dict) -> Path:
+    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
+
+    figure, axes = new_figure("Recall beyond the trained length", 1, len(KINDS), (10, 4.2))
+    for axis, kind in zip(axes, KINDS):
+        for color, arm in zip(COLORS, ARMS):
+            for style, way in zip(("-", "--", ":"), (YARN_TRAINED, YARN_ALONE, AS_TRAINED)):
+                shares = [100 * share_right(digits(found[arm], kind, way, length)) for length in LENGTHS]
+                label = f"{arm.title.split(',')[0]}, {way}"
+                axis.plot(LENGTHS, shares, color=color, linestyle=style, marker="o", label=label)
+        axis.set(title=kind, xlabel="tokens in a row", ylabel="right answers, %", xticks=LENGTHS, ylim=(0, 100))
+    axes[0].legend(fontsize=7)
+    return save_figure(figure, path)

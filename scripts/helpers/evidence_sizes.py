@@ -1,0 +1,121 @@
+"""Sections that fit a curve: the loss over rows per head, and over the experts' share of the sparse budget."""
+
+from pathlib import Path
+
+import numpy as np
+
+from helpers.evidence_sections import (
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    OPEN,
+    Results,
+    Section,
+    loss_table,
+    runs_with,
+    seeds_of,
+    verdict_of,
+)
+from helpers.evidence_statistics import bootstrap, curvature, minimum, slope
+from helpers.experiment_runs import Run
+from helpers.experiments import ALLOCATIONS, ENGRAM, MEMORY_SIZES, MOE, ON_DISK, ROW_FACTORS, SHARES
+from helpers.results import wrap
+
+
+def memory_sizes(scale: str, results: Results) -> Section:
+    arms = MEMORY_SIZES
+    done = [
+        (factor, run)
+        for factor, arm in zip(ROW_FACTORS, arms)
+        for run in runs_with(arm, scale, results, (0, 1)).values()
+    ]
+    files = [run["name"] for _, run in done]
+    factors = {factor for factor, _ in done}
+    if len(factors) < 3:
+        return Section(NOT_RUN, files=[] if factors <= {1} else files)
+    places = [float(np.log10(factor)) for factor, _ in done]
+    found = bootstrap([run for _, run in done], lambda losses: slope(places, losses))
+    each = []
+    for seed in (0, 1):
+        own = [(place, run["loss"]) for place, (_, run) in zip(places, done) if run["seed"] == seed]
+        if len({place for place, _ in own}) >= 3:
+            each.append(slope([place for place, _ in own], np.array([loss for _, loss in own])))
+    here = f"{found} nats for ten times the rows (paper: -0.028), {seeds_of(len(each))}"
+    by_seed = ", ".join(f"{value:+.4f}" for value in each)
+    parts = [
+        loss_table(arms, ENGRAM, scale, results).markdown(),
+        wrap(f"The slope of the straight line of least squares is {here}; seed by seed {by_seed}."),
+        *beside_disk(scale, results),
+        wrap("The backbone is the same, so larger tables are more parameters. This is no comparison at equal size."),
+    ]
+    verdict = verdict_of(found, each, lambda value: value < 0)
+    return Section(verdict, here, parts, files, lambda path: draw_line(path, places, done))
+
+
+def beside_disk(scale: str, results: Results) -> list[str]:
+    """A sentence on the run whose table lies on disk, where it and its twin are finished."""
+    twins = [results.get(Run(arm, 0, scale).name) for arm in (ON_DISK, MEMORY_SIZES[-1])]
+    if None in twins:
+        return []
+    disk, memory = (twin["loss"] for twin in twins)
+    same = "the same to the last digit" if disk == memory else f"which differs by {disk - memory:+.2e}"
+    limit = (
+        "Table and optimizer state of this size fit into any memory, so no limit was set: "
+        "`scripts/experiments/train_beyond_memory.py` trains with less memory than a table needs."
+    )
+    return [wrap(f"With the largest table on disk the loss is {disk:.6f}, and in memory {memory:.6f}, {same}. {limit}")]
+
+
+def draw_line(path: Path, places: list[float], done: list[tuple[float, dict]]) -> Path:
+    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
+
+    figure, (axis,) = new_figure("Rows per head at fixed compute", 1, 1, (6.5, 4.2))
+    losses = [run["loss"] for _, run in done]
+    axis.scatter(places, losses, color=COLORS[0])
+    line = np.polyfit(places, losses, 1)
+    axis.plot(sorted(places), np.polyval(line, sorted(places)), color=COLORS[1])
+    axis.set(xlabel="log10 of rows over those of the reference", ylabel="held-out loss, nats per token")
+    return save_figure(figure, path)
+
+
+def allocation(scale: str, results: Results) -> Section:
+    done = [
+        (share, run)
+        for share, arm in zip(SHARES, ALLOCATIONS)
+        for run in runs_with(arm, scale, results, (0, 1)).values()
+    ]
+    files = [run["name"] for _, run in done]
+    if len({share for share, _ in done}) < 4:
+        return Section(NOT_RUN, files=[] if {share for share, _ in done} <= {1.0} else files)
+    places, runs = [share for share, _ in done], [run for _, run in done]
+    bend = bootstrap(runs, lambda losses: curvature(places, losses))
+    lowest = bootstrap(runs, lambda losses: minimum(places, losses))
+    is_u = bend.low > 0 and min(places) < lowest.low and lowest.high < max(places)
+    here = f"minimum at {lowest.value:.0%} ({lowest.low:.0%} to {lowest.high:.0%}) in experts, " + (
+        "a U" if is_u else "which cannot be told from a line"
+    )
+    parts = [
+        loss_table(ALLOCATIONS, MOE, scale, results).markdown(),
+        wrap(f"A parabola has its {here}. Its quadratic term is {bend}: a line has 0 and a U is above it."),
+        wrap("A parabola is a choice: the paper's own points are none. Its ends weigh as much as its middle."),
+    ]
+    verdict = OPEN
+    if min(sum(run["seed"] == seed for run in runs) for seed in (0, 1)) >= 4:
+        paper = (0.75, 0.8)
+        if is_u and lowest.low <= paper[1] and lowest.high >= paper[0]:
+            verdict = HOLDS
+        elif bend.high < 0 or (is_u and (lowest.low > paper[1] or lowest.high < paper[0])):
+            verdict = FAILS
+    return Section(verdict, here, parts, files, lambda path: draw_u(path, places, runs))
+
+
+def draw_u(path: Path, places: list[float], runs: list[dict]) -> Path:
+    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
+
+    figure, (axis,) = new_figure("Share of the sparse budget in experts", 1, 1, (6.5, 4.2))
+    losses = [run["loss"] for run in runs]
+    axis.scatter([100 * place for place in places], losses, color=COLORS[0])
+    grid = np.linspace(min(places), max(places), 50)
+    axis.plot(100 * grid, np.polyval(np.polyfit(places, losses, 2), grid), color=COLORS[1])
+    axis.set(xlabel="experts, %", ylabel="held-out loss, nats per token")
+    return save_figure(figure, path)
