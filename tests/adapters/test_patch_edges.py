@@ -37,6 +37,7 @@ from engram_hf import (
     set_engram,
     set_patches,
 )
+from engram_hf.training.trained_rows import TrainedRows
 
 
 FIRST, SECOND = "layers.0.engram.table", "layers.2.engram.table"
@@ -208,6 +209,10 @@ def test_a_run_that_would_train_a_patch_of_two_memories_is_refused(tmp_path):
     add_engram(model, tiny_memory(vocab_size=59, start="random"), name="second")
     with pytest.raises(ValueError, match="one memory, and this model has tables of several: layers.*second"):
         train(model, tmp_path / "run")
+    assert active_patches(model) == [] and model.trained_patch() is None
+    rows = {name: TrainedRows("bob", table) for name, table in model.named_tables().items()}
+    with pytest.raises(ValueError, match="A patch belongs to one memory, and layers.*second.* belong to several"):
+        model.begin_patch_training("bob", rows)
     assert active_patches(model) == [] and model.trained_patch() is None
     remove_engram(model, "second")
     train(model, tmp_path / "run")
