@@ -244,7 +244,7 @@ def refuse_whole_tables(args: "TrainingArguments") -> None:
     mesh = AcceleratorState._shared_state.get("parallelism_config")
     if several := [name for name in ("tp", "cp", "sp") if getattr(mesh, f"{name}_enabled", False)]:
         raise NotImplementedError(
-            f"Ranks that tables are cut over need whole sequences and layers, and got {several[0]}_size above 1. Leave it "
+            f"Ranks that hold tables need whole sequences and layers, and got {several[0]}_size above 1. Leave it "
             "out of parallelism_config."
         )
     if args.save_on_each_node:
