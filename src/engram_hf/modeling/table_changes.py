@@ -176,6 +176,8 @@ class RowChanges:
         self._arrived: dict[tuple[int, int], ArrivedRows] = {}
         # Number of a block to its SHA-256 before any of these rows were written to it.
         self._digests: dict[int, bytes] = {}
+        # Ranks whose rows state dicts of one checkpoint have brought.
+        self._ranks: set[int] = set()
         # Numbers of blocks that state dicts have brought since the rows were used last.
         self._loaded: set[int] = set()
         # Held ids of rows that a checkpoint has brought over the table's blocks.
@@ -307,8 +309,10 @@ class RowChanges:
         """
         changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
         held, which = _held(table, changed.row_ids)
-        if changed.stamp is None or changed.stamp != self.stamp:
-            self._arrived, self._digests = {}, {}
+        if changed.stamp is None or changed.stamp != self.stamp or rank in self._ranks:
+            # Another checkpoint, or the same once more.
+            self._arrived, self._digests, self._ranks = {}, {}, set()
+        self._ranks.add(rank)
         self._arrived = {key: each for key, each in self._arrived.items() if key[1] != rank} | {
             (block.number, rank): ArrivedRows(
                 bytes(changed.digests[block.number].tolist()), wanted, _rows_at(changed.rows, which[part])
@@ -331,7 +335,8 @@ class RowChanges:
         its own.
         """
         here = {block.number for block in loaded}
-        self._loaded |= here
+        # A block that comes again begins another load.
+        self._loaded = here | (self._loaded if here.isdisjoint(self._loaded) else set())
         self._digests = {number: each for number, each in self._digests.items() if number not in here}
         for key, arrived in list(self._arrived.items()):
             block = table.block_records[key[0]]
@@ -357,7 +362,7 @@ class RowChanges:
         Raises:
             ValueError: rows have come without the block that they belong to.
         """
-        self._loaded, self._digests = set(), {}
+        self._loaded, self._digests, self._ranks = set(), {}, set()
         if not self._arrived:
             return
         for (number, _), arrived in self._arrived.items():
