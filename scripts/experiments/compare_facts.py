@@ -388,7 +388,8 @@ def main() -> None:
         print(json.dumps(run_once(arguments)))
         return
     arguments.dtype = arguments.dtype or str(fastest_dtype()).removeprefix("torch.")
-    results = Results("Facts in rows of a memory", about(__doc__))
+    only = "" if len(arguments.models) > 1 else f", {NAMES[arguments.models[0]]} alone"
+    results = Results(f"Facts in rows of a memory{only}", about(__doc__))
     threads = f"{arguments.threads} thread{'s' * (arguments.threads > 1)}"
     beside = (
         "LoRA was trained on " + " and ".join(NAMES[each] for each in arguments.lora)

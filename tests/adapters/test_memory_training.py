@@ -11,6 +11,7 @@ from datasets import Dataset
 from dense_rows import DenseReference
 from packaging.version import Version
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from runs import same
 from sft import sft_trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import AutoModelForCausalLM, CompileConfig, Trainer, TrainingArguments
@@ -64,11 +65,6 @@ def train(model, out, resume=None, callbacks=(), optimizers=None, **changes):
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
-
-
-def same(one, other) -> bool:
-    one, other = (each if isinstance(each, dict) else each.state_dict() for each in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "falcon"])

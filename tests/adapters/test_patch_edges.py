@@ -9,11 +9,12 @@ import torch
 from architectures import tiny_backbone, tiny_memory, with_memory
 from cases import slow
 from foreign import gemma3n_text, publish
+from runs import train_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from engram_hf import (
     EngramBestPatchCallback,
@@ -36,6 +37,7 @@ from engram_hf import (
     set_engram,
     set_patches,
 )
+from engram_hf.training.trained_rows import TrainedRows
 
 
 FIRST, SECOND = "layers.0.engram.table", "layers.2.engram.table"
@@ -63,19 +65,8 @@ def whole_patch(model, name="alice", seed=0, mode="replace", tables=None):
     return make_patch(model, name, rows, mode)
 
 
-def train(model, out, name="alice", **fields):
-    args = TrainingArguments(
-        str(out),
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"max_steps": 2, "save_strategy": "no", **fields},
-    )
-    data = [{"input_ids": row, "labels": row} for row in tiny_ids(16, 5)]
-    optimizers = engram_optimizers(args, train_as_patch=name)
-    Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=optimizers).train()
+def train(model, out, name="alice", **changes):
+    train_rows(model, out, patch=name, **{"max_steps": 2, "save_strategy": "no", **changes})
 
 
 @pytest.fixture
@@ -218,6 +209,10 @@ def test_a_run_that_would_train_a_patch_of_two_memories_is_refused(tmp_path):
     add_engram(model, tiny_memory(vocab_size=59, start="random"), name="second")
     with pytest.raises(ValueError, match="one memory, and this model has tables of several: layers.*second"):
         train(model, tmp_path / "run")
+    assert active_patches(model) == [] and model.trained_patch() is None
+    rows = {name: TrainedRows("bob", table) for name, table in model.named_tables().items()}
+    with pytest.raises(ValueError, match="A patch belongs to one memory, and layers.*second.* belong to several"):
+        model.begin_patch_training("bob", rows)
     assert active_patches(model) == [] and model.trained_patch() is None
     remove_engram(model, "second")
     train(model, tmp_path / "run")

@@ -16,8 +16,9 @@ from architectures import tiny_backbone, tiny_memory, with_memory
 from cases import slow
 from foreign import gemma3n_text, publish, qwen_text
 from peft import LoraConfig, get_peft_model
+from runs import train_rows
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
 from engram_hf import (
@@ -207,29 +208,8 @@ def test_two_patches_are_compared_row_by_row():
 # Training.
 
 
-def train(model, out, name="alice", resume=None, callbacks=(), rule="adam", **changes):
-    fields = {
-        "max_steps": 6,
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **changes,
-    }
-    args = TrainingArguments(str(out), **fields)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 5)],
-        eval_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(8, 5, seed=1)],
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=engram_optimizers(args, rule, work_folder=out.parent / "work", train_as_patch=name),
-    )
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer
+def train(model, out, name="alice", **changes):
+    return train_rows(model, out, patch=name, **{"max_steps": 6, **changes})
 
 
 @pytest.mark.parametrize(
@@ -617,5 +597,16 @@ def test_the_commands_say_what_the_functions_say(tmp_path, tokenizer):
             add_patch(model, patch)
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert f"{start}{tokenizer.decode(generated)!r}" in ran.stdout
+    # At 80 columns no figure goes on in the next line.
+    for command, figures in (
+        (["inspect", file], [f"{each.table_rows:,}" for each in patch.tables.values()]),
+        (
+            ["compare", file, tmp_path / "again.safetensors"],
+            [f"{part:.3g}" for each in compared for part in each["norms"]],
+        ),
+    ):
+        lines = CliRunner().invoke(app, ["patch", *map(str, command)], env={"COLUMNS": "80"}).stdout.splitlines()
+        assert all(len(line) <= 80 for line in lines) and any(FIRST in line for line in lines)
+        assert all(any(figure in line for line in lines) for figure in figures)
     ran = run("patch", "inspect", tmp_path / "model" / "config.json")
     assert ran.exit_code == 1 and "error:" in ran.stderr

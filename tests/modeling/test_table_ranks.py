@@ -86,6 +86,9 @@ def test_what_cannot_be_cut_over_ranks_is_refused_in_a_sentence(folder, monkeypa
         AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard")
     with pytest.raises(ValueError, match="got 'rows'"):
         AutoModelForCausalLM.from_pretrained(folder, engram_ranks="rows")
+    # Trainer copies every plain parameter of such a model from the first rank to all.
+    with pytest.raises(NotImplementedError, match="cannot go with distributed_config"):
+        AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard", distributed_config=object())
     with pytest.raises(NotImplementedError, match="cannot go with hot_rows"):
         AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard", hot_rows=10)
 

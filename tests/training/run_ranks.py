@@ -38,7 +38,7 @@ CASES = [
     *((rule, "host", "float32") for rule in RULES),
     ("adam", "disk", "bfloat16"),
 ]
-ROUNDED = ("sgd", "resident", "bfloat16")
+ROUNDED = ("adam", "resident", "bfloat16")
 EARLY = ("adam", "disk", "float64")
 # Tables of other heads, by the name of their file: one with fewer rows than processes, one with four heads.
 HEADS = {"few": [2], "four": [5, 7, 3, 4]}
@@ -52,8 +52,12 @@ class Task(nn.Module):
         self.table, self.scale = table, nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def forward(self, row_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        # A batch without tokens reads no rows.
-        return self.scale * ((self.table(row_ids).double() * weights).sum() if len(row_ids) else 1)
+        if not len(row_ids):
+            # A batch without tokens reads no rows.
+            return self.scale * 1
+        rows = self.table(row_ids).double()
+        # Gradients depend on the rows, and are multiples of a half, so that their sums have no error.
+        return self.scale * ((rows.detach().floor() + 0.5) * rows * weights).sum()
 
 
 def batch(step: int, rank: int, ranks: int, heads=ROWS_OF_HEAD) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +73,13 @@ def rows_of_one_owner(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, t
     """As `batch`, of rows that lie at the first process, whoever reads them."""
     ids, weights = batch(step, rank + 1, ranks)
     return torch.zeros_like(ids), weights
+
+
+def turns(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `batch`, of which one process reads the table at a time, and in the second step none does."""
+    is_reading = step // 10 != 1 and step % 10 == rank
+    ids, weights = batch(step, rank + 1, ranks)
+    return (ids, weights) if is_reading else (ids[:0], weights[:0])
 
 
 def share_of_tokens(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +117,7 @@ def train(
     saved=None,
     make=batch,
     highest=HIGHEST_NORM,
-    is_early=False,
+    early=None,
 ) -> dict:
     """What a table has become.
 
@@ -119,7 +130,8 @@ def train(
         saved: the state of an optimizer, to go on from.
         make: what a process reads in a step.
         highest: the norm that gradients are clipped to.
-        is_early: whether each forward is announced before the backward ahead of it, and others are that never come.
+        early: counts what is sent while each forward is announced before the backward ahead of it, and others are that
+            never come, and while a forward behind a step is prefetched ahead of it. None leaves that out.
     """
     rule, tier, dtype = case
     table = open_table(path, tier, dtype, service)
@@ -134,27 +146,34 @@ def train(
         exchange.follow(task, [task.scale])
     if service is not None:
         service.meet()
-    norms, seen = [], []
+    norms, seen, is_early = [], [], early is not None
     if is_early:
         table.ranks.bring["seen"] = seen.append
+    coming = None
     for step in range(STEPS):
         for part in range(2):
             for rank in [dist.get_rank()] if exchange else range(ranks):
-                loss = task(*make(10 * step + part, rank, ranks))
+                loss = task(*(coming or make(10 * step + part, rank, ranks)))
+                coming = None
                 if is_early:
                     look_ahead(table, 10 * step + part, rank, ranks)
                 (loss if exchange else loss / ranks).backward()
+        if is_early:
+            # Rows that are fetched ahead of a step are of no use behind it.
+            coming = make(10 * step + 10, rank, ranks)
+            table.prefetch(coming[0])
         norms.append(float(nn.utils.clip_grad_norm_([updates.gradients.norm], highest)))
         updates.step(0.5)
         updates.gradients.norm.grad = None
     rows = table.gather_rows(torch.arange(table.num_rows))
+    nbytes = early.nbytes("send", "uint8") if is_early else 0
     state = updates.state_dict() if service is None else state_in_files(updates, path.parent / f"state{os.getpid()}")
     state = {name: state[name] for name in ("steps", "row_ids", "wide", "narrow") if name in state}
     if service is not None:
         # Nobody may end while another one asks.
         service.meet()
     shutil.rmtree(work, ignore_errors=True)
-    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen}
+    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen, "sent": nbytes}
 
 
 def batch_after(number: int) -> int:
@@ -202,7 +221,11 @@ class Sent(TorchDispatchMode):
                 # The first tensor is what arrives.
                 tensor, splits = tensors[1], args[4]
                 share = 1 - splits[dist.get_rank()] / max(1, sum(splits))
-            self.calls.append((name.split(".")[1], str(tensor.dtype), round(tensor.nbytes * share)))
+            operation = name.split(".")[1]
+            if operation == "send" and args[3] % 2 == 0:
+                # A question that has waited for a step of this process.
+                operation = "answer"
+            self.calls.append((operation, str(tensor.dtype), round(tensor.nbytes * share)))
         return func(*args, **(kwargs or {}))
 
     def nbytes(self, operation: str, dtype: str) -> int:
@@ -333,6 +356,7 @@ def run(rank: int, out: Path, ranks: int) -> None:
     result["rounded"] = train(out / "bfloat16.safetensors", ROUNDED, ranks, service, make=share_of_tokens, highest=1e9)
     path, case, ways = out / "float64.safetensors", ("sgd", "resident", "float64"), [service, None]
     result["one owner"] = [train(path, case, ranks, each, make=rows_of_one_owner) for each in ways]
+    result["turns"] = [train(path, ("adam", "host", "float64"), ranks, each, make=turns) for each in ways]
     result["traffic"] = count_traffic(path, ranks)
     for kind in (NextRanksCut, ShiftingCut):
         for in_lookup in (False, True):
@@ -342,8 +366,7 @@ def run(rank: int, out: Path, ranks: int) -> None:
         case = ("adam", "disk" if name == "few" else "host", "float64")
         result[name] = [train(out / f"{name}.safetensors", case, ranks, each, make=make) for each in ways]
     with Sent() as sent:
-        result["early"] = train(path, EARLY, ranks, service, is_early=True)
-    result["sent early"] = sent.nbytes("send", "uint8")
+        result["early"] = train(path, EARLY, ranks, service, early=sent)
     result["announced"] = dict(service.moved)
     if ranks == 3:
         result["model"] = use_model(out / "base", out, ranks)

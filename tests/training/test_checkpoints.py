@@ -13,6 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from cases import slow
 from peft import get_peft_model
+from runs import same
+from runs import train_rows as train
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -43,36 +45,6 @@ def config(**changes):
 
 def load(folder, tier="resident", **arguments):
     return AutoModelForCausalLM.from_pretrained(folder, device_map=TIERS[tier], **arguments)
-
-
-def train(model, out, resume=None, rule="adam", callbacks=(), **changes):
-    fields = {
-        "max_steps": 8,
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **changes,
-    }
-    args = TrainingArguments(str(out), **fields)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(64, 5)],
-        eval_dataset=[{"input_ids": row, "labels": row} for row in tiny_ids(8, 5, seed=1)],
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=engram_optimizers(args, rule, work_folder=out.parent / "work"),
-    )
-    trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-    return trainer
-
-
-def same(one, other) -> bool:
-    one, other = (each if isinstance(each, dict) else each.state_dict() for each in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

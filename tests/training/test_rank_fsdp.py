@@ -47,8 +47,9 @@ def test_a_distributed_checkpoint_goes_on_bit_for_bit_on_as_many_ranks(results):
 @pytest.mark.parametrize("name", ["by1", "by3"])
 def test_a_distributed_checkpoint_is_read_by_another_number_of_ranks(all_results, name):
     torch.testing.assert_close(all_results[name]["saved"], all_results["cut"]["saved"], rtol=0, atol=0)
-    # Sums over other ranks have another order.
-    torch.testing.assert_close(all_results[name]["end"], all_results["cut"]["end"], rtol=1e-7, atol=1e-9)
+    # Sums over other ranks have another order, the backbone takes its norms in float32, and Adam makes small gradients
+    # large.
+    torch.testing.assert_close(all_results[name]["end"], all_results["cut"]["end"], rtol=1e-5, atol=1e-5)
 
 
 def test_the_state_of_another_rank_is_refused_in_a_sentence(results):

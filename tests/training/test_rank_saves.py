@@ -192,6 +192,9 @@ def test_no_more_checkpoints_are_kept_than_were_asked_for_and_the_last_of_them_i
     run = unbroken[0] / "run"
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert last_complete_checkpoint(run) == str(run / "checkpoint-3")
+    copied = shutil.copytree(run, tmp_path / "copied")
+    (copied / "checkpoint-3" / "row-state-layer-02-00002-of-00002.safetensors").unlink()
+    assert last_complete_checkpoint(copied) == str(copied / "checkpoint-2")
     assert_goes_on(tmp_path, str(run / "checkpoint-2"), unbroken[1])
 
 

@@ -21,6 +21,7 @@ from run_ranks import (
     rows_of_one_owner,
     share_of_tokens,
     train,
+    turns,
 )
 from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
@@ -79,6 +80,19 @@ def test_rows_of_one_owner_are_exchanged_by_all(folder, results, ranks):
             torch.testing.assert_close(way["rows"], alone["rows"], rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(way["norms"], alone["norms"], rtol=1e-12, atol=0)
     assert min(alone["norms"]) > 0
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_whose_losses_do_not_touch_the_table_make_the_steps_of_the_others(folder, results, ranks):
+    case = ("adam", "host", "float64")
+    alone = train(folder / "float64.safetensors", case, ranks, is_alone=True, make=turns)
+    assert alone["norms"][1] == 0 and alone["norms"][0] > 0
+    for result in results:
+        sharded, replicated = result["turns"]
+        torch.testing.assert_close(sharded["rows"], replicated["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(sharded["state"], replicated["state"], rtol=0, atol=0)
+        torch.testing.assert_close(sharded["rows"], alone["rows"], rtol=1e-12, atol=1e-12)
+        assert sharded["state"]["steps"] == alone["state"]["steps"]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -195,12 +209,15 @@ def test_lookups_that_were_announced_train_the_same_bits_and_owners_know_their_r
         asked = torch.cat([distinct_rows(number, each, ranks) for number in numbers[1:] for each in range(ranks)])
         wanted = asked[cut.owner(asked) == rank].unique()
         assert torch.isin(cut.to_held(wanted, rank), torch.cat(early["seen"])).all()
-        assert result["announced"].get("announced", 0) == sum(map(foreign, numbers[1:]))
+        # The last one is prefetched and never looked up.
+        assert result["announced"].get("announced", 0) == sum(map(foreign, [*numbers[1:], 30]))
         # What a rank announces: the batch that follows, and one that never comes. What it asks for in full: the first
-        # batch, one without a gradient in each forward, and in the end all rows, and two bytes for the state.
+        # batch, one without a gradient in each forward, those that it had prefetched before a step, and in the end all
+        # rows.
         named = sum(foreign(batch_after(each)) + foreign(each + 100) + foreign(each + 200) for each in numbers)
         in_the_end = int((cut.owner(torch.arange(28)) != rank).sum())
-        assert result["sent early"] == 4 * (foreign(0) + named + in_the_end) + 2 * (ranks - 1)
+        again = foreign(10) + foreign(20)
+        assert early["sent"] == 4 * (foreign(0) + named + again + in_the_end)
 
 
 @pytest.mark.parametrize("ranks", [slow(3)])

@@ -151,7 +151,9 @@ def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> 
         raise ValueError(
             f'engram_ranks is "shard", which cuts tables over the processes of a run, or None; got {engram_ranks!r}.'
         )
-    mesh = [name for name in ("tp_plan", "tp_size", "device_mesh") if arguments.get(name) is not None]
+    mesh = [
+        name for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config") if arguments.get(name) is not None
+    ]
     if hot_rows or mesh:
         raise NotImplementedError(
             f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '

@@ -336,6 +336,8 @@ class Block:
         if not self.is_on_disk or source is None or source.file.is_shared:
             self._read_rows(given, begin)
             return True
+        if given.file.dtype_of(given.name) != self.parameter.dtype:
+            return False
         nbytes, start = source.file.places[source.name].nbytes, begin * self.row_nbytes
         buffers = bytearray(COMPARED_BYTES), bytearray(COMPARED_BYTES)
         for first in range(0, nbytes, COMPARED_BYTES):

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .disk_files import BlockSource
+from .disk_files import BlockSource, source_behind
 from .disk_safetensors import PIECE_BYTES, TensorContent
 from .table_blocks import COMPARED_BYTES, DIGESTS, ROW_IDS, ROWS, STAMP, Base, Block
 
@@ -300,7 +300,7 @@ class RowChanges:
             self._arrived, self._digests = {}, {}
         self._arrived = {key: each for key, each in self._arrived.items() if key[1] != rank} | {
             (block.number, rank): ArrivedRows(
-                bytes(changed.digests[block.number].tolist()), wanted, changed.rows[which[part]]
+                bytes(changed.digests[block.number].tolist()), wanted, _rows_at(changed.rows, which[part])
             )
             for block, part, wanted in table.parts(held)
         }
@@ -362,6 +362,13 @@ def _held(table: RowStore, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
     are_held = table.are_held(row_ids)
     which = torch.arange(len(row_ids)) if are_held is None else are_held.nonzero().flatten()
     return table.held_ids(row_ids[which]), which
+
+
+def _rows_at(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows by their places, (n,) ascending. Those of a mapped file are not copied where they lie in one run."""
+    first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+    is_run = last - first + 1 == len(places)
+    return rows[first : last + 1] if is_run and source_behind(rows) is not None else rows[places]
 
 
 def _digest_of_block(block: Block) -> bytes:

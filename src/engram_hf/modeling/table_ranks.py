@@ -471,8 +471,8 @@ class RowService:
 
     def after_step(self, ranks: "TableRanks") -> None:
         """This rank has made a step with a table, or loaded it anew: answer what has waited for it."""
-        # What a lookup without a backward has left: the rows are others now.
-        ranks.kept = []
+        # What lookups without a backward, and prefetches without a lookup, have left: the rows are others now.
+        ranks.kept, ranks._asked = [], []
         with self._lock:
             ranks.steps += 1
             ready = [each for each in ranks.parked if each.steps <= ranks.steps]
