@@ -255,6 +255,19 @@ def test_a_forward_that_reads_one_patched_row_among_many_others_reads_it(heads_o
         remove_patch(model, "one")
 
 
+def test_patches_that_are_switched_are_looked_for_anew():
+    model = tiny_model()
+    plain = logits(model)
+    add_patch(model, make_patch(model, "others", random_rows(model, False, 40, 0)))
+    assert torch.equal(logits(model), plain)
+    add_patch(model, make_patch(model, "one", random_rows(model, True, 1, 1)))
+    patched = logits(model)
+    assert not torch.equal(patched, plain)
+    for names, expected in ((["others"], plain), (["one"], patched), (["others", "one"], patched), ([], plain)):
+        set_patches(model, names)
+        assert torch.equal(logits(model), expected), names
+
+
 @pytest.mark.parametrize("layers", [slice(1, None), slice(None, None, -1)], ids=["without the first", "turned round"])
 def test_a_model_with_other_layers_than_its_hash_reads_patched_rows(layers):
     model = tiny_model(tiny_config(num_hidden_layers=4, engram_layer_ids=[0, 1, 2, 3]))
