@@ -14,12 +14,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engram_hf import (
     CardFacts,
+    EngramConfig,
     EngramMoEConfig,
     EngramMoEForSequenceClassification,
+    add_engram,
     count_parameters,
     gather_facts,
     quantize_tables,
@@ -348,6 +350,21 @@ def test_facts_hold_on_as_long_as_the_weights_do(folder, caplog):
     readme = folder / "README.md"
     readme.write_text(readme.read_text().replace('"license": "mit"', '"license": "bsd"'))
     assert gather_facts(folder).license is None and "were edited" in caplog.text
+
+
+def test_base_models_that_an_author_has_named_stay_for_the_same_weights(tmp_path):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    model.name_or_path = "org/base"
+    fields = {"vocab_size": 211, "n_heads": 2, "head_dim": 8, "compressed_vocab_size": None}
+    add_engram(model, EngramConfig(layer_ids=[1], **fields))
+    model.save_pretrained(tmp_path)
+    assert gather_facts(tmp_path).base_model == ["org/base"]
+    update_card(tmp_path, gather_facts(tmp_path, base_model=["org/first", "org/second"]))
+    assert gather_facts(tmp_path).base_model == ["org/first", "org/second"]
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.save_pretrained(tmp_path)
+    assert gather_facts(tmp_path).base_model == ["org/base"]
 
 
 TOLD = """
