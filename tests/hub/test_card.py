@@ -14,12 +14,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engram_hf import (
     CardFacts,
+    EngramConfig,
     EngramMoEConfig,
     EngramMoEForSequenceClassification,
+    add_engram,
     count_parameters,
     gather_facts,
     quantize_tables,
@@ -191,6 +193,58 @@ def test_the_users_text_and_metadata_stay_and_what_an_update_wrote_follows_the_f
     assert metadata_of(readme.read_text())["license"] == "mit" and "base_model" not in metadata_of(readme.read_text())
 
 
+# Norwegian, which YAML 1.1 takes for false; numbers that are names; comments; text over several lines.
+ODD = """# of my own
+language: no
+version: 1.10
+code: 0123
+empty:
+when: 12:30:45  # o'clock
+words: >
+  some
+    # folded
+
+  text
+languages_of_docs: [no, 'de']
+
+# about the tags
+tags: [on, {a: null}]
+# behind them
+last: &anchor [x]
+same: *anchor
+"""
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_metadata_that_an_update_does_not_change_stay_letter_by_letter(folder, line_end):
+    readme, facts = (
+        folder / "README.md",
+        gather_facts(folder, license="mit", data={"description": "x", "languages": "no"}),
+    )
+    readme.write_bytes(f"---\n{ODD}---\n{USER_TEXT}".replace("\n", line_end).encode())
+    for _ in range(2):
+        update_card(folder, facts)
+        content = readme.read_bytes().decode()
+        assert content.count("\n") == content.count(line_end)
+        written = content.replace("\r\n", "\n").split("---\n")[1]
+        before, after = ODD.split("tags: [on, {a: null}]\n")
+        assert written.startswith(before + "tags:\n- 'on'\n- a: null\n- engram\n") and after in written
+
+
+def test_metadata_that_cannot_be_edited_by_lines_are_written_anew(folder):
+    readme, facts = folder / "README.md", gather_facts(folder, license="mit")
+    for head in (
+        "{language: no, tags: [on]}",
+        "tags: &mine [on]\nlanguage: no\nsame: *mine",
+        "  language: no\n  tags: [on]",
+    ):
+        readme.write_text(f"---\n{head}\n---\n{USER_TEXT}")
+        update_card(folder, facts)
+        found = metadata_of(readme.read_text())
+        assert (found["language"], found["license"], found["tags"][:2]) == ("no", "mit", ["on", "engram"]), head
+        assert found.get("same", ["on"]) == ["on"] and USER_TEXT in readme.read_text()
+
+
 @pytest.mark.parametrize("names", ["a", "ab"])
 def test_results_that_were_measured_or_corrected_by_others_stay(folder, names):
     dataset = {"name": "GSM8K", "type": "gsm8k"}
@@ -296,6 +350,21 @@ def test_facts_hold_on_as_long_as_the_weights_do(folder, caplog):
     readme = folder / "README.md"
     readme.write_text(readme.read_text().replace('"license": "mit"', '"license": "bsd"'))
     assert gather_facts(folder).license is None and "were edited" in caplog.text
+
+
+def test_base_models_that_an_author_has_named_stay_for_the_same_weights(tmp_path):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    model.name_or_path = "org/base"
+    fields = {"vocab_size": 211, "n_heads": 2, "head_dim": 8, "compressed_vocab_size": None}
+    add_engram(model, EngramConfig(layer_ids=[1], **fields))
+    model.save_pretrained(tmp_path)
+    assert gather_facts(tmp_path).base_model == ["org/base"]
+    update_card(tmp_path, gather_facts(tmp_path, base_model=["org/first", "org/second"]))
+    assert gather_facts(tmp_path).base_model == ["org/first", "org/second"]
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.save_pretrained(tmp_path)
+    assert gather_facts(tmp_path).base_model == ["org/base"]
 
 
 TOLD = """
