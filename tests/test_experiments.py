@@ -803,6 +803,20 @@ def test_an_interval_of_answers_is_that_of_questions_drawn_anew():
     )
 
 
+def test_more_seeds_make_no_more_questions():
+    from helpers.evidence_statistics import kept_share, share_difference, share_interval
+
+    draw = random.Random(0)
+    own, other = ("".join(str(int(draw.random() < chance)) for _ in range(200)) for chance in (0.8, 0.7))
+    # Three seeds that answer alike.
+    assert share_interval(3 * own, 3) == pytest.approx(share_interval(own))
+    assert share_difference(3 * own, 3 * other, 3) == pytest.approx(share_difference(own, other))
+    assert kept_share(3 * own, 3 * other, 0.25, 3) == pytest.approx(kept_share(own, other, 0.25))
+    # Two seeds that answer otherwise count as their mean.
+    turned = share_difference(own + other, other + own, 2)
+    assert turned == pytest.approx((0, 0, 0))
+
+
 def test_an_interval_is_that_of_articles_drawn_anew():
     from helpers.evidence_statistics import difference
 

@@ -33,8 +33,9 @@ def facts(scale: str, results: Results) -> Section:
         for kind in next(iter(found.values()))["answers"][task][ON]:
             rows.append([task.replace("_", " "), kind, *kind_cells(found, task, kind)])
     columns = {"questions": "", "kind": "", "number": ",", "MoE": "", "EngramMoE": "", "its memory silenced": ""}
+    seeds = sum(run.arm is ENGRAM for run in found)
     kept = {
-        task: kept_share(pooled[ENGRAM.name, task, ON], pooled[ENGRAM.name, task, SILENT], CHANCE)
+        task: kept_share(pooled[ENGRAM.name, task, ON], pooled[ENGRAM.name, task, SILENT], CHANCE, seeds)
         for task in ("facts_trained", "reading")
         if (ENGRAM.name, task, ON) in pooled
     }
@@ -54,21 +55,21 @@ def facts(scale: str, results: Results) -> Section:
             verdict = HOLDS
         elif kept["facts_trained"].low > kept["reading"].high:
             verdict = FAILS
-    if verdict != OPEN and sum(run.arm is ENGRAM for run in found) < FEWEST_SEEDS:
+    if verdict != OPEN and seeds < FEWEST_SEEDS:
         verdict = TOO_FEW
     return Section(verdict, here, parts, files, lambda path: draw_facts(path, rows))
 
 
 def kind_cells(found: dict[Run, dict], task: str, kind: str) -> list:
-    """Number of questions, and the share of right answers of MoE, EngramMoE, and EngramMoE silenced."""
+    """Number of questions, and the share of right answers of MoE, EngramMoE, and EngramMoE silenced, over all seeds."""
     cells, number = [], 0
     for arm, name in ((MOE, ON), (ENGRAM, ON), (ENGRAM, SILENT)):
-        digits = "".join(content["answers"][task][name][kind] for run, content in found.items() if run.arm is arm)
-        number = max(number, len(digits))
-        if not digits:
+        of_seeds = [content["answers"][task][name][kind] for run, content in found.items() if run.arm is arm]
+        if not of_seeds:
             cells.append("")
             continue
-        low, high = share_interval(digits)
+        digits, number = "".join(of_seeds), len(of_seeds[0])
+        low, high = share_interval(digits, len(of_seeds))
         cells.append(f"{share_right(digits):.1%} ({low:.1%} to {high:.1%})")
     return [number, *cells]
 

@@ -41,7 +41,9 @@ def recall(scale: str, results: Results) -> Section:
     ]
     columns = {"asked for": "", "tokens in a row": ",", "context": "", "MoE": "", "EngramMoE": ""}
     count = min(len(runs) for runs in found.values())
-    gains = {kind: share_difference(*(digits(found[arm][:count], kind) for arm in (ENGRAM, MOE))) for kind in KINDS}
+    gains = {
+        kind: share_difference(*(digits(found[arm][:count], kind) for arm in (ENGRAM, MOE)), count) for kind in KINDS
+    }
     each = [gain_of(found, kind, place) for kind in KINDS for place in range(count)]
     told = "; ".join(f"{kind} {gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})" for kind, gain in gains.items())
     here = f"EngramMoE minus MoE in rows of {EXTENDED:,} tokens: {told}, {seeds_of(count)}"
@@ -82,7 +84,7 @@ def digits(runs: list[dict], kind: str, way: str = YARN_TRAINED, length: int = E
 
 def cell(runs: list[dict], way: str, length: int, kind: str) -> str:
     own = digits(runs, kind, way, length)
-    low, high = share_interval(own)
+    low, high = share_interval(own, len(runs))
     return f"{share_right(own):.1%} ({low:.1%} to {high:.1%})"
 
 

@@ -85,33 +85,43 @@ def share_right(digits: str) -> float:
     return digits.count("1") / len(digits)
 
 
-def share_interval(digits: str) -> tuple[float, float]:
-    """95% interval of a share of right answers, by Wilson's formula."""
-    count, share, z = len(digits), share_right(digits), 1.96
+def by_question(digits: str, seeds: int) -> np.ndarray:
+    """How many of the seeds answer each question right, as a share: (questions,). Digits of one seed follow another's.
+
+    All seeds get the same questions, so a second seed adds no question that could be drawn.
+    """
+    return np.array([int(digit) for digit in digits], dtype=np.float64).reshape(seeds, -1).mean(0)
+
+
+def drawn_questions(count: int) -> np.ndarray:
+    """How often each question is drawn, (draws, questions)."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+
+
+def share_interval(digits: str, seeds: int = 1) -> tuple[float, float]:
+    """95% interval of a share of right answers, by Wilson's formula for so many questions as one seed gets."""
+    count, share, z = len(digits) // seeds, share_right(digits), 1.96
     middle, reach = share + z * z / (2 * count), z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return float((middle - reach) / (1 + z * z / count)), float((middle + reach) / (1 + z * z / count))
 
 
-def share_difference(own: str, other: str) -> Interval:
+def share_difference(own: str, other: str, seeds: int = 1) -> Interval:
     """How many more of the same questions are answered right, with a bootstrap over questions."""
-    gains = np.array([int(a) - int(b) for a, b in zip(own, other, strict=True)], dtype=np.float64)  # (questions,)
-    draws = np.random.default_rng(0).multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=DRAWS)
-    low, high = np.quantile(draws @ gains / len(gains), [0.025, 0.975])
+    gains = by_question(own, seeds) - by_question(other, seeds)
+    low, high = np.quantile(drawn_questions(len(gains)) @ gains / len(gains), [0.025, 0.975])
     return Interval(float(gains.mean()), float(low), float(high))
 
 
-def kept_share(on: str, silent: str, chance: float) -> Interval:
+def kept_share(on: str, silent: str, chance: float, seeds: int = 1) -> Interval:
     """What silencing leaves of the right answers above chance, with a bootstrap over questions.
 
     A share has no meaning where the memory answers no better than chance: all three numbers are then NaN.
     """
-    pairs = np.array([[int(digit) for digit in digits] for digits in (on, silent)], dtype=np.float64)  # (2, questions)
-    above = pairs.mean(1) - chance
-    if share_interval(on)[0] <= chance:
+    if share_interval(on, seeds)[0] <= chance:
         return Interval(float("nan"), float("nan"), float("nan"))
-    questions = pairs.shape[1]
-    draws = np.random.default_rng(0).multinomial(questions, np.full(questions, 1 / questions), size=DRAWS)
-    drawn = draws @ pairs.T / questions - chance  # (draws, 2)
+    pairs = np.stack([by_question(digits, seeds) for digits in (on, silent)])  # (2, questions)
+    above, questions = pairs.mean(1) - chance, pairs.shape[1]
+    drawn = drawn_questions(questions) @ pairs.T / questions - chance  # (draws, 2)
     drawn = drawn[drawn[:, 0] > 0]
     low, high = np.quantile(drawn[:, 1] / drawn[:, 0], [0.025, 0.975])
     return Interval(float(above[1] / above[0]), float(low), float(high))

@@ -37,6 +37,7 @@ from engram_hf import (
     set_engram,
     set_patches,
 )
+from engram_hf.commands.patches import show_patch
 from engram_hf.training.trained_rows import TrainedRows
 
 
@@ -349,3 +350,9 @@ def test_the_card_of_a_patch_shows_text_and_no_tags(hub):
     section = hub.files("user/a")["README.md"].decode()
     assert "<img" not in section and "a|b" not in section.replace('remove_patch(model, "a<b|', "")
     assert 'remove_patch(model, "a<b|\\"é🙂")' in section
+
+
+def test_names_are_printed_as_they_are(capsys):
+    patch = make_patch(tiny_model(), "[red]a [/b]", {FIRST: (torch.arange(3), torch.ones(3, 8))})
+    show_patch(patch)
+    assert patch.name in capsys.readouterr().out

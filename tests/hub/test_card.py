@@ -14,12 +14,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from tiny import tiny_config, tiny_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engram_hf import (
     CardFacts,
+    EngramConfig,
     EngramMoEConfig,
     EngramMoEForSequenceClassification,
+    add_engram,
     count_parameters,
     gather_facts,
     quantize_tables,
@@ -164,7 +166,7 @@ def test_the_code_of_another_head_with_tables_elsewhere_runs(tmp_path):
 
 
 def test_the_users_text_and_metadata_stay_and_what_an_update_wrote_follows_the_facts(folder):
-    readme, head = folder / "README.md", "language:\n- de\ntags: [mine, engram]\nlicense: [mit]\nversion: '1.10'"
+    readme, head = folder / "README.md", "language:\n- no\ntags: [mine, engram]\nlicense: [mit]\nversion: '1.10'"
     readme.write_text(f"---\n{head}\n---\n{USER_TEXT}")
     facts = gather_facts(folder, license="apache-2.0", data={"description": "text", "languages": ["en"]})
     for _ in range(2):
@@ -172,14 +174,14 @@ def test_the_users_text_and_metadata_stay_and_what_an_update_wrote_follows_the_f
         first = readme.read_text()
         found = metadata_of(first)
         assert USER_TEXT in first and "This model: mit\n" in first and first.count(BEGIN) == 1
-        assert (found["license"], found["language"], found["version"]) == (["mit"], ["de", "en"], "1.10")
+        assert (found["license"], found["language"], found["version"]) == (["mit"], ["no", "en"], "1.10")
         assert found["tags"][:3] == ["mine", "engram", "engram_moe"] and found["library_name"] == "transformers"
     # The user writes around the section, and the facts change.
     readme.write_text(first.replace("# My model", "# Our model") + "\nThe end.")
     update_card(folder, replace(facts, data=None, limits=["It is small."]))
     second = readme.read_text()
     assert USER_TEXT.replace("My", "Our") in second.split(BEGIN)[0] and second.split(END)[1] == "\n\nThe end."
-    assert "* It is small." in second and "Data: text" not in second and metadata_of(second)["language"] == ["de"]
+    assert "* It is small." in second and "Data: text" not in second and metadata_of(second)["language"] == ["no"]
     # A card that is all ours is the one of the new facts. A value that the user corrects stays.
     readme.unlink()
     update_card(folder, replace(facts, name="a", evaluation=[LOSS | {"dataset_id": None, "split": None}]))
@@ -296,6 +298,21 @@ def test_facts_hold_on_as_long_as_the_weights_do(folder, caplog):
     readme = folder / "README.md"
     readme.write_text(readme.read_text().replace('"license": "mit"', '"license": "bsd"'))
     assert gather_facts(folder).license is None and "were edited" in caplog.text
+
+
+def test_base_models_that_an_author_has_named_stay_for_the_same_weights(tmp_path):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    model.name_or_path = "org/base"
+    fields = {"vocab_size": 211, "n_heads": 2, "head_dim": 8, "compressed_vocab_size": None}
+    add_engram(model, EngramConfig(layer_ids=[1], **fields))
+    model.save_pretrained(tmp_path)
+    assert gather_facts(tmp_path).base_model == ["org/base"]
+    update_card(tmp_path, gather_facts(tmp_path, base_model=["org/first", "org/second"]))
+    assert gather_facts(tmp_path).base_model == ["org/first", "org/second"]
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.save_pretrained(tmp_path)
+    assert gather_facts(tmp_path).base_model == ["org/base"]
 
 
 TOLD = """

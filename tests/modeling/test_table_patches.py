@@ -255,6 +255,34 @@ def test_a_forward_that_reads_one_patched_row_among_many_others_reads_it(heads_o
         remove_patch(model, "one")
 
 
+def test_patches_that_are_switched_are_looked_for_anew():
+    model = tiny_model()
+    plain = logits(model)
+    add_patch(model, make_patch(model, "others", random_rows(model, False, 40, 0)))
+    assert torch.equal(logits(model), plain)
+    add_patch(model, make_patch(model, "one", random_rows(model, True, 1, 1)))
+    patched = logits(model)
+    assert not torch.equal(patched, plain)
+    for names, expected in ((["others"], plain), (["one"], patched), (["others", "one"], patched), ([], plain)):
+        set_patches(model, names)
+        assert torch.equal(logits(model), expected), names
+
+
+@pytest.mark.parametrize("layers", [slice(1, None), slice(None, None, -1)], ids=["without the first", "turned round"])
+def test_a_model_with_other_layers_than_its_hash_reads_patched_rows(layers):
+    model = tiny_model(tiny_config(num_hidden_layers=4, engram_layer_ids=[0, 1, 2, 3]))
+    model.model.layers = model.model.layers[layers]
+    memories = [layer.engram for layer in model.model.memory_layers()]
+    _, found = find_rows(model.model.ngram_hash, memories, IDS)
+    for memory, (name, table) in zip(memories, model.named_tables().items(), strict=True):
+        row_id = found[memory.layer_idx][-1, -1, -1:] + table.first_rows_of_heads[-1]
+        row = torch.full((1, table.head_dim), 7.0)
+        add_patch(model, make_patch(model, "one", {name: (row_id, row)}))
+        _, row_ids = find_rows(model.model.ngram_hash, memories, IDS)
+        assert (memory.table(row_ids[memory.layer_idx])[-1, -1, -table.head_dim :] == 7).all(), name
+        remove_patch(model, "one")
+
+
 def test_a_forward_of_plain_rows_asks_no_table_for_its_patches(monkeypatch):
     model = tiny_model()
     memories = [layer.engram for layer in model.model.memory_layers()]

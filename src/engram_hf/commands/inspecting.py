@@ -42,7 +42,7 @@ def show_inspection(found: Inspection) -> None:
     for own in found.tables:
         row = f"{own.head_dim} x {own.dtype}"
         table.add_row(own.name, f"{own.rows:,}", row, size(own.nbytes), str(len(own.blocks)), f"{own.changed_rows:,}")
-    Console().print(table)
+    Console(markup=False).print(table)
     for own in found.tables:
         files = sorted({block.file for block in own.blocks})
         typer.echo(f"{own.name} in {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else ""))

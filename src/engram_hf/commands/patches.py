@@ -34,7 +34,7 @@ def show_patch(patch: RowPatch) -> None:
     for name, each in patch.tables.items():
         dtype = str(each.rows.dtype).removeprefix("torch.")
         table.add_row(name, f"{len(each.row_ids):,}", f"{each.table_rows:,}", f"{each.rows.shape[1]} x {dtype}")
-    Console().print(table)
+    Console(markup=False).print(table)
     for fact, value in patch.provenance.items():
         typer.echo(f"{fact}: {value}")
 
@@ -53,7 +53,7 @@ def show_compared(compared: list[ComparedRows]) -> None:
         table.add_row(
             each.table, rows, f"{each.shared:,}", f"{each.conflicts:,}", norms, f"{each.largest_difference:.3g}"
         )
-    Console().print(table)
+    Console(markup=False).print(table)
     conflicts = sum(each.conflicts for each in compared)
     typer.echo(
         "the order of these patches is free"

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from markupsafe import Markup
 
 from ..modeling.disk_safetensors import write_pieces
@@ -79,6 +80,8 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
         # huggingface_hub warns about a card without metadata.
         card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
+        if metadata := REGEX_YAML_BLOCK.search(text):
+            card.data = CardData(**(yaml.load(metadata[2], _Words) or {}))  # noqa: S506, it is a safe loader
         parts = _parts(card, begin, end)
         if parts[1::2] not in ([], [begin, end]):
             raise ValueError(f"the lines {begin} and {end} must be there once each and in this order, or not at all")
@@ -95,6 +98,15 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
     _merge(card.data, ours.data.to_dict(), {} if old is None else old.data.to_dict())
     card.text = "".join([above, *_parts(_render(template, values, card.data))[1:4], below])
     return str(card).encode("utf-8", "replace")
+
+
+class _Words(yaml.SafeLoader):
+    """Reads YAML 1.2, as the Hub does: `no`, which is also a language, is a word, and so are `yes`, `on` and `off`."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or tag != "tag:yaml.org,2002:bool"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _parts(card: RepoCard, begin: str = "<!-- .*: begin -->", end: str = "<!-- .*: end -->") -> list[str]:

@@ -137,13 +137,17 @@ def gather_facts(
             raise FileNotFoundError(f"{file} is not a file in {source}. Draw it there: {drawn_by}.")
     if data is not None:
         data = _with_fields({"description": data} if isinstance(data, str) else data, "data must have a", OF_DATA)
+    bases = found.base_model
+    # Of other weights, the files say better than an old card what they were made from.
+    if known is not None and known.weights is not None and known.weights == found.weights:
+        bases = known.base_model or bases
     facts = replace(
         found,
         name=name or (repo_id or "").split("/")[-1],
         repo_id=repo_id,
         tables_repo=tables_repo,
         license=license,
-        base_model=as_list(base_model) or found.base_model,
+        base_model=as_list(base_model) or bases,
         data=data,
         training=None if training is None else read_figures(training),
         picture=picture,
@@ -198,7 +202,8 @@ def record_of(facts: CardFacts) -> str:
 def keep_known(facts: CardFacts, known: CardFacts) -> CardFacts:
     """`facts`, with what an earlier card said and nobody has given again.
 
-    Licence and base models are always kept, everything else only if the weights are the same.
+    Licence and base models are always kept, everything else only if the weights are the same. Base models that the
+    files of other weights name come first.
     """
     names = [*ALWAYS, *OF_WEIGHTS, "name", "repo_id", "tables_repo"]
     kept = {name: getattr(known, name) for name in names if getattr(known, name) and not getattr(facts, name)}

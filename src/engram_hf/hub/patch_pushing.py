@@ -32,8 +32,8 @@ def push_patch(
     Args:
         patch: a patch, or its file or folder.
         repo_id: repository; it is created if it does not exist. Only our section of its README is changed.
-        base_model: repository of the model that the patch is for, for the card.
-        license: for the card, as the Hub writes it.
+        base_model: repository of the model that the patch is for, for a card that names none yet.
+        license: as the Hub writes it, for a card that names none yet.
         token, private, revision, create_pr, commit_message: as in `push_to_hub`.
 
     Returns:

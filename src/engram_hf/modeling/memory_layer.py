@@ -421,5 +421,7 @@ def find_rows(
     # On the device of their layer, since a lookup knows its prefetch by the tensor.
     row_ids = {memory.layer_idx: memory.to_device(hashed.row_ids[memory.layer_idx]) for memory in memories}
     prefetch_rows([memory.table for memory in memories], list(row_ids.values()))
-    mark_plain_lookups([memory.table.patches for memory in memories], list(row_ids.values()), hashed.stacked)
+    # Layers may have been taken out of the model, or put in another order: the stacked ids are not theirs then.
+    if list(row_ids) == list(hashed.row_ids):
+        mark_plain_lookups([memory.table.patches for memory in memories], list(row_ids.values()), hashed.stacked)
     return hashed, row_ids
