@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.tensor import Shard
@@ -15,7 +16,7 @@ from engram_hf import engram_optimizers
 from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table_changes import digest_of, digest_of_content
-from engram_hf.modeling.table_ranks import RowCut, open_parts
+from engram_hf.modeling.table_ranks import RankFile, RowCut, open_parts
 
 
 CUTS = [([5, 3], 2), ([1, 1, 1], 4), ([7, 2, 9, 1], 3), ([26, 2], 4), ([64], 8), ([3], 1), ([10], 7)]
@@ -115,6 +116,12 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
         with pytest.raises(NotImplementedError, match="got save_on_each_node=True"):
             factory()(model, **options)
         args.save_on_each_node = False
+        for name in ("tp", "cp", "sp"):
+            mesh = ParallelismConfig(**{f"{name}_size": 2})
+            monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", mesh)
+            with pytest.raises(NotImplementedError, match=f"got {name}_size above 1"):
+                factory()(model, **options)
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", None)
         for words, value in (
             ("--fsdp_state_dict_type SHARDED", "FULL_STATE_DICT"),
             ("loading false", "SHARDED_STATE_DICT"),
@@ -125,5 +132,24 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
             monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
             with pytest.raises(NotImplementedError, match=words):
                 factory()(model, **options)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_file_of_a_table_is_read_once_for_its_digest_however_many_checkpoints_follow(folder, tmp_path, monkeypatch):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard").train()
+        factory, options = engram_optimizers(TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
+        optimizer = factory()(model, **options)
+        read, ids = [], tiny_ids(1, 3)
+        whole_content = RankFile.whole_content
+        monkeypatch.setattr(RankFile, "whole_content", lambda *given: read.append(given[1]) or whole_content(*given))
+        for step in (1, 2, 3):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+            assert len(read) == len(set(read)) == sum(len(table.blocks) for table in model.named_tables().values())
     finally:
         dist.destroy_process_group()

@@ -31,8 +31,9 @@ RUNS = {
     "by4": (4, "four", True),
     "two": (2, None, False),
     "one after two": (1, "two", True),
+    "apart": (2, None, False),
 }
-SMALL_RUNS = ("one", "two", "one after two")
+SMALL_RUNS = ("one", "two", "one after two", "apart")
 
 
 def rows_read(table: EngramTable, number: int, step: int, batch: int) -> torch.Tensor:
@@ -79,18 +80,25 @@ def run(rank: int, out: Path, name: str) -> None:
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         store = f"file://{out}/store-{name.replace(' ', '-')}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    own = out / name
+    if name == "apart":
+        # At the same path each rank sees another folder, as ranks without a shared disk do.
+        disk = out / name / f"disk{rank}"
+        disk.mkdir(parents=True)
+        os.chdir(disk)
+        own = Path("/proc/self/cwd")
     last = None if begun is None else out / begun / f"checkpoint-{SAVED_AT}"
     folder = out / "base" if last is None or by_state_dict else last
     model = AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard" if ranks > 1 else None).train()
     if last is not None and by_state_dict:
         load_sharded_checkpoint(model, last, strict=False)
-    optimizer = optimizer_of(model, out / name)
+    optimizer = optimizer_of(model, own)
     if last is not None:
         optimizer.load_state_dict(torch.load(last / "optimizer.pt", weights_only=True))
 
     def save(step: int) -> None:
         if rank == 0 and step in (SAVED_AT, STEPS):
-            checkpoint = out / name / f"checkpoint-{step}"
+            checkpoint = own / f"checkpoint-{step}"
             model.save_pretrained(checkpoint)
             torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
 

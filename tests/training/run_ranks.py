@@ -3,6 +3,7 @@
 Arguments: a folder, and numbers of processes.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -304,6 +305,25 @@ def cut_otherwise(path: Path, ranks: int, kind: type[RowCut], in_lookup: bool) -
     return ""
 
 
+def ask_who_has_deleted(path: Path, service) -> str:
+    """What is raised on the first process where the last one has deleted its table."""
+    table, rank = open_table(path, "host", "float64", service).eval(), dist.get_rank()
+    service.meet()
+    row_ids = torch.stack([torch.arange(rows) for rows in [2] * len(ROWS_OF_HEAD)], -1)
+    message = ""
+    if rank == service.ranks - 1:
+        del table
+        gc.collect()
+    service.meet()
+    if rank == 0:
+        try:
+            table(torch.tensor(ROWS_OF_HEAD) - 1 - row_ids)
+        except RuntimeError as error:
+            message = str(error)
+    service.meet()
+    return message
+
+
 def use_model(base: Path, out: Path, ranks: int) -> dict:
     """What a model over ranks computes, generates and saves; each process reads and writes another number of tokens."""
     rank = dist.get_rank()
@@ -361,6 +381,7 @@ def run(rank: int, out: Path, ranks: int) -> None:
     for kind in (NextRanksCut, ShiftingCut):
         for in_lookup in (False, True):
             result[kind.__name__, in_lookup] = cut_otherwise(path, ranks, kind, in_lookup)
+    result["deleted"] = ask_who_has_deleted(path, service)
     for name, heads in HEADS.items():
         make = partial(batch, heads=heads)
         case = ("adam", "disk" if name == "few" else "host", "float64")

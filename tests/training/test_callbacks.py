@@ -6,10 +6,12 @@ import gc
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import pickle
 import sqlite3
 import sys
+import threading
 import time
 
 import numpy as np
@@ -32,6 +34,7 @@ from engram_hf import (
 )
 from engram_hf.insight.plotting import read_history
 from engram_hf.modeling.disk_files import PAGE
+from engram_hf.training.callbacks import prefetching
 from engram_hf.training.callbacks.prefetching import PrefetchingCollator, RowPrefetcher
 
 
@@ -360,6 +363,44 @@ def test_a_prefetcher_reads_the_pages_that_a_forward_reads_and_no_other(tmp_path
     for own, (source, read) in zip(pages, wanted, strict=True):
         others = [page for page in own.tolist() if page not in read | borders]
         assert len(others) > 50 and source.file.share_in_memory(np.array(others)) == 0
+
+
+class OneLookup:
+    """Takes the place of a table's ranks: the first announcement has come when `is_here` is set, and waits for
+    `goes_on`."""
+
+    def __init__(self):
+        self.is_here = multiprocessing.get_context("fork").Event()
+        self.goes_on = threading.Event()
+
+    def announce(self, row_ids):
+        self.is_here.set()
+        self.goes_on.wait()
+
+
+def announce_and_end(prefetcher, ranks):
+    for _ in range(2):
+        prefetcher._announce(0, np.arange(10**6))
+    ranks.is_here.wait()
+    # Its second announcement fills the pipe meanwhile.
+    time.sleep(0.2)
+
+
+def test_a_worker_that_ends_while_it_announces_does_not_stop_the_end_of_a_run(monkeypatch):
+    monkeypatch.setattr(prefetching, "LAST_SECONDS", 0.5)
+    model, ranks = tiny_model(), OneLookup()
+    model.model.layers[0].engram.table.ranks = ranks
+    prefetcher = RowPrefetcher(model)
+    prefetcher.start()
+    worker = multiprocessing.get_context("fork").Process(target=announce_and_end, args=(prefetcher, ranks))
+    worker.start()
+    worker.join()
+    assert ranks.is_here.is_set()
+    ranks.goes_on.set()
+    ending = threading.Thread(target=prefetcher.stop, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
 
 
 def test_a_worker_that_is_no_fork_collates_and_says_that_it_reads_nothing_ahead(caplog):

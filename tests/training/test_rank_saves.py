@@ -1,9 +1,11 @@
 """Checkpoints of tables over ranks: any number of processes goes on from them, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from cases import slow
 from processes import run_processes, run_ranks
 from run_rank_saves import RUNS, SAVED_AT, SMALL_RUNS, STEPS, optimizer_of
 from safetensors.torch import load_file
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from engram_hf import EngramMoEForCausalLM, last_complete_checkpoint, merge_changed_rows, verify_tables
 from engram_hf.modeling.disk_safetensors import file_digest
+from engram_hf.modeling.table import EngramTable
+from engram_hf.modeling.table_blocks import changed_name
+from engram_hf.modeling.table_changes import digest_of
 
 
 SCRIPT = Path(__file__).parent / "run_rank_saves.py"
@@ -111,6 +117,18 @@ def test_changed_rows_and_the_state_of_rows_have_a_file_for_each_rank(runs, many
     assert not list(merged.glob("row*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="one path leads to two folders by Linux's /proc")
+def test_ranks_without_a_shared_disk_save_what_others_do(small):
+    folder = small / "apart" / "disk0"
+    assert not list((small / "apart" / "disk1").iterdir())
+    for step in (SAVED_AT, STEPS):
+        checkpoint, expected = folder / f"checkpoint-{step}", small / "two" / f"checkpoint-{step}"
+        assert_same(checkpoint, expected)
+        # The table of which few rows change is left to the file that the run began with, both times.
+        name = "tables-layer-00-00001-of-00001.safetensors"
+        assert os.path.samefile(checkpoint / name, small / "base" / name)
+
+
 def test_no_wrapper_makes_the_parts_of_ranks_equal(small):
     for rank in range(2):
         is_wrapped, *are_kept = torch.load(small / f"wrapped{rank}.pt")
@@ -133,6 +151,41 @@ def test_a_state_whose_files_are_gone_or_of_another_step_is_refused(small, tmp_p
     gone.unlink()
     with pytest.raises(ValueError, match="leaves the state of model.layers.2.engram.table to 2 files beside it"):
         optimizer.load_state_dict(saved)
+
+
+def test_a_run_that_began_from_a_checkpoint_of_an_earlier_one_finds_the_state_of_its_own(small, tmp_path):
+    """Files of both have the same names."""
+    resumed = small / "two" / "checkpoint-2"
+    model = EngramMoEForCausalLM.from_pretrained(small / "two" / "checkpoint-4")
+    load_sharded_checkpoint(model, resumed, strict=False)
+    optimizer = optimizer_of(model, tmp_path / "run")
+    optimizer.load_state_dict(torch.load(resumed / "optimizer.pt", weights_only=True))
+    found = [each["row_ids"][0] for each in optimizer.state_dict()["state"].values()]
+    assert len(found) == 2 and all(map(torch.equal, found, [each["row_ids"] for each in state_of(resumed)]))
+
+
+@pytest.mark.parametrize("order", list(permutations(["blocks.0", "blocks.1", "rank 0", "rank 1"])))
+def test_files_of_a_checkpoint_over_ranks_may_be_loaded_in_any_order(order):
+    """As `load_sharded_checkpoint` of transformers, which goes through a set. The second block was written whole."""
+    blocks = {f"blocks.{number}": torch.randn(rows, 4) for number, rows in enumerate((10, 12))}
+    digests = torch.stack([torch.tensor(list(digest_of(block)), dtype=torch.uint8) for block in blocks.values()])
+    files, expected = {name: {f"table.{name}": block} for name, block in blocks.items()}, torch.cat([*blocks.values()])
+    for rank, row_ids in enumerate(([1, 3], [6, 7])):
+        expected[row_ids] = rows = torch.randn(2, 4)
+        parts = {"row_ids": torch.tensor(row_ids), "rows": rows, "digests": digests, "stamp": digests[0, :16]}
+        files[f"rank {rank}"] = {changed_name("table", part, rank): tensor for part, tensor in parts.items()}
+    model = torch.nn.ModuleDict({"table": EngramTable([10, 12], head_dim=4, block_elements=40)})
+    # It has the blocks already, as where a run is loaded from the model that it began with.
+    model.load_state_dict({f"table.{name}": block for name, block in blocks.items()}, strict=False)
+    model.table.gather_rows(torch.arange(1))
+    for name in order:
+        model.load_state_dict(files[name], strict=False)
+    changes = model.table.changes
+    assert torch.equal(model.table.gather_rows(torch.arange(22)), expected)
+    # The next checkpoint stands on the same blocks.
+    model.table.collect_row_gradients()
+    assert changes.changed_between(0, 22, model.table.block_records).tolist() == [1, 3, 6, 7]
+    assert changes.stamp == bytes(digests[0, :16].tolist())
 
 
 # The stock Trainer, over two processes that nobody ends when one of them fails.

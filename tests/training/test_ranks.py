@@ -170,6 +170,11 @@ def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results, kind, in_lo
 
 
 @pytest.mark.parametrize("ranks", RANKS)
+def test_a_rank_that_has_deleted_its_model_says_so(results, ranks):
+    assert f"has asked rank {ranks - 1} for rows, and that rank has deleted the model" in results[0]["deleted"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", HEADS)
 def test_ranks_without_a_row_and_heads_that_lie_on_several_ranks_train_alike(folder, results, ranks, name):
     tier = "disk" if name == "few" else "host"

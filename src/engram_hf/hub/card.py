@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from markupsafe import Markup
 
 from ..modeling.disk_safetensors import write_pieces
@@ -35,8 +36,7 @@ def render_card(facts: CardFacts) -> str:
 def update_card(path: str | Path, facts: CardFacts) -> None:
     """Write a card, or our section of a README. The user's text around the section stays.
 
-    In the metadata, the user's values win and lists are united. What an update wrote there, the next one replaces. What
-    does not change stays letter by letter, comments too.
+    In the metadata, the user's values win and lists are united. What an update wrote there, the next one replaces.
 
     Args:
         path: a card, or the folder of its README.md.
@@ -77,13 +77,11 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
     ours, old = _render(template, values, {}), None if before is None else _render(template, before, {})
     title, begin, _, end, _ = _parts(ours)
     try:
-        text = content.decode("utf-8-sig")
-        line_end = "\r\n" if 0 < text.count("\n") == text.count("\r\n") else "\n"
-        text = text.replace("\r\n", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
         # huggingface_hub warns about a card without metadata.
-        card = RepoCard(whole := text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
-        own = whole.removesuffix(card.text).strip()[3:-3].strip("\n")
-        card.data = CardData(**_read_yaml(own))
+        card = RepoCard(text if text.lstrip().startswith("---\n") else f"---\n\n---\n{text}")
+        if metadata := REGEX_YAML_BLOCK.search(text):
+            card.data = CardData(**(yaml.load(metadata[2], _Words) or {}))  # noqa: S506, it is a safe loader
         parts = _parts(card, begin, end)
         if parts[1::2] not in ([], [begin, end]):
             raise ValueError(f"the lines {begin} and {end} must be there once each and in this order, or not at all")
@@ -97,11 +95,18 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
     unwritten = ["", ModelCard.from_template(ModelCardData(), model_description=FORM).text.strip()]
     if above.strip() in [*unwritten, "" if old is None else _parts(old)[0].strip()]:
         above = title
-    known = card.data.to_dict()
     _merge(card.data, ours.data.to_dict(), {} if old is None else old.data.to_dict())
-    metadata = _edited_yaml(own, known, card.data.to_dict())
-    text = "".join([f"---\n{metadata}\n---\n", above, *_parts(_render(template, values, card.data))[1:4], below])
-    return text.replace("\n", line_end).encode("utf-8", "replace")
+    card.text = "".join([above, *_parts(_render(template, values, card.data))[1:4], below])
+    return str(card).encode("utf-8", "replace")
+
+
+class _Words(yaml.SafeLoader):
+    """Reads YAML 1.2, as the Hub does: `no`, which is also a language, is a word, and so are `yes`, `on` and `off`."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or tag != "tag:yaml.org,2002:bool"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _parts(card: RepoCard, begin: str = "<!-- .*: begin -->", end: str = "<!-- .*: end -->") -> list[str]:
@@ -129,49 +134,6 @@ def _yaml(value: Any) -> Markup:
     """A value on one line of YAML: as an entry of a list, without the brackets."""
     text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)
     return Markup(text.strip()[1:-1])
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.2, as the Hub does: `no` is a word, and so are `yes`, `on` and `off`."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or tag != "tag:yaml.org,2002:bool"]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def _read_yaml(text: str) -> dict[str, Any]:
-    return yaml.load(text, _Loader) or {}  # noqa: S506, it is a safe loader
-
-
-def _edited_yaml(text: str, before: Mapping, after: Mapping) -> str:
-    """The user's metadata with the values that have changed. All other lines stay letter by letter, comments too.
-
-    Args:
-        text: YAML.
-        before, after: what it says, and what it shall say. No value is None.
-    """
-    lines, root = text.splitlines(keepends=True), yaml.compose(text, _Loader)
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    keys = [(key.value, key.start_mark.line) for key, _ in pairs]
-    ends = [*(start for _, start in keys), len(lines)]
-    edited, added = lines[: ends[0]], {key: after[key] for key in after if key not in dict(keys)}
-    for (key, start), end in zip(keys, ends[1:]):
-        last = end
-        if before.get(key) != after.get(key):
-            # Comments behind a value belong to the next one.
-            while not lines[last - 1].strip() or lines[last - 1].startswith("#"):
-                last -= 1
-            edited += [CardData(**{key: after[key]}).to_yaml() + "\n"] if key in after else []
-            start = last
-        edited += lines[start:end]
-    found = "".join(edited).rstrip("\n") + "\n" + (CardData(**added).to_yaml() if added else "")
-    try:
-        is_right = {key: value for key, value in _read_yaml(found).items() if value is not None} == after
-    except yaml.YAMLError:
-        is_right = False
-    # Such as a mapping between braces, or an alias of a value that has changed.
-    return found.strip("\n") if is_right else CardData(**after).to_yaml()
 
 
 def _merge(own: CardData, ours: Mapping, written: Mapping) -> None:

@@ -692,7 +692,7 @@ class EngramTable(nn.Module):
             rows = ChangedRows.from_tensors(parts, name, "the loaded state dict")
             self.changes.arrive(name, self, rows, rank)
         if loaded and not found:
-            self.changes.forget_stamp()
+            self.changes.forget_stamp(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
         # The blocks themselves are loaded after this, by their ParameterList.
         self._loaded = loaded

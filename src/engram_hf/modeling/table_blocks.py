@@ -389,11 +389,13 @@ class Base(NamedTuple):
 
     digest: its SHA-256; None before all rows that have not changed were compared.
     version: of the block's parameter, as torch counts what is written to it, when they were compared.
+    known_as: what all ranks call it, after a save over ranks; a rank may have the same rows in a file of its own disk.
     """
 
     source: BlockSource
     digest: bytes | None = None
     version: int = -1
+    known_as: str = ""
 
 
 def make_blocks(

@@ -230,7 +230,7 @@ class RowChanges:
             digest = None
         if digest is None:
             digest = _digest_if_same(base.source, block.rows, marks)
-        block.base = None if digest is None else Base(base.source, digest, version)
+        block.base = None if digest is None else base._replace(digest=digest, version=version)
         return None if block.base is None else block.base.source
 
     def count_changed(self, block: Block) -> int:
@@ -247,10 +247,21 @@ class RowChanges:
                 found.append(marks.nonzero().flatten() + first)
         return torch.cat(found)
 
-    def follow_save(self, block: Block, source: BlockSource, by_base: bool) -> None:
-        """Know where a save has put a block: by its base and rows, or whole, which is a new base."""
-        digest = block.base.digest if by_base and block.base is not None else None
-        block.base = Base(source, digest, block.parameter._version)
+    def follow_save(self, block: Block, source: BlockSource | None, by_base: bool, known_as: str = "") -> None:
+        """Know where a save has put a block: by its base and rows, or whole, which is a new base.
+
+        Args:
+            block: that was saved.
+            source: where it is; None where that is the disk of another machine.
+            by_base: whether it was left to its base.
+            known_as: what all ranks call it.
+        """
+        base = block.base if by_base else None
+        if source is not None:
+            digest = None if base is None else base.digest
+            block.base = Base(source, digest, block.parameter._version, known_as)
+        else:
+            block.base = None if base is None else base._replace(known_as=known_as)
         if not by_base and self._is_changed is not None:
             self._marks_of(block).fill_(False)
 
@@ -306,10 +317,11 @@ class RowChanges:
         }
         self._remember_brought(held, changed.stamp)
 
-    def forget_stamp(self) -> None:
+    def forget_stamp(self, loaded: Sequence[Block]) -> None:
         """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
-        dict has brought wait for such blocks."""
-        if not self._arrived:
+        dict has brought wait for such blocks, and state dicts of one checkpoint bring each block once."""
+        is_next = bool(self._loaded) and self._loaded.isdisjoint(block.number for block in loaded)
+        if not self._arrived and not is_next:
             self.stamp = None
 
     def follow_load(self, table: RowStore, loaded: Sequence[Block]) -> None:

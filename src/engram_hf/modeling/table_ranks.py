@@ -42,7 +42,7 @@ HEAD_TAG, FIRST_TAG, TAGS = 1, 16, 2**24
 HEAD_NUMBERS = 8
 # Before the rows of an answer, so that they are aligned for every type.
 STATUS_BYTES = 16
-DONE, FOREIGN, FAILED = range(3)
+DONE, FOREIGN, FAILED, GONE = range(4)
 # Fetches that nobody has waited for: of more, the oldest is finished first.
 OPEN_FETCHES = 64
 # Lookups of a backward that is still to come, whose rows are kept in case their forward is made again.
@@ -214,6 +214,11 @@ class RankFile(TableFile):
         if name not in self._digests:
             self._digests[name] = digest_of(self.whole_content(name))
         return self._digests[name]
+
+    def is_copy_of(self, name: str, other: BlockSource) -> None:
+        """A tensor is that of another file, so its digest is known where that one's is."""
+        if isinstance(other.file, RankFile) and other.name in other.file._digests:
+            self._digests[name] = other.file._digests[other.name]
 
 
 class Answer:
@@ -486,8 +491,11 @@ class RowService:
         out = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
         status = out[:8].view(torch.int64)
         ranks = self._tables[table]() if table < len(self._tables) else None
-        held = None if ranks is None else ranks.cut.find_packed(question.payload, question.check, self.rank)
-        if ranks is None or held is None or nbytes != STATUS_BYTES + len(held) * ranks.row_nbytes:
+        if ranks is None:
+            status[0] = GONE
+            return out
+        held = ranks.cut.find_packed(question.payload, question.check, self.rank)
+        if held is None or nbytes != STATUS_BYTES + len(held) * ranks.row_nbytes:
             status[0] = FOREIGN
             return out
         try:
@@ -519,6 +527,8 @@ class RowService:
         if self._has_left:
             return
         self._has_left = True
+        # Nobody else may hold the tables any more.
+        tables = [table() for table in self._tables]
         has_failed = hasattr(sys, "last_value")
         for other in range(self.ranks):
             if other != self.rank:
@@ -531,7 +541,8 @@ class RowService:
             self._was_asked = False
             self._thread.join(patience)
             if not self._was_asked:
-                return
+                break
+        del tables
 
 
 def leaving(has_failed: bool) -> torch.Tensor:
@@ -692,6 +703,11 @@ class TableRanks:
             why = (
                 f"Rank {self.rank} has asked rank {owner} for rows that it does not hold: the ranks cut the table "
                 "differently. Load the same checkpoint on every rank."
+            )
+        elif status == GONE:
+            why = (
+                f"Rank {self.rank} has asked rank {owner} for rows, and that rank has deleted the model. Keep it until "
+                "all ranks are done with it: call torch.distributed.barrier() before."
             )
         else:
             why = self.service.ask(owner, WHY, self.number).decode()

@@ -61,14 +61,16 @@ class TableSaving:
         own = self._base_of_part(block)
         others = [json.loads(each) for each in ranks.ask_all(BASE, {"block": block.number})]
         changed = sum(each["changed_rows"] for each in [own, *others])
-        is_base = own["path"] is not None and all(each["path"] == own["path"] for each in others)
+        is_base = own["name"] is not None and all(each["name"] == own["name"] for each in others)
         rows = ranks.cut.rows_of_block[block.number]
         return block.base.source if is_base and block.base and changed <= LARGEST_SHARE * rows else None
 
     def _base_of_part(self, block: Block) -> dict:
         source = self.table.changes.base_of(block, largest_share=1.0)
-        path = None if source is None else f"{source.file.path.resolve()} {source.name}"
-        return {"path": path, "changed_rows": self.table.changes.count_changed(block)}
+        name = None
+        if source is not None and block.base is not None:
+            name = block.base.known_as or f"{source.file.path.resolve()} {source.name}"
+        return {"name": name, "changed_rows": self.table.changes.count_changed(block)}
 
     def _answer_base(self, asked: bytes) -> bytes:
         return json.dumps(self._base_of_part(self.table.block_records[json.loads(asked)["block"]])).encode()
@@ -158,7 +160,7 @@ class TableSaving:
 
     def follow(self, saved_by_base: Sequence[int] = ()) -> None:
         """A save has put every block where its `saved_in` says: read those on disk from there if their own file is
-        gone. All ranks do so.
+        gone. All ranks do so. One that does not see the disk of the rank that has saved keeps the files that it has.
 
         Args:
             saved_by_base: numbers of the blocks that were left to the file they come from, changed rows beside it.
@@ -185,28 +187,33 @@ class TableSaving:
             if block.saved_in is None:
                 continue
             path, name = block.saved_in
-            by_base = block.number in saved_by_base
+            by_base, known_as = block.number in saved_by_base, f"{path.absolute()} {name}"
             # The file of a base lacks the rows that have changed.
             is_gone = block.is_on_disk and block.source is not None and not block.source.file.is_at_its_path()
-            if (is_gone and not by_base) or table.is_in_training:
+            if table.ranks is not None and path not in opened:
+                if table.is_in_training:
+                    table.changes.follow_save(block, None, by_base, known_as)
+            elif (is_gone and not by_base) or table.is_in_training:
                 if path not in opened:
                     opened[path] = TableFile(path)
-                source = BlockSource(opened[path], name)
+                source, base = BlockSource(opened[path], name), block.base
+                if by_base and base is not None and isinstance(source.file, RankFile):
+                    source.file.is_copy_of(name, base.source)
                 if is_gone and not by_base:
                     block.read_from(source)
                 if table.is_in_training:
-                    table.changes.follow_save(block, source, by_base)
+                    table.changes.follow_save(block, source, by_base, known_as)
             if table.ranks is not None:
                 block.saved_in = None
 
     def _open_parts_saved(self) -> dict[Path, TableFile]:
-        """Over ranks, the files that a save has written, with the rows that this rank holds."""
+        """Over ranks, the files that a save has written and this rank sees, with the rows that it holds."""
         ranks, parts = self.table.ranks, dict[Path, dict[str, tuple[int, int]]]()
         for block in self.table.block_records:
             if ranks is not None and block.saved_in is not None:
                 path, name = block.saved_in
                 parts.setdefault(path, {})[name] = ranks.cut.part(block.number, ranks.rank)
-        return {path: RankFile(path, of_file) for path, of_file in parts.items()}
+        return {path: RankFile(path, of_file) for path, of_file in parts.items() if path.is_file()}
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

@@ -238,8 +238,15 @@ def refuse_unsupported(args: "TrainingArguments", backbone: str) -> None:
 def refuse_whole_tables(args: "TrainingArguments") -> None:
     """
     Raises:
-        NotImplementedError: something would bring whole tables to a rank, and they are cut over ranks.
+        NotImplementedError: something would bring whole tables to a rank, and they are cut over ranks; or ranks form a
+            mesh of several dimensions.
     """
+    mesh = AcceleratorState._shared_state.get("parallelism_config")
+    if several := [name for name in ("tp", "cp", "sp") if getattr(mesh, f"{name}_enabled", False)]:
+        raise NotImplementedError(
+            f"Ranks that hold tables need whole sequences and layers, and got {several[0]}_size above 1. Leave it "
+            "out of parallelism_config."
+        )
     if args.save_on_each_node:
         raise NotImplementedError(
             "Tables that are cut over ranks are saved by one rank, and got save_on_each_node=True. Leave it out, and "

@@ -25,7 +25,9 @@ ROW_IDS, STAMP = "row_ids", "stamp"
 
 
 def find_state(names: Sequence[str], folders: Sequence[Path], stamp: str, where: str) -> list[TableFile]:
-    """Open the files of one table's rows, in the first folder that has all of them.
+    """Open the files of one table's rows, in the first folder that has all of them, of the run and step that are meant.
+
+    A run may begin from the checkpoint of an earlier one, whose files have the same names.
 
     Args:
         names: of the files.
@@ -37,22 +39,28 @@ def find_state(names: Sequence[str], folders: Sequence[Path], stamp: str, where:
         ValueError: no folder has them, or one is damaged, or it is of another run or step.
     """
     known = list(dict.fromkeys(folders))
-    folder = next((each for each in known if all((each / name).is_file() for name in names)), None)
-    if folder is None:
+    wrong = None
+    for folder in known:
+        if all((folder / name).is_file() for name in names):
+            files = [TableFile(folder / name) for name in names]
+            other = next((file for file in files if _stamp_of(file) != stamp), None)
+            if other is None:
+                return files
+            wrong = wrong or other.path
+    if wrong is not None:
         raise ValueError(
-            f"optimizer.pt of the checkpoint leaves the state of {where} to {len(names)} files beside it "
-            f"({names[0]}, ...), and not all of them are in {' or '.join(map(str, known))}. Copy the whole folder of "
-            "the checkpoint, and load the model from it: from_pretrained(checkpoint)."
+            f"{wrong} is of another run or step than optimizer.pt of the checkpoint. Copy the whole folder of the "
+            "checkpoint again."
         )
-    files = [TableFile(folder / name) for name in names]
-    for file in files:
-        found = bytes(file.tensor(STAMP).tolist()).hex() if STAMP in file.places else None
-        if found != stamp:
-            raise ValueError(
-                f"{file.path} is of another run or step than optimizer.pt beside it. Copy the whole folder of the "
-                "checkpoint again."
-            )
-    return files
+    raise ValueError(
+        f"optimizer.pt of the checkpoint leaves the state of {where} to {len(names)} files beside it "
+        f"({names[0]}, ...), and not all of them are in {' or '.join(map(str, known))}. Copy the whole folder of "
+        "the checkpoint, and load the model from it: from_pretrained(checkpoint)."
+    )
+
+
+def _stamp_of(file: TableFile) -> str | None:
+    return bytes(file.tensor(STAMP).tolist()).hex() if STAMP in file.places else None
 
 
 def check_state(file: TableFile, wanted: Mapping[str, tuple[int, ...]], table: EngramTable, where: str) -> None:

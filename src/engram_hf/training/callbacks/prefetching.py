@@ -7,10 +7,11 @@ Where a table is cut over ranks, their owners are told which rows will be asked 
 import copy
 import multiprocessing
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ from .reporting import EngramCallback
 
 # Rows of a lookup whose pages are looked for in the page cache.
 SAMPLED_ROWS = 128
+# Lookups that workers have announced and nobody has taken; of more, the last are not announced.
+LOOKUPS_WAITING = 64
+# How long the thread that takes them waits for one, and how long it is waited for in the end.
+PAUSE_SECONDS, LAST_SECONDS = 0.2, 5.0
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +82,8 @@ class RowPrefetcher:
             if table.ranks is not None:
                 self.ranks[layer_id] = table.ranks
         # What forked workers announce.
-        self._lookups: Any = multiprocessing.get_context("fork").Queue() if self.ranks else None
+        self._lookups: Any = multiprocessing.get_context("fork").Queue(LOOKUPS_WAITING) if self.ranks else None
+        self._is_over = threading.Event()
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self.reader = PageReader()
@@ -112,7 +118,8 @@ class RowPrefetcher:
         else:
             # A worker has no connection to other ranks, and must not wait for this process when it ends.
             self._lookups.cancel_join_thread()
-            self._lookups.put((layer_id, row_ids))
+            with suppress(queue.Full):
+                self._lookups.put_nowait((layer_id, row_ids))
 
     def start(self) -> None:
         """Take what the workers of a DataLoader announce, until `stop`."""
@@ -120,15 +127,22 @@ class RowPrefetcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more from workers. What they have announced by now is sent."""
+        """Take no more from workers. What they have announced by now is sent.
+
+        A worker may have ended in the middle of a message, for whose rest the thread then waits. It is left behind.
+        """
+        self._is_over.set()
         if self._thread is not None:
-            self._lookups.put(None)
-            self._thread.join()
+            self._thread.join(LAST_SECONDS)
             self._thread = None
 
     def _take_lookups(self) -> None:
-        while (found := self._lookups.get()) is not None:
-            self._announce(*found)
+        while True:
+            try:
+                self._announce(*self._lookups.get(timeout=PAUSE_SECONDS))
+            except queue.Empty:
+                if self._is_over.is_set():
+                    return
 
     def _count(self, pages: np.ndarray, file: MappedFile) -> None:
         self.bytes_read += int((1 - file.share_in_memory(sample(pages))) * len(pages) * PAGE)
