@@ -300,6 +300,19 @@ def test_facts_hold_on_as_long_as_the_weights_do(folder, caplog):
     assert gather_facts(folder).license is None and "were edited" in caplog.text
 
 
+def test_facts_that_a_user_quotes_are_not_those_of_the_card(tmp_path):
+    readme, facts = tmp_path / "README.md", gather_facts(tiny_config(), name="x", license="mit")
+    other = render_card(replace(facts, license="bsd"))
+    (quoted,) = [line for line in other.splitlines() if line.startswith("<!-- engram-hf: facts")]
+    readme.write_text(f"---\nlicense: bsd\n---\n{quoted}\n")
+    assert read_facts(readme) is None
+    for _ in range(2):
+        update_card(readme, facts)
+        assert metadata_of(readme.read_text())["license"] == "bsd" and read_facts(readme) == facts
+    readme.write_text(readme.read_text() + f"\n{quoted}\n{END.replace('engram-hf', 'other')}\n")
+    assert read_facts(readme) == facts
+
+
 def test_base_models_that_an_author_has_named_stay_for_the_same_weights(tmp_path):
     sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))

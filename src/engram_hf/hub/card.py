@@ -37,6 +37,7 @@ def update_card(path: str | Path, facts: CardFacts) -> None:
     """Write a card, or our section of a README. The user's text around the section stays.
 
     In the metadata, the user's values win and lists are united. What an update wrote there, the next one replaces.
+    Metadata are written anew: their comments are lost, and a version such as 1.10 needs quotes. Lines end as in Unix.
 
     Args:
         path: a card, or the folder of its README.md.
@@ -101,7 +102,7 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
 
 
 class _Words(yaml.SafeLoader):
-    """Reads YAML 1.2, as the Hub does: `no`, which is also a language, is a word, and so are `yes`, `on` and `off`."""
+    """Reads `no`, which is also a language, as a word, as YAML 1.2 does; and so `yes`, `on` and `off`."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or tag != "tag:yaml.org,2002:bool"]

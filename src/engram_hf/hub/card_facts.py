@@ -34,8 +34,11 @@ CAUSAL_LM = "EngramMoEForCausalLM"
 # Somebody else's model with a memory, and such a memory alone.
 WITH_MEMORY, MEMORY = "EngramMemoryForCausalLM", "EngramMemory"
 PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
-# A comment in a card records its facts, with a digest against edits.
-RECORD = re.compile(r"^<!-- engram-hf: facts (\w+) (.*) -->", re.MULTILINE)
+# A comment in our section of a card records its facts, with a digest against edits.
+RECORD = re.compile(
+    r"^<!-- engram-hf: begin -->[\s\S]*?^<!-- engram-hf: facts (\w+) (.*) -->[\s\S]*?^<!-- engram-hf: end -->",
+    re.MULTILINE,
+)
 CONFIG_FIELDS: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "hc_mult", "vocab_size")
 CONFIG_FIELDS += ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "first_k_dense_replace")
 CONFIG_FIELDS += ("engram_layer_ids", "engram_max_ngram_size", "engram_n_heads", "engram_compressed_vocab_size")
