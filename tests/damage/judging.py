@@ -105,7 +105,16 @@ def words_of(base: Base) -> set[str]:
         names = {part for name in read_json(path)["weight_map"] for part in (name, name.removeprefix("model."))}
         words |= names | {name.partition(f".{part}.")[0] for name in names for part in ("blocks", "changed")}
     words |= set(read_json(base.folder / "config.json"))
-    words |= {"sha256", "weight_map", "metadata", "total_size", "changed_rows", "engram_fingerprint"}
+    # Where the index is gone, transformers names the file that would need none.
+    words |= {
+        "model.safetensors",
+        "sha256",
+        "weight_map",
+        "metadata",
+        "total_size",
+        "changed_rows",
+        "engram_fingerprint",
+    }
     return words - COMMON_WORDS
 
 

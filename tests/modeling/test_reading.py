@@ -19,7 +19,8 @@ from engram_hf.modeling import disk_reading
 from engram_hf.modeling.disk_files import PAGE, BlockSource, TableFile
 from engram_hf.modeling.disk_reading import PAGES_AT_A_TIME, PageReader, pages_of_rows
 from engram_hf.modeling.disk_safetensors import TensorContent, read_header, write_file
-from engram_hf.modeling.table import DISK, EngramTable, tables_without_blocks
+from engram_hf.modeling.table import EngramTable, tables_without_blocks
+from engram_hf.modeling.table_blocks import DISK
 from engram_hf.modeling.table_formats import row_format
 from engram_hf.training.work_files import WorkFile
 
@@ -171,7 +172,7 @@ def test_reading_aside_goes_behind_all_other_threads_and_leaves_their_priority(t
 def test_pages_that_will_be_written_keep_what_they_hold(tmp_path, system, monkeypatch):
     _, blocks, file = table_on_disk(tmp_path, heads=1)
     work = WorkFile(tmp_path / "work", {"rows": (tuple(blocks[0].shape), torch.float32)})
-    work.fill("rows", BlockSource(file, "blocks.0"))
+    work.fill("rows", file.content("blocks.0"))
     os.fsync(work.file.fileno())
     os.posix_fadvise(work.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     rows = work.tensor("rows")
@@ -194,7 +195,7 @@ def test_a_row_that_changes_in_a_training_copy_is_a_page_to_write_and_no_more(tm
     _, blocks, file = table_on_disk(tmp_path, heads=1)
     work = WorkFile(tmp_path / "work", {"rows": (tuple(blocks[0].shape), torch.float32)})
     before = bytes_changed()
-    work.fill("rows", BlockSource(file, "blocks.0"))
+    work.fill("rows", file.content("blocks.0"))
     if bytes_changed() == before:
         pytest.skip("this file system keeps its files in memory")
     os.fsync(work.file.fileno())

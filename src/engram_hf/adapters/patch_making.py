@@ -84,7 +84,9 @@ def open_any(model_or_folder: nn.Module | str | Path) -> OpenTables:
     folder = Path(model_or_folder)
     checkpoint = find_checkpoint(str(folder), {"local_files_only": True}) if folder.is_dir() else None
     if checkpoint is None:
-        raise FileNotFoundError(f"{folder} is not a folder with the safetensors files of a model.")
+        raise FileNotFoundError(
+            f"{folder} is not a folder with the safetensors files of a model and their model.safetensors.index.json."
+        )
     if not checkpoint.blocks():
         raise ValueError(
             f"{folder} holds no blocks of an EngramMoE or of an added memory. A table of another model is part of its "

@@ -196,12 +196,16 @@ def _open(where: str, hub: dict[str, Any]) -> Part:
     if hub.get("local_files_only"):
         checkpoint = find_checkpoint(where, hub)
         if checkpoint is None:
-            raise FileNotFoundError(f"{where} holds no safetensors files of a model.")
+            raise FileNotFoundError(
+                f"{where} holds no safetensors files of a model, or not their model.safetensors.index.json."
+            )
         return Part(checkpoint, read_headers(checkpoint))
     try:
         metadata = HfApi(token=hub["token"]).get_safetensors_metadata(where, revision=hub["revision"])
     except NotASafetensorsRepoError as error:
-        raise FileNotFoundError(f"{where} holds no safetensors files of a model.") from error
+        raise FileNotFoundError(
+            f"{where} holds no safetensors files of a model, or not their model.safetensors.index.json."
+        ) from error
     except SafetensorsParsingError as error:
         raise ValueError(f"A safetensors file of {where} is damaged: {error}") from error
     places: dict[str, TensorPlace] = {}

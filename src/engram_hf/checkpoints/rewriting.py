@@ -52,7 +52,9 @@ def open_folder(source: Path, target: Path) -> tuple[Part, Any]:
         raise ValueError(f"{target} is the source itself, which is not changed; name another folder.")
     checkpoint = find_checkpoint(str(source), {"local_files_only": True}) if source.is_dir() else None
     if checkpoint is None:
-        raise FileNotFoundError(f"{source} is not a folder with the safetensors files of a model.")
+        raise FileNotFoundError(
+            f"{source} is not a folder with the safetensors files of a model and their model.safetensors.index.json."
+        )
     if not checkpoint.blocks():
         raise ValueError(
             f"{source} holds no tables. If they were saved to a folder of their own, load the model with tables_from=, "

@@ -76,8 +76,8 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
     checkpoint = _find(str(path_or_repo)) if is_there else None
     if checkpoint is None or not checkpoint.file_of:
         raise FileNotFoundError(
-            f"{path_or_repo} is no folder with safetensors files and their index, and no repository whose files are on "
-            "this machine; nothing can be verified."
+            f"{path_or_repo} is no folder with safetensors files and their model.safetensors.index.json, and no "
+            "repository whose files are on this machine; nothing can be verified."
         )
     folder = next(iter(checkpoint.file_of.values())).parent
     if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
