@@ -25,6 +25,7 @@ from engram_hf import (
     add_patch,
     engram_optimizers,
     extract_patch,
+    forget,
     load_patch,
     load_with_tables,
     make_patch,
@@ -36,6 +37,7 @@ from engram_hf import (
     save_patch,
     set_engram,
     set_patches,
+    verify_tables,
 )
 from engram_hf.commands.patches import show_patch
 from engram_hf.training.trained_rows import TrainedRows
@@ -356,3 +358,32 @@ def test_names_are_printed_as_they_are(capsys):
     patch = make_patch(tiny_model(), "[red]a [/b]", {FIRST: (torch.arange(3), torch.ones(3, 8))})
     show_patch(patch)
     assert patch.name in capsys.readouterr().out
+
+
+def test_wrong_arguments_of_patches_are_named(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    for name in (True, "", "a\nb", "x" * 201):
+        with pytest.raises(ValueError, match="train_as_patch must be the name of a new patch"):
+            engram_optimizers(args, train_as_patch=name)
+    with pytest.raises(TypeError, match="takes a patch, .* got NoneType"):
+        save_patch(tiny_model().trained_patch(), tmp_path / "p.safetensors")
+    with pytest.raises(TypeError, match="the text is a list"):
+        forget(tiny_model(), ["a tokenizer"], "a text")
+
+
+def test_verifying_a_model_reads_the_patch_beside_it(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    file = save_patch(whole_patch(model), tmp_path)
+    verify_tables(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="patch.safetensors"):
+        verify_tables(tmp_path)
+
+
+def test_tables_of_other_models_are_not_cut_over_ranks(tmp_path):
+    publish(gemma3n_text(), tmp_path)
+    with pytest.raises(NotImplementedError, match="engram_ranks cuts the tables of an EngramMoE"):
+        load_with_tables(tmp_path, engram_ranks="shard")

@@ -193,7 +193,7 @@ class FactReport:
 def _table(facts: Sequence[FactResult]) -> list[str]:
     lines = ["| prompt | says | probability | before | margin | its hottest row | |", "|---|---|---|---|---|---|---|"]
     for fact in facts:
-        numbers = f"{fact.probability:.3f} | {fact.probability_before:.3f} | {fact.margin:+.2f} | {fact.hottest_row:,}"
+        numbers = f"{fact.probability:.2g} | {fact.probability_before:.2g} | {fact.margin:+.2f} | {fact.hottest_row:,}"
         why = "" if fact.why_not is None else _cell(f"should say {fact.target!r}: {fact.why_not}")
         lines.append(f"| {_cell(fact.prompt)} | {_cell(repr(fact.said))} | {numbers} | {why} |")
     return lines

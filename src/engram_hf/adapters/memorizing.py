@@ -205,6 +205,7 @@ def forget(
         a patch that replaces rows, and the report.
 
     Raises:
+        TypeError: the text is no string.
         ValueError: the model has no memory or is compiled; no tokenizer was given or lies beside the model; the text
             has no n-gram; `to` is something else; no active patch has changed these rows.
 
@@ -215,6 +216,10 @@ def forget(
     """
     if to not in ("zero", "base"):
         raise ValueError(f'to must be "zero" or "base", got {to!r}.')
+    if not isinstance(text, str):
+        raise TypeError(
+            f"forget takes the model, the text and then the tokenizer; the text is a {type(text).__name__}."
+        )
     memory = _Memory(model, "forget")
     tokenizer = _tokenizer_beside(model) if tokenizer is None else tokenizer
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64)

@@ -44,7 +44,7 @@ def load_with_tables(
         from_pretrained_arguments: for `from_pretrained`.
 
     Raises:
-        NotImplementedError: it is a DeepSeek-V4.1, whose tables `open_tables` reads.
+        NotImplementedError: it is a DeepSeek-V4.1, whose tables `open_tables` reads; tables are to be cut over ranks.
         ValueError, FileNotFoundError: there are no safetensors files; a table is packed (NVFP4, GGUF) or misshapen; a
             key names no table; an embedding is tied to the head; tensor parallelism is asked for.
 
@@ -65,6 +65,11 @@ def load_with_tables(
                 "name a class of engram_hf, such as EngramMoEForCausalLM."
             )
         return loader.from_pretrained(folder_or_repo, device_map=device_map, **from_pretrained_arguments)
+    if "engram_ranks" in given:
+        raise NotImplementedError(
+            f"engram_ranks cuts the tables of an EngramMoE over ranks, and {folder_or_repo} is another model. Leave it "
+            "out: every rank then serves the whole table, from disk if you like."
+        )
     stock: Any
     stock, config = class_and_config(config, model_class)
     return class_with_tables(stock).from_pretrained(folder_or_repo, device_map=device_map, config=config, **arguments)

@@ -98,6 +98,7 @@ def save_patch(patch: RowPatch, file: str | Path) -> Path:
         the file.
 
     Raises:
+        TypeError: it is no patch.
         ValueError: the patch is not sound; the name is that of a file without this ending.
         OSError: no space or no permission; what was there stays.
 
@@ -105,6 +106,11 @@ def save_patch(patch: RowPatch, file: str | Path) -> Path:
         >>> save_patch(patch, "my-patch").name
         'patch.safetensors'
     """
+    if not isinstance(patch, RowPatch):
+        raise TypeError(
+            "save_patch takes a patch, such as model.trained_patch() after a run with train_as_patch, and then the "
+            f"file; got {type(patch).__name__}."
+        )
     path = Path(file)
     if path.suffix != ".safetensors":
         if path.is_file():

@@ -21,6 +21,7 @@ from ..modeling.ids_hashing import check_fingerprint, digest, map_tokens
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import ROWS, parse_block_name, parse_changed_name
 from ..modeling.table_formats import QUANTIZED_FORMATS, dequantize_rows
+from ..modeling.table_patches import PATCH_FILE, read_patch
 from .checking import Part, backbone_config, check_loadable, read_config
 
 
@@ -49,7 +50,7 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
 
     Compared are every weight file with its SHA-256 in the index, all shapes and types with the config, and token map,
     tokenizer and index with the fingerprint of the config. All rows must be finite. A file without a SHA-256 in the
-    index cannot be compared, and is refused.
+    index cannot be compared, and is refused. A row patch that lies beside the model is read whole.
 
     Of somebody else's model with lookup tables (Qwen, Gemma), the weight files are compared with the SHA-256 in the
     index, and the parts of the tables with the config. Their rows must be finite. The backbone's shapes are not
@@ -105,6 +106,9 @@ def verify_tables(path_or_repo: str | Path, tables_from: str | Path | None = Non
             f"{path_or_repo} holds no SHA-256 for {_some(unknown)}, so nothing can be said of them. Load the model and "
             "save it once with save_pretrained, which writes them."
         )
+    # A run with `train_as_patch` has trained this file alone.
+    if (folder / PATCH_FILE).exists():
+        read_patch(folder / PATCH_FILE)
     return files
 
 

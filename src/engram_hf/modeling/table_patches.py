@@ -102,7 +102,7 @@ class RowPatch:
             raise ValueError(f"{where} is no sound patch: {wrong}. Make it again, or copy its file again.")
 
     def _what_is_wrong(self) -> str | None:
-        if not isinstance(self.name, str) or not self.name.isprintable() or not 0 < len(self.name) <= LONGEST_NAME:
+        if not is_patch_name(self.name):
             return f"its name must be printable text of at most {LONGEST_NAME} characters, got {self.name!r:.80}"
         if self.mode not in MODES:
             return f"its mode must be one of {', '.join(MODES)}, got {self.mode!r:.80}"
@@ -149,6 +149,11 @@ def _what_json_cannot_hold(value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"it has {value}"
     return None if value is None or isinstance(value, str | int | float) else f"it has a {type(value).__name__}"
+
+
+def is_patch_name(name: object) -> bool:
+    """Whether a patch may have this name."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME
 
 
 def check_scale(scale: Any) -> None:

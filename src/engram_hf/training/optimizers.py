@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..modeling.checkpoint_saving import numbers_of_files
 from ..modeling.table import EngramTable
 from ..modeling.table_changes import TrainingRun
+from ..modeling.table_patches import is_patch_name
 from .dense_parts import (
     DensePart,
     MatrixPart,
@@ -100,6 +101,10 @@ def engram_optimizers(
     if not table_lr_scale > 0:
         raise ValueError(
             f"table_lr_scale must be above 0, got {table_lr_scale}. To leave tables as they are, freeze them."
+        )
+    if train_as_patch is not None and not is_patch_name(train_as_patch):
+        raise ValueError(
+            f'train_as_patch must be the name of a new patch, such as "alice", got {train_as_patch!r:.80}.'
         )
     return EngramOptimizerFactory, {
         "args": args,
