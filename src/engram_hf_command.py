@@ -275,6 +275,8 @@ def merge(source: Source, target: Target) -> None:
 
         merge_changed_rows(source, target)
         typer.echo(f"wrote {target}")
+        if (target / "patch.safetensors").exists():
+            typer.echo("The row patch lies beside it and is not merged: engram-hf patch merge does that.")
 
 
 patches = typer.Typer(no_args_is_help=True, help="Make, merge and look at row patches: changed rows as a small file.")

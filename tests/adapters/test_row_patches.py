@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -578,6 +579,11 @@ def test_the_commands_say_what_the_functions_say(tmp_path, tokenizer):
     file = save_patch(patch, tmp_path / "alice.safetensors")
     ran = run("patch", "merge", tmp_path / "model", file, tmp_path / "merged")
     assert ran.exit_code == 0 and "wrote" in ran.stdout
+    shutil.copytree(tmp_path / "model", tmp_path / "with-patch")
+    save_patch(patch, tmp_path / "with-patch")
+    for source, is_there in (("model", False), ("with-patch", True)):
+        ran = run("merge", tmp_path / source, tmp_path / f"{source}-merged")
+        assert ran.exit_code == 0 and ("patch lies beside it and is not merged" in ran.stdout) is is_there
     ran = run("patch", "extract", tmp_path / "model", tmp_path / "merged", tmp_path / "again.safetensors")
     assert ran.exit_code == 0 and f"wrote {patch.num_rows:,} rows of 2 tables" in ran.stdout
     compared = json.loads(run("patch", "compare", file, tmp_path / "again.safetensors", "--json").stdout)
