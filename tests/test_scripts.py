@@ -205,6 +205,8 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(model, text, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # Where the tests run in the background of a shell, it ignores the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list((tmp_path / "mine").glob("checkpoint-10")):
         assert started.poll() is None, started.stderr.read()
