@@ -178,7 +178,7 @@ def bind_host_blocks(
             '"...table": "host", or leave host_nodes out.'
         )
     for block in on_host:
-        block.host_nodes = nodes
+        block.bind_to(nodes)
 
 
 class CountsCopies:
@@ -869,7 +869,7 @@ class ModelWithTables:
             for name, table in tables.items():
                 for block in table.block_records:
                     saved_name = name_of(f"{prefix}{name}", block.number)
-                    block.saved_in = (saved[saved_name], saved_name)
+                    block.note_save(saved[saved_name], saved_name)
                 table.saving.follow(by_base.get(name, ()))
         save_trained_patch(trained, folder)
         if repository is not None:
