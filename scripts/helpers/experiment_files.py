@@ -90,6 +90,7 @@ def finish(path: Path, folder: Path, make: Callable[[], dict[str, Any]]) -> dict
             "name": path.stem,
             **make(),
             "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "hardware": own_hardware(),
             "versions": own_versions(),
             "commit": commit,

@@ -28,15 +28,14 @@ from helpers.tiny_recipe import ROWS_PER_STEP, SEQ_LENGTH, freeze_tables, make_m
 
 
 # Of the learning rate, for the first arm of each family. Tables have five times the rate.
-RATES = (2e-3, 4e-3, 8e-3)
-TUNING_STEPS = 120
+RATES = (1e-3, 2e-3, 4e-3)
 # Points of a loss curve. A checkpoint is saved at every second one.
 CURVE_POINTS = 30
 
 
 @dataclass(frozen=True)
 class Run:
-    """rate: None for the one that was tuned. is_tuning: a short run whose loss is not reported."""
+    """rate: None for the one that was tuned. is_tuning: it only chooses a rate."""
 
     arm: Arm
     seed: int
@@ -90,8 +89,7 @@ def names_of_tuning(family: str, scale: str) -> dict[float, str]:
 
 def steps_of(run: Run, text: ExperimentText) -> int:
     tokens = min(SCALES[run.scale].tokens, text.most_tokens or SCALES[run.scale].tokens)
-    steps = math.ceil(tokens / (ROWS_PER_STEP * SEQ_LENGTH))
-    return min(steps, TUNING_STEPS) if run.is_tuning else steps
+    return math.ceil(tokens / (ROWS_PER_STEP * SEQ_LENGTH))
 
 
 class CpuSeconds(TrainerCallback):
