@@ -890,7 +890,7 @@ def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_fou
     with pytest.raises(SystemExit, match="tiny-engram-seed0 was trained at the rate 0.004, and tuning chooses 0.002"):
         report()
     later.write_text(later.read_text().replace("3.9", "4.1").replace('"t"', '"other"'))
-    with pytest.raises(SystemExit, match="tiny-tuning-engram-0.008 has read the text other"):
+    with pytest.raises(SystemExit, match="tiny-tuning-engram-0.002 has read the text other"):
         report()
     later.unlink()
     one.write_text("{")
