@@ -73,7 +73,7 @@ def train_all(runs: list[AnyRun], scale: str, processes: int, knowledge: Path) -
 
 # One thread each. glibc keeps the memory of freed tensors: without it, every step asks the system for pages anew, which
 # takes a sixth of the time. oneDNN keeps a kernel for each number of tokens that an expert got: with its default of
-# 1,024 kernels a step takes half as long again, and these need 5 GB.
+# 1,024 kernels a step takes a quarter longer, and these need 5 GB.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
