@@ -577,7 +577,7 @@ def short_recall(monkeypatch, tmp_path):
     from helpers import experiments, recall_runs
 
     monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 0, FIELDS))
-    sizes = {"STEPS": 4, "LONG_STEPS": 4, "TUNING_STEPS": 2, "ROWS": 2, "LONG_ROWS": 1, "ASKED_ROWS": 2}
+    sizes = {"STEPS": 4, "LONG_STEPS": 4, "ROWS": 2, "LONG_ROWS": 1, "ASKED_ROWS": 2}
     for name, value in {**sizes, "EXTENDED": 512, "LENGTHS": (256, 512)}.items():
         monkeypatch.setattr(recall_runs, name, value)
     (tmp_path / "results").mkdir()

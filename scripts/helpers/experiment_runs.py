@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from engram_hf import LossFreeBalancingCallback, count_parameters
 from engram_hf.insight.text_rows import TextRow, losses_of_rows
-from helpers.experiment_files import RESULTS, WORK, best_rate, finish, read_results
+from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
 from helpers.experiments import CONTROLS, ENGRAM, SCALES, TUNING_SEED, Arm, Experiment, maker
 from helpers.experiments_text import ExperimentText, prepare
 from helpers.recipe import row_trainer
@@ -34,17 +34,13 @@ CURVE_POINTS = 30
 
 
 @dataclass(frozen=True)
-class Run:
-    """rate: None for the one that was tuned. is_tuning: it only chooses a rate."""
+class Run(AnyRun):
+    """An arm of an experiment, trained with a seed."""
 
     arm: Arm
     seed: int
     scale: str = "tiny"
     rate: float | None = None
-
-    @property
-    def is_tuning(self) -> bool:
-        return self.rate is not None
 
     @property
     def name(self) -> str:
