@@ -13,7 +13,8 @@ with the same batch. Processes talk over loopback, and 4 of them share 2 cores.
 them, with nothing between. What of it a step does not wait for is hidden.
 
 Bytes are counted in one more step, at the collectives and sends of a process. The bound is what no exchange of rows can
-go below: each distinct row that another process holds comes once, and its gradient goes back once.
+go below: each distinct row that another process holds comes once, and its gradient goes back once. A row id goes to
+the owner with the question. A gradient names its row by one bit.
 
 Balance is of the rows that owners are asked for in a step, where each of 64 ranks reads 2,048 tokens of the text. It is
 computed from row ids alone. A table is cut block by block. By default a block holds as many heads as fit into 2**31
@@ -50,7 +51,7 @@ from helpers.tiny_recipe import SEQ_LENGTH, make_config, make_model, prepare_tex
 from engram_hf import EngramMoEConfig, NgramHash, engram_optimizers
 from engram_hf.modeling.table_blocks import split_into_blocks
 from engram_hf.modeling.table_ranks import RowCut
-from engram_hf.modeling.table_traffic import ROW_ID_NBYTES
+from engram_hf.modeling.table_traffic import NAMED_NBYTES, ROW_ID_NBYTES
 
 
 RANKS = (2, 4)
@@ -166,14 +167,14 @@ def count_bytes(way: Way, ids: torch.Tensor) -> dict[str, float]:
     with Sent() as sent:
         way.model(input_ids=ids, labels=ids).loss.backward()
     way.optimizer.zero_grad()
-    # Rows and gradients are float32. Gradients carry their row ids.
+    # Rows and gradients are float32.
     return {
         "rows": ranks.service.moved["row_bytes"] - before,
         "gradients": sent.nbytes["all to all", torch.uint8],
         "bound": foreign * table.row_nbytes,
         "ids": sent.nbytes["send", torch.uint8],
         "bound of ids": foreign * ROW_ID_NBYTES,
-        "bound of gradients": foreign * (table.row_nbytes + ROW_ID_NBYTES),
+        "bound of gradients": foreign * (table.row_nbytes + NAMED_NBYTES),
     }
 
 
@@ -271,7 +272,7 @@ def table_of_bytes(found: dict[int, list[dict]]) -> Table:
         "processes": "",
         "rows, bytes": ",.0f",
         "of the bound ": ".3f",
-        "gradients with row ids, bytes": ",.0f",
+        "gradients and their names, bytes": ",.0f",
         "of the bound": ".3f",
         "row ids with questions, bytes": ",.0f",
         "of 4 bytes a row": ".3f",
@@ -286,7 +287,9 @@ def table_of_bytes(found: dict[int, list[dict]]) -> Table:
             total["gradients"] / total["bound of gradients"],
         ]
         rows.append([str(ranks), *own, total["ids"], total["ids"] / total["bound of ids"]])
-    note = "Of one step, over all processes. The bound of gradients counts their row ids too, of 4 bytes each."
+    note = (
+        "Of one step, over all processes. No row id travels twice: the bound of gradients counts one bit for each row."
+    )
     return Table(columns, rows, "Bytes that travel in a step", note)
 
 
