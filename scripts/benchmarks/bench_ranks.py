@@ -43,8 +43,7 @@ from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers.ranks_overlap import STEPS as STEPS_ON_DISK
-from helpers.ranks_overlap import measure_overlap
+from helpers import ranks_overlap
 from helpers.results import Results, Table, about, add_results_argument
 from helpers.tiny_recipe import SEQ_LENGTH, make_config, make_model, prepare_text
 
@@ -55,8 +54,7 @@ from engram_hf.modeling.table_traffic import NAMED_NBYTES, ROW_ID_NBYTES
 
 
 RANKS = (2, 4)
-# Of a table with eight heads.
-ROWS_OF_HEAD, WIDTH = 250_000, 32
+HEADS, ROWS_OF_HEAD, WIDTH = 8, 250_000, 32
 SEQUENCES, TURN, TURNS = 4, 4, 7
 WHOLE, SHARDED, AHEAD = "whole tables", "over ranks", "over ranks, ahead"
 WAYS = {WHOLE: {}, SHARDED: {"engram_ranks": "shard"}, AHEAD: {"engram_ranks": "shard"}}
@@ -300,9 +298,10 @@ def table_of_files(found: dict[int, list[dict]]) -> Table:
             seconds = [statistics.median(of_ranks[0]["files"][f"{what}, {name}"]) for what in ("load", "save")]
             rows.append([str(ranks), name, *seconds])
     columns = {"processes": "", "tables": "", "seconds to load": ",.2f", "seconds to save": ",.2f"}
+    megabytes = 4e-6 * HEADS * ROWS_OF_HEAD * WIDTH
     note = (
-        f"Medians of {LOADS}, until the last process is done, with tables of 256 MB in host memory and files in the "
-        "page cache. One process saves, and asks the others for their rows."
+        f"Medians of {LOADS}, until the last process is done, with tables of {megabytes:.0f} MB in host "
+        "memory and files in the page cache. One process saves, and asks the others for their rows."
     )
     return Table(columns, rows, "Files", note)
 
@@ -317,8 +316,9 @@ def table_of_overlap(found: dict[str, dict[str, float]]) -> Table:
     columns = {"rows are": "", "ms of a lookup": ",.1f", "ms a step": ",.1f", "hidden": ".0%"}
     rows = [[names[way], each["lookup_ms"], each["step_ms"], each["hidden_share"]] for way, each in found.items()]
     note = (
-        "Two processes look up rows of 1,024 tokens, 8 heads and 64 numbers, and multiply matrices. Medians of "
-        f"{STEPS_ON_DISK - 1} steps of the slower process."
+        f"Two processes look up rows of {ranks_overlap.TOKENS:,} tokens, {ranks_overlap.HEADS} heads and "
+        f"{ranks_overlap.WIDTH} numbers, and multiply matrices. Medians of {ranks_overlap.STEPS - 1} steps of the "
+        "slower process."
     )
     return Table(columns, rows, "A table on disk, of which the page cache holds nothing", note)
 
@@ -404,7 +404,7 @@ def main():
         torch.save(text[drawn[: max(RANKS) * (TURN * TURNS + 1) * SEQUENCES]], folder / "ids.pt")
         os.sync()
         found = {ranks: run(folder, ranks) for ranks in RANKS}
-        overlap = measure_overlap(folder)
+        overlap = ranks_overlap.measure_overlap(folder)
     results.tables += [table_of_steps(found), table_of_overlap(overlap), table_of_bytes(found), table_of_files(found)]
     results.tables.append(table_of_balance(tokenizer, model.config, text))
     results.write(arguments.results)
