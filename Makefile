@@ -81,6 +81,7 @@ bench: install ## every benchmark, about an hour; figures go to scripts/benchmar
 	$(BENCH)/bench_per_layer_embeddings.py
 	$(BENCH)/bench_added_memory.py
 	$(BENCH)/bench_ranks.py
+	$(BENCH)/bench_rank_sums.py
 	$(BENCH)/bench_gpu.py
 	$(BIN)/python scripts/maintenance/render_results.py
 

@@ -57,11 +57,12 @@ LEVELS = [
     [
         "training.row_rules",
         "training.trained_rows",
-        "training.row_exchange",
+        "training.row_naming",
         "training.work_files",
         "training.dense_parts",
         "training.callbacks.reporting",
     ],
+    ["training.row_exchange"],
     ["training.row_state"],
     ["training.row_updates"],
     ["training."],

@@ -98,6 +98,8 @@ def evaluate_in_training(base: Path, folder: Path, **ranks) -> dict:
     for number in range(1 + args.process_index):
         with torch.no_grad():
             own.append(model(**collate(texts(30 + number))).loss)
+    # The model is deleted behind this line, and other processes may still ask for its rows.
+    dist.barrier()
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     return {"losses": losses, "own": own}
 

@@ -418,7 +418,7 @@ class EngramTable(nn.Module):
         self._check_files()
         self._check_row_ids(on_cpu)
         groups = group(self._row_ids_in_table(on_cpu.cpu()).flatten())
-        return groups, ranks.begin(groups.distinct)
+        return groups, ranks.begin(groups.distinct, self._may_leave_gradients)
 
     def _rows_of_ranks(self, ranks: TableRanks, row_ids: torch.Tensor) -> tuple[Grouping, torch.Tensor]:
         """Which row ids of a lookup are equal, and the distinct rows, (m, row width), on the CPU."""
@@ -428,9 +428,14 @@ class EngramTable(nn.Module):
         groups, pending = ranks.take(row_ids) or self._ask_ranks(ranks, row_ids.cpu())
         with self._watched(groups.distinct):
             rows = pending.result()
-        if self.training and self.is_in_training:
+        if self._may_leave_gradients:
             ranks.keep(row_ids, rows)
         return groups, rows
+
+    @property
+    def _may_leave_gradients(self) -> bool:
+        """Whether a lookup may be one of a backward, also where a forward without gradients comes first."""
+        return self.training and self.is_in_training
 
     @torch.compiler.disable
     def _look_up_over_ranks(self, ranks: TableRanks, row_ids: torch.Tensor) -> torch.Tensor:
