@@ -10,7 +10,6 @@ SOURCE = Path(__file__).parent.parent / "src" / "engram_hf"
 LEVELS = [
     [
         "modeling.ids_reach",
-        "modeling.ids_recovery",
         "modeling.configuration_checks",
         "modeling.disk_safetensors",
         "modeling.table_formats",
@@ -19,7 +18,7 @@ LEVELS = [
         "modeling.table_nodes",
         "modeling.table_traffic",
     ],
-    ["modeling.configuration_memory", "modeling.disk_files", "modeling.ids_hashing"],
+    ["modeling.disk_files", "modeling.ids_hashing"],
     ["modeling.configuration_engram_moe"],
     ["modeling.disk_reading", "modeling.table_blocks", "modeling.table_ranks"],
     ["modeling.table_changes", "modeling.table_patches", "modeling.table_requests"],
@@ -74,8 +73,7 @@ LEVELS = [
     ["adapters.fact_reports"],
     ["adapters."],
     ["checkpoints.merging"],
-    ["hub.card_facts", "hub.uploading"],
-    ["hub.card"],
+    ["hub.card", "hub.uploading"],
     ["hub."],
     ["commands.inspecting"],
     ["commands.", ""],

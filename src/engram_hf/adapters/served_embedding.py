@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.table import EngramTable
-from ..modeling.table_blocks import RESIDENT, BlockSource
+from ..modeling.table_blocks import BlockSource
 from ..modeling.table_formats import FloatRows
 from .rows_in_memory import RowsInMemory, addresses_of
 from .same_name import class_of_same_name, without_attributes
@@ -56,7 +56,7 @@ class TableOfParts(EngramTable):
         """
         for block, rows, source in zip(self.block_records, parts, sources, strict=True):
             self.blocks.append(nn.Parameter(rows, requires_grad=train and self.stored_as.is_trainable))
-            block.tier, block.source = RESIDENT, source
+            block.begin_in_memory(source)
         self._move_heads(self.blocks[0].device)
 
     def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:

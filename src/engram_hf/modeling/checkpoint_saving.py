@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, with_variant
+from .configuration_checks import TABLE_DTYPES
 from .configuration_engram_moe import AUTO_MAP
 from .disk_files import BlockSource, MappedFile
 from .disk_safetensors import (
@@ -34,6 +35,7 @@ from .disk_safetensors import (
 )
 from .table import EngramTable
 from .table_blocks import BLOCK_KEY, ROW_IDS, Block, block_name, changed_name, layer_of_table
+from .table_formats import QUANTIZED_FORMATS
 
 
 try:
@@ -48,14 +50,11 @@ CODE_FILES = (
     "checkpoint_saving.py",
     "configuration_checks.py",
     "configuration_engram_moe.py",
-    "configuration_memory.py",
     "disk_files.py",
     "disk_reading.py",
     "disk_safetensors.py",
-    "table_hot_rows.py",
     "ids_hashing.py",
     "ids_reach.py",
-    "ids_recovery.py",
     "memory_layer.py",
     "memory_model.py",
     "memory_patches.py",
@@ -65,6 +64,7 @@ CODE_FILES = (
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_hot_rows.py",
     "table_nodes.py",
     "table_overlay.py",
     "table_patches.py",
@@ -465,3 +465,36 @@ def remove_stale_weights(folder: Path, kept: set[str], variant: str | None) -> N
         is_other_variant = path.name.startswith("model") and (match[2] or "").lstrip(".") != (variant or "")
         if not is_other_variant or (match[2] or "").lstrip(".").isdigit():
             path.unlink()
+
+
+def check_blocks(tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor], names: set[str]) -> str | None:
+    """The type of the blocks that are saved, as the config names it; None for a model without tables.
+
+    Raises:
+        ValueError: a block is missing, or they are of several types, or of one that tables cannot have.
+    """
+    missing = sorted(names - set(blocks))
+    if missing:
+        raise ValueError(
+            f"The state_dict lacks {len(missing)} blocks of the tables, such as {missing[0]}; without them what "
+            "is saved could not be loaded. Give all of model.state_dict()."
+        )
+    dtypes = {str(block.dtype).removeprefix("torch.") for block in blocks.values()}
+    if not dtypes:
+        return None
+    if len(dtypes) > 1:
+        raise ValueError(f"The blocks of the tables must be of one type, got {sorted(dtypes)}.")
+    dtype, plain = next(iter(dtypes)), [name for name in TABLE_DTYPES if name not in QUANTIZED_FORMATS]
+    row_format = next(iter(tables.values())).row_format
+    if row_format is None and dtype not in plain:
+        raise ValueError(
+            f"Tables are saved in {', '.join(plain)}, got {dtype}, whose numbers have no scales. Cast the tables "
+            "back, save the model, and make them smaller with engram_hf.quantize_tables(source, target)."
+        )
+    return row_format or dtype
+
+
+def is_other_rank() -> bool:
+    """Whether another process of a distributed run is the one that saves."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0

@@ -18,7 +18,7 @@ from torch import nn
 
 from .disk_files import BlockSource, MappedFile, source_behind
 from .disk_reading import PageReader, Prefetches, pages_of_rows
-from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name, put_rows
+from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name
 from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, digest_of_content
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
@@ -377,7 +377,7 @@ class EngramTable(nn.Module):
         cut = RowCut([block.num_rows for block in self.block_records], service.ranks)
         first = 0
         for block, rows in zip(self.block_records, cut.rows_of(service.rank)):
-            block.first_row, block.num_rows = first, rows
+            block.hold(first, rows)
             first += rows
         # The table knows its type when its blocks are open.
         self.ranks = TableRanks(cut, service, 0, self._read_for_ranks)
@@ -499,11 +499,7 @@ class EngramTable(nn.Module):
             rows: (n, row width) in the type of the table.
         """
         for block, part, wanted in self.parts(row_ids):
-            block.require_memory()
-            before = block.parameter._version
-            put_rows(block.rows, wanted, rows[part], is_mapped=block.is_on_disk)
-            if block.base is not None and block.base.version == before:
-                block.base = block.base._replace(version=block.parameter._version)
+            block.write(wanted, rows[part])
         self.changes.mark(row_ids)
         if self.hot_rows is not None:
             self.hot_rows.forget(row_ids.cpu().numpy())
@@ -609,8 +605,7 @@ class EngramTable(nn.Module):
             nn.Parameter(source.tensor(), requires_grad=self.stored_as.is_trainable) for source in sources
         )
         for block, source, tier, device in zip(self.block_records, sources, tiers, devices, strict=True):
-            block.source = source
-            block.place(tier, device)
+            block.open(source, tier, device)
         if self.ranks is not None:
             self.ranks.row_nbytes = self.row_nbytes
         self._move_heads(self.blocks[0].device)
@@ -668,9 +663,9 @@ class EngramTable(nn.Module):
         if not is_whole:
             return given
         if behind is None:
-            block.digest_of_loaded = digest_of(given)
+            block.note_digest(digest_of(given))
             return given[begin:end]
-        block.digest_of_loaded = digest_of_content(behind.file.content(behind.name))
+        block.note_digest(digest_of_content(behind.file.content(behind.name)))
         return block.parameter if block.load_part(behind, begin) else given[begin:end]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -685,7 +680,6 @@ class EngramTable(nn.Module):
             if name in state_dict:
                 given = self._part_of(block, local_part(state_dict[name]))
                 state_dict[name] = block.load(given, name)
-                block.base = None
                 loaded.append(block)
         if self.hot_rows is not None:
             self.hot_rows.clear()
@@ -742,12 +736,8 @@ class EngramTable(nn.Module):
                 'model once more with engram_ranks="shard".'
             )
         self.changes.settle()
-        kept, records = RowBlocks(self.stored_as, self.head_dim), []
-        for block in self.block_records:
-            copied = object.__new__(Block)
-            copied.__dict__.update(block.state_to_copy() if len(self.blocks) else block.__dict__)
-            copied._parameters = kept
-            records.append(copied)
+        kept = RowBlocks(self.stored_as, self.head_dim)
+        records = [block.copy_with(kept) for block in self.block_records]
         for block, copied in zip(self._present(), records):
             # A block that stays on disk is opened there again; its rows are not copied.
             rows = block.rows[:0].clone() if copied.is_on_disk else block.rows

@@ -200,7 +200,7 @@ class RowChanges:
             self.mark(self._brought)
         for block in table.block_records:
             can_stand = block.source is not None and block.source.file.can_be_linked
-            block.base = Base(block.source) if block.source is not None and can_stand else None
+            block.stand_on(Base(block.source) if block.source is not None and can_stand else None)
 
     def mark(self, row_ids: torch.Tensor) -> None:
         """These rows, (n,) int64 held ids, have changed."""
@@ -241,7 +241,7 @@ class RowChanges:
             digest = None
         if digest is None:
             digest = _digest_if_same(base.source, block.rows, marks)
-        block.base = None if digest is None else base._replace(digest=digest, version=version)
+        block.stand_on(None if digest is None else base._replace(digest=digest, version=version))
         return None if block.base is None else block.base.source
 
     def count_changed(self, block: Block) -> int:
@@ -270,9 +270,9 @@ class RowChanges:
         base = block.base if by_base else None
         if source is not None:
             digest = None if base is None else base.digest
-            block.base = Base(source, digest, block.parameter._version, known_as)
+            block.stand_on(Base(source, digest, block.parameter._version, known_as))
         else:
-            block.base = None if base is None else base._replace(known_as=known_as)
+            block.stand_on(None if base is None else base._replace(known_as=known_as))
         if not by_base and self._is_changed is not None:
             self._marks_of(block).fill_(False)
 

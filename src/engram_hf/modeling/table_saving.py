@@ -198,7 +198,7 @@ class TableSaving:
     def _answer_saved(self, asked: bytes) -> bytes:
         saved: Mapping = json.loads(asked)
         for number, (path, name) in saved["saved_in"].items():
-            self.table.block_records[int(number)].saved_in = (Path(path), name)
+            self.table.block_records[int(number)].note_save(Path(path), name)
         self._follow(saved["by_base"])
         return b""
 
@@ -225,7 +225,7 @@ class TableSaving:
                 if table.is_in_training:
                     table.changes.follow_save(block, source, by_base, known_as)
             if table.ranks is not None:
-                block.saved_in = None
+                block.forget_save()
 
     def _open_parts_saved(self) -> dict[Path, TableFile]:
         """Over ranks, the files that a save has written and this rank sees, with the rows that it holds."""
