@@ -7,6 +7,9 @@ tables are cut have a batch of two texts each. One process has the same four tex
 the same two batches, which it accumulates. Whole tables on two processes give the bits of tables over ranks. The
 figures are the largest differences of any row, and of any other weight, behind the last step.
 
+Weights are copied out of their files first. In a mapped file they may not be aligned, and products then have other last
+bits. Trainer copies them in runs of several processes, and leaves them where they are in others.
+
 The lines without tables are of a Llama under torch's DistributedDataParallel, with nothing of this package. Its rows
 are those of the embedding.
 """
@@ -62,8 +65,7 @@ def load(folder: Path, rule: str, dtype: str, is_cut: bool):
     model.set_experts_implementation("eager")
     for name, parameter in model.named_parameters():
         if ".table." not in name:
-            # Products on CPUs may have other bits where weights are not aligned, as in a mapped file. Trainer copies
-            # them out of the file in runs of several processes, and leaves them there in others.
+            # Out of the mapped file; see above.
             parameter.data = parameter.data.clone()
     return model
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import GradientState
+from joining import join
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch import nn
@@ -406,10 +407,7 @@ def fetch_while_checkpointing(base: Path, folder: Path) -> dict:
 
 
 def run(rank: int, out: Path, ranks: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{out}/store{ranks}", rank=rank, world_size=ranks)
+    join(rank, ranks, out / f"store{ranks}")
     service, result = start_ranks(), {}
     for case in CASES:
         path = out / f"{case[2]}.safetensors"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from joining import join
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -126,10 +127,7 @@ def train(
 
 
 def run(rank: int, out: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=RANKS)
+    join(rank, RANKS, out / "store")
     result = {}
     for name in names:
         for is_cut in (True, False):

@@ -131,6 +131,10 @@ def write_tables(
     limit = min(convert_file_size_to_int(max_shard_size), LARGEST_FILE)
     written = WrittenTables()
     total = sum(block.nbytes for block in blocks.values())
+    for table in tables.values():
+        if table.ranks is not None:
+            # This rank holds some of what it writes.
+            total += sum(table.saving.whole_nbytes(block) - block.parameter.nbytes for block in table.block_records)
     numbers = numbers_of_files(tables)
     is_short = total < PROGRESS_BYTES
     with logging.tqdm(total=total, desc="Writing tables", unit="B", unit_scale=True, disable=is_short) as progress:
@@ -142,7 +146,7 @@ def write_tables(
                 continue
             by_rows = is_checkpoint and table.is_in_training
             standing = {
-                block: table.saving.base_of(block) if by_rows else _source_on_disk(table, block, tensor)
+                block: table.saving.base_of(block) if by_rows else table.saving.source_of(block, tensor)
                 for block, tensor in given.items()
             }
             nbytes = {block: table.saving.whole_nbytes(block) for block in given}
@@ -184,15 +188,6 @@ def numbers_of_files(tables: Iterable[str]) -> dict[str, int]:
     if len(set(layers.values())) == len(layers):
         return layers
     return {name: number for number, name in enumerate(layers)}
-
-
-def _source_on_disk(table: EngramTable, block: Block, tensor: torch.Tensor) -> BlockSource | None:
-    """The file of a block, where this is the table's own block, on disk and as its file has it."""
-    source = block.source
-    # Other ranks may have written to their parts of it.
-    if table.ranks is not None or source is None or not block.is_on_disk or not source.file.can_be_linked:
-        return None
-    return source if source.is_under(tensor) and source.holds(tensor) else None
 
 
 def _group(

@@ -35,7 +35,7 @@ from .table_gradients import Grouping
 
 
 # Kinds of requests. `ROWS` is answered with rows, and `COMING` not at all; tables and optimizers answer the others.
-ROWS, WHY, CHANGED, BASE, SAVED, STATE, LEAVE, COMING = range(8)
+ROWS, WHY, CHANGED, BASE, SAVED, SOURCE, STATE, LEAVE, COMING = range(9)
 HEAD_TAG, FIRST_TAG, TAGS = 1, 16, 2**24
 # Kind, number of the table, steps that it has made, bytes of what follows, tag of the answer, bytes of an answer with
 # rows, check number of the rows, tag under which they were announced (0 where they were not), number of the lookup by
