@@ -495,8 +495,8 @@ def test_eight_users_of_two_hundred_in_a_batch_get_what_each_gets_alone(tmp_path
     set_patches(model, [])
     held = sum(table.patches.nbytes for table in model.named_tables().values())
     rows = sum(patch.nbytes for patch in patches)
-    # The filters: at most 64 bytes for each row.
-    assert rows < held < rows + 64 * sum(patch.num_rows for patch in patches)
+    # The filters: at most 128 bytes for each row.
+    assert rows < held < rows + 128 * sum(patch.num_rows for patch in patches)
     ids = tiny_ids(8, 10)
     for users in ([3, 50, 199, 7, 7, 120, 0, 81], [11, 12, 13, 14, 15, 16, 17, 18]):
         with use_patches(model, [f"user {user}" for user in users]):
