@@ -603,7 +603,7 @@ def test_the_commands_say_what_the_functions_say(tmp_path, tokenizer):
             add_patch(model, patch)
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert f"{start}{tokenizer.decode(generated)!r}" in ran.stdout
-    # At 80 columns no figure goes on in the next line.
+    # At few columns no name and no figure goes on in the next line.
     for command, figures in (
         (["inspect", file], [f"{each.table_rows:,}" for each in patch.tables.values()]),
         (
@@ -611,8 +611,12 @@ def test_the_commands_say_what_the_functions_say(tmp_path, tokenizer):
             [f"{part:.3g}" for each in compared for part in each["norms"]],
         ),
     ):
-        lines = CliRunner().invoke(app, ["patch", *map(str, command)], env={"COLUMNS": "80"}).stdout.splitlines()
-        assert all(len(line) <= 80 for line in lines) and any(FIRST in line for line in lines)
-        assert all(any(figure in line for line in lines) for figure in figures)
+        for columns in (80, 44):
+            ran = CliRunner().invoke(app, ["patch", *map(str, command)], env={"COLUMNS": str(columns)})
+            # The sentences below a table are the terminal's to wrap.
+            lines = ran.stdout.splitlines()
+            assert any(FIRST in line for line in lines)
+            assert all(len(line) <= columns for line in lines if "row" not in line or ";" in line), columns
+            assert all(any(figure in line for line in lines) for figure in figures)
     ran = run("patch", "inspect", tmp_path / "model" / "config.json")
     assert ran.exit_code == 1 and "error:" in ran.stderr

@@ -338,8 +338,11 @@ def test_failures_are_json_where_that_was_asked_for(folder):
     assert ran.exit_code == 1 and path.name in json.loads(ran.stdout)["error"] and path.name in ran.stderr
 
 
-def test_names_of_files_are_never_cut_short(folder):
+def test_names_of_files_and_tables_are_never_cut_short(folder):
     narrow = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "60"}).stdout
+    wide = json.loads(run("inspect", folder, "--json").stdout)["tables"]
+    lines = narrow.splitlines()
+    assert all(each["name"] in lines and any(f"rows {each['rows']:,};" in line for line in lines) for each in wide)
     assert (
         "…" not in narrow
         and all(path.name in narrow for path in folder.glob("tables-*"))

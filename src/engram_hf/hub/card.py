@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,14 @@ def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
     return updated_readme(content, where, "card_template.md", values, old_values)
 
 
-def updated_readme(content: bytes, where: object, template: str, values: Mapping, before: Mapping | None) -> bytes:
+def updated_readme(
+    content: bytes,
+    where: object,
+    template: str,
+    values: Mapping,
+    before: Mapping | None,
+    replaced: Sequence[str] = (),
+) -> bytes:
     """A README with the metadata, title and section of a card of ours. What the user wrote around them stays.
 
     Args:
@@ -71,6 +78,7 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
         template: of the card, a file beside this one. The section lies between two comments, "begin" and "end".
         values: for the template, which also gets the README's own `metadata`.
         before: values of the card that is there, if they are known: what they gave, the new ones replace.
+        replaced: names of metadata whose new value takes the place of the user's.
 
     Raises:
         ValueError: it is not UTF-8, its metadata cannot be read, or the two comments are not one pair.
@@ -96,6 +104,8 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
     unwritten = ["", ModelCard.from_template(ModelCardData(), model_description=FORM).text.strip()]
     if above.strip() in [*unwritten, "" if old is None else _parts(old)[0].strip()]:
         above = title
+    for name in replaced:
+        card.data[name] = None
     _merge(card.data, ours.data.to_dict(), {} if old is None else old.data.to_dict())
     card.text = "".join([above, *_parts(_render(template, values, card.data))[1:4], below])
     return str(card).encode("utf-8", "replace")
