@@ -195,7 +195,8 @@ def compare(
     for turn in range(turns + 3):
         seconds = [0.0] * len(sides)
         for number in range(len(given)):
-            for place in range(len(sides)):
+            # Each side comes as often behind each other one.
+            for place in range(len(sides)) if turn % 2 else reversed(range(len(sides))):
                 side = (place + number + turn) % len(sides)
                 known.set(lookups.tables, sides[side])
                 # Tokens of this side are those that the others had in other lookups.

@@ -327,8 +327,14 @@ def test_options_and_models_that_cannot_be_are_refused(model, tokenizer):
     for options in (*numbers, {"max_steps": 0}, {"max_steps": 1.5}, {"batch_size": 0}, {"batch_size": "8"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be a (whole )?number of at least [01], got"):
             memorize(model, tokenizer, PROMPT, TARGET, text=TEXT, **options)
-    with pytest.raises(ValueError, match="none can be held out"):
+    with pytest.raises(ValueError, match="text is one document, so none can be held out"):
         memorize(model, tokenizer, PROMPT, TARGET, text=["One text."])
+    # Messages speak of the argument that the user gave.
+    for given, sentence in (({"text": "One text."}, "text is one str"), ({"held_out": [[]]}, "held_out has no tokens")):
+        with pytest.raises(ValueError, match=sentence):
+            memorize(model, tokenizer, PROMPT, TARGET, **{"text": TEXT, **given})
+    with pytest.raises(ValueError, match="Row 0 of counted has the columns"):
+        forget(model, PROMPT, tokenizer, counted=[{"words": "One text."}])
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
     with pytest.raises(ValueError, match="no memory layer"):
         memorize(LlamaForCausalLM(LlamaConfig(vocab_size=600, **sizes)), tokenizer, PROMPT, TARGET)

@@ -156,7 +156,7 @@ def memorize_many(
     memory = _Memory(model, "memorize")
     wanted, kept = as_facts(facts), as_facts(keep) if keep else []
     asked = questions_of(tokenizer, wanted)
-    texts = _Texts(memory, tokenizer, text, held_out)
+    texts = _Texts(memory, tokenizer, text, held_out, "text")
     rows, kept_rows = rows_of_facts(tokenizer, wanted), rows_of_facts(tokenizer, kept)
     before = _Said(model, tokenizer, asked, rows, kept_rows)
     start, steps = time.perf_counter(), 0
@@ -236,7 +236,7 @@ def forget(
         row_ids = memory.patched(row_ids)
     known = as_facts(facts) if facts else []
     asked, rows = questions_of(tokenizer, known), rows_of_facts(tokenizer, known)
-    texts = _Texts(memory, tokenizer, counted, held_out)
+    texts = _Texts(memory, tokenizer, counted, held_out, "counted")
     # The text itself stands behind the facts: nothing predicts its first token.
     whole = TextRow(ids[0], torch.arange(ids.shape[1]) > 0, text)
     before = _Said(model, tokenizer, asked, rows, [whole])
@@ -370,24 +370,32 @@ class _Texts:
     held_out: rows of text.
     """
 
-    def __init__(self, memory: _Memory, tokenizer: Any, text: Iterable[Any] | None, held_out: Iterable[Any] | None):
+    def __init__(
+        self, memory: _Memory, tokenizer: Any, text: Iterable[Any] | None, held_out: Iterable[Any] | None, called: str
+    ):
         """
+        Args:
+            memory: of the model.
+            tokenizer: for texts.
+            text, held_out: as `memorize_many` takes them.
+            called: the argument with which the user gave `text`, for messages.
+
         Raises:
             ValueError: there is no text, or too little to hold a document out.
         """
         if text is None:
             text, own = _help_topics()
             held_out = own if held_out is None else held_out
-        counted = rows_for(memory.model, text, tokenizer)
+        counted = rows_for(memory.model, text, tokenizer, called)
         if held_out is None:
             documents = list(dict.fromkeys(row.document for row in counted))
             if len(documents) < 2:
-                raise ValueError("text is one document, so none can be held out. Give more, or held_out= too.")
+                raise ValueError(f"{called} is one document, so none can be held out. Give more, or held_out= too.")
             chosen = set(documents[1::2])
             self.held_out = [row for row in counted if row.document in chosen]
             counted = [row for row in counted if row.document not in chosen]
         else:
-            self.held_out = rows_for(memory.model, held_out, tokenizer)
+            self.held_out = rows_for(memory.model, held_out, tokenizer, "held_out")
         self.held_out = [row for row in self.held_out if bool(row.is_scored[1:].any())]
         if not self.held_out:
             raise ValueError("The held-out text predicts no token: each of its rows has one token. Give longer rows.")
