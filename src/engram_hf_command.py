@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -451,6 +452,12 @@ def explore(
         name = Path(model).resolve().name if Path(model).is_dir() else model
         serve(Explorer(loaded, tokenizer, name=name), host, port)
     return None
+
+
+for command in (*app.registered_commands, *patches.registered_commands):
+    # The lines of a docstring are not those of a terminal.
+    paragraphs = cleandoc(str(command.callback.__doc__)).split("\n\n")
+    command.help = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 Two layers have tables of 16 heads of about 131,072 rows of 128 bfloat16 numbers. 200 patches have 1,000 float32 rows of
 each table. What is timed is the lookup of a forward as the model makes it: `find_rows` hashes the tokens, and then each
 table is called. It begins without a cache, whose tokens would make the hash dearer. "A table alone" leaves the hash
-out, and the look that is taken for all tables at once: one table is called with row ids. The 200 patches are known to
-the model, and one is active. Where 10% of the row ids are patched, the patch has a tenth of all rows that are read.
+out: one table is called with row ids. The 200 patches are known to the model, and one is active. Where 10% of the row
+ids are patched, the patch has a tenth of all rows that are read.
 
-Pages of the tables are in memory. Each lookup of a turn is for other tokens. Before anything is timed, patched lookups
-are compared with rows that were written by hand, and a batch of 8 users with 8 single lookups. Plain and patched
-lookups take turns. A ratio is the median of the ratios of turns; the quartiles follow.
+Pages of the tables are in memory. Before anything is timed, patched lookups are compared with rows that were written by
+hand, and a batch of 8 users with 8 single lookups. A plain lookup, another plain one and a patched one take turns, each
+for other tokens. Both are compared with the first: the second plain one shows the noise. A ratio is the median over
+turns, each of all lookups; the quartiles follow.
 """
 
 import argparse
@@ -187,21 +188,29 @@ def time_turn(call: Callable, given: list[torch.Tensor]) -> float:
 def compare(
     known: ModelPatches, lookups: Lookups, patch: RowPatch, call: Callable, given: list[torch.Tensor], turns: int
 ) -> list:
-    """Median milliseconds of plain lookups, and median and quartiles of patched over plain in percent."""
-    plain, ratios = [], []
+    """Median milliseconds of plain lookups; of other plain ones, and of patched ones, median and quartiles in percent
+    above them."""
+    sides: list[list[str]] = [[], [], [patch.name]]
+    plain, ratios = [], ([], [])
     for turn in range(turns + 3):
-        times = {}
-        for names in ([], [patch.name]) if turn % 2 else ([patch.name], []):
-            known.set(lookups.tables, names)
-            # The first lookup under other patches prepares the look at all tables; switches are timed by themselves.
-            call(given[-1])
-            times[len(names)] = time_turn(call, given)
+        seconds = [0.0] * len(sides)
+        for number in range(len(given)):
+            # Each side comes as often behind each other one.
+            for place in range(len(sides)) if turn % 2 else reversed(range(len(sides))):
+                side = (place + number + turn) % len(sides)
+                known.set(lookups.tables, sides[side])
+                # Tokens of this side are those that the others had in other lookups.
+                seconds[side] += time_turn(call, [given[(number + side * len(given) // len(sides)) % len(given)]])
         if turn >= 3:
-            plain.append(times[0])
-            ratios.append(times[1] / times[0])
+            plain.append(seconds[0] / len(given))
+            for of_side, each in zip(ratios, seconds[1:]):
+                of_side.append(100 * (each / seconds[0] - 1))
     known.set(lookups.tables, [])
-    low, middle, high = (100 * (each - 1) for each in statistics.quantiles(ratios, n=4))
-    return [1e3 * statistics.median(plain), middle, f"{low:+.1f} to {high:+.1f}"]
+    found = [1e3 * statistics.median(plain)]
+    for of_side in ratios:
+        low, middle, high = statistics.quantiles(of_side, n=4)
+        found += [middle, f"{low:+.1f} to {high:+.1f}"]
+    return found
 
 
 def time_users(known: ModelPatches, lookups: Lookups, patches: list[RowPatch], turns: int) -> list[list]:
@@ -260,9 +269,10 @@ def main() -> None:
         shape: [torch.randint(0, config.vocab_size, SHAPES[shape], generator=generator) for _ in range(count)]
         for shape, count in LOOKUPS.items()
     }
-    columns = {"lookup": "", "tier": "", "patched rows": ".0%", "plain, ms": ".3f", "patched, more %": "+.1f"}
-    forwards = Table({**columns, "quartiles": ""}, [], "Hash and two tables, as a forward looks up")
-    alone = Table({**columns, "quartiles": ""}, [], "A table alone")
+    columns = {"lookup": "", "tier": "", "patched rows": ".0%", "plain, ms": ".3f"}
+    columns |= {"plain again, more %": "+.1f", "its quartiles": "", "patched, more %": "+.1f", "quartiles": ""}
+    forwards = Table(columns, [], "Hash and two tables, as a forward looks up")
+    alone = Table(columns, [], "A table alone")
     users = Table({"of two tables": "", "median, microseconds": ",.1f", "most": ",.0f"}, [])
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         paths = {layer: Path(name) / f"table-{layer}.safetensors" for layer in LAYERS}

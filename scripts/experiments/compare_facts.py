@@ -304,17 +304,16 @@ def compare(arguments: argparse.Namespace) -> list[Table]:
         found = {ROWS: [runs.found(model, ROWS, seed) for seed in arguments.seeds]}
         note = f"Drift on {found[ROWS][0]['tokens']:,} held-out tokens. Ten related prompts stand beside five facts "
         note += "each. Seconds are those of the optimisation, while other programs kept the machine busy."
-        if model in arguments.lora:
-            numbers = int(found[ROWS][0]["numbers"])
-            tried = [
-                (rate, caution, runs.found(model, LORA, TUNING_SEED, numbers, rate, caution))
-                for rate, caution in LORA_GRID[model]
-            ]
-            rate, caution, _ = max(tried, key=lambda each: how_good(each[2]))
-            found[LORA] = [runs.found(model, LORA, seed, numbers, rate, caution) for seed in arguments.lora_seeds]
-            note += f" LoRA has the rate {rate:g} and pays {caution:g} a nat."
-            tuning.append(tuning_table(model, tried))
-        tables.append(table_of(model, found, {ROWS: arguments.seeds, LORA: arguments.lora_seeds}, note))
+        numbers = int(found[ROWS][0]["numbers"])
+        tried = [
+            (rate, caution, runs.found(model, LORA, TUNING_SEED, numbers, rate, caution))
+            for rate, caution in LORA_GRID[model]
+        ]
+        rate, caution, _ = max(tried, key=lambda each: how_good(each[2]))
+        found[LORA] = [runs.found(model, LORA, seed, numbers, rate, caution) for seed in arguments.seeds]
+        note += f" LoRA has the rate {rate:g} and pays {caution:g} a nat."
+        tuning.append(tuning_table(model, tried))
+        tables.append(table_of(model, found, arguments.seeds, note))
     return tables + tuning
 
 
@@ -330,7 +329,7 @@ def tuning_table(model: str, tried: list[tuple[float, float, dict]]) -> Table:
     return Table(columns, rows, f"How LoRA was tuned, {NAMES[model]}", note)
 
 
-def table_of(model: str, found: dict[str, list[dict]], seeds: dict[str, list[int]], note: str) -> Table:
+def table_of(model: str, found: dict[str, list[dict]], seeds: list[int], note: str) -> Table:
     columns = {
         "way": "",
         "seed": "",
@@ -349,7 +348,7 @@ def table_of(model: str, found: dict[str, list[dict]], seeds: dict[str, list[int
     rows = []
     for way, of_seeds in found.items():
         words = "rows" if way == ROWS else f"LoRA, rank {of_seeds[0]['rank']} on {of_seeds[0]['modules']} projections"
-        for seed, each in zip(seeds[way], of_seeds, strict=True):
+        for seed, each in zip(seeds, of_seeds, strict=True):
             same = ("the same bits" if each["restored"] else "others") if way == ROWS else ""
             rows.append([words, str(seed), *(each[name] for name in names), same])
         means = [statistics.mean(each[name] for each in of_seeds) for name in names]
@@ -361,8 +360,6 @@ def table_of(model: str, found: dict[str, list[dict]], seeds: dict[str, list[int
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[DEMO, SMOLLM], default=[DEMO, SMOLLM], help="(default: both)")
-    parser.add_argument("--lora", nargs="*", choices=[DEMO, SMOLLM], default=[DEMO, SMOLLM], help="(default: both)")
-    parser.add_argument("--lora-seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--demo", type=Path, default=Path("output/tiny"), help="folder (default: output/tiny)")
     parser.add_argument("--memory", type=Path, default=Path("output/memory"), help="folder (default: output/memory)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
@@ -391,12 +388,7 @@ def main() -> None:
     only = "" if len(arguments.models) > 1 else f", {NAMES[arguments.models[0]]} alone"
     results = Results(f"Facts in rows of a memory{only}", about(__doc__))
     threads = f"{arguments.threads} thread{'s' * (arguments.threads > 1)}"
-    beside = (
-        "LoRA was trained on " + " and ".join(NAMES[each] for each in arguments.lora)
-        if arguments.lora
-        else "LoRA was not run"
-    )
-    results.about += f"\n\nSmolLM2 in {arguments.dtype}, {threads}. {beside}."
+    results.about += f"\n\nSmolLM2 in {arguments.dtype}, {threads}."
     results.tables = compare(arguments)
     results.write(arguments.results)
 

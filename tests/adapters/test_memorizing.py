@@ -1,6 +1,7 @@
 """Facts in rows: what is written is what `generate` says, nothing else is written, and it comes out again exactly."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -64,6 +65,12 @@ def randomize_memory(model):
 def logits_of(model, tokenizer, text):
     with torch.no_grad():
         return model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+
+
+def probability_of(model, tokenizer, text):
+    """Of all tokens of a text behind its first one."""
+    log_probs = logits_of(model, tokenizer, text).double().log_softmax(-1)
+    return math.exp(sum(float(log_probs[i, id]) for i, id in enumerate(tokenizer(text)["input_ids"][1:])))
 
 
 def continuation(model, tokenizer, prompt, target):
@@ -237,18 +244,23 @@ def test_a_memory_that_was_added_and_never_trained_learns_facts(tokenizer, tmp_p
 
 
 def test_forgetting_reads_the_rows_of_whole_ngrams_as_zeros(model, tokenizer):
-    text, whole = " class statement", "The class statement is executed."
+    text, whole = " class statement is", "The class statement is executed."
     patch, report = forget(model, text, tokenizer, counted=TEXT, facts=[FACTS[0]])
     with silenced(model, rows={int(name.split(".")[1]): each.row_ids for name, each in patch.tables.items()}):
         expected = logits_of(model, tokenizer, whole)
-    plain = logits_of(model, tokenizer, whole)
+    plain, was = logits_of(model, tokenizer, whole), probability_of(model, tokenizer, text)
     add_patch(model, patch)
-    forgotten = logits_of(model, tokenizer, whole)
+    forgotten, now = logits_of(model, tokenizer, whole), probability_of(model, tokenizer, text)
     assert torch.equal(forgotten, expected) and not torch.equal(forgotten, plain)
     ids = tokenizer(text)["input_ids"]
     # Two heads for each order, two layers; no two of so few n-grams share a row.
     assert patch.num_rows == 2 * 2 * (len(ids) - 1 + len(ids) - 2) == len(report.rows)
     assert report.facts[0].said_before and min(row.norm for row in report.rows) > 0
+    told, said = report.forgotten, report.markdown()
+    assert (told.text, told.to, told.rows) == (text, "zero", patch.num_rows) and report.kept == [] and was != now
+    assert (told.probability_before, told.probability) == pytest.approx((was, now))
+    assert f"now read zeros: {patch.num_rows:,} rows were reset. The text had the probability {was:.2g}" in said
+    assert f"and has {now:.2g} now" in said and "says now" in said and "recalled" not in said
 
 
 def test_forgetting_finds_the_tokenizer_beside_the_model(model, tokenizer, tmp_path):
@@ -311,11 +323,18 @@ def test_a_file_of_facts_names_the_line_that_is_wrong(model, tokenizer, tmp_path
 
 
 def test_options_and_models_that_cannot_be_are_refused(model, tokenizer):
-    for options in ({"margin": -1}, {"caution": float("nan")}, {"max_steps": 0}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least"):
+    numbers = ({"margin": -1}, {"margin": float("inf")}, {"caution": float("nan")}, {"caution": "low"})
+    for options in (*numbers, {"max_steps": 0}, {"max_steps": 1.5}, {"batch_size": 0}, {"batch_size": "8"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be a (whole )?number of at least [01], got"):
             memorize(model, tokenizer, PROMPT, TARGET, text=TEXT, **options)
-    with pytest.raises(ValueError, match="none can be held out"):
+    with pytest.raises(ValueError, match="text is one document, so none can be held out"):
         memorize(model, tokenizer, PROMPT, TARGET, text=["One text."])
+    # Messages speak of the argument that the user gave.
+    for given, sentence in (({"text": "One text."}, "text is one str"), ({"held_out": [[]]}, "held_out has no tokens")):
+        with pytest.raises(ValueError, match=sentence):
+            memorize(model, tokenizer, PROMPT, TARGET, **{"text": TEXT, **given})
+    with pytest.raises(ValueError, match="Row 0 of counted has the columns"):
+        forget(model, PROMPT, tokenizer, counted=[{"words": "One text."}])
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
     with pytest.raises(ValueError, match="no memory layer"):
         memorize(LlamaForCausalLM(LlamaConfig(vocab_size=600, **sizes)), tokenizer, PROMPT, TARGET)

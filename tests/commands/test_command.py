@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from engram_hf import EngramMoEConfig, EngramMoEForCausalLM, count_parameters, estimate_memory, inspect_checkpoint
 from engram_hf.modeling import configuration_engram_moe, table_formats
-from engram_hf_command import PRESETS, ROW_FORMATS, app, sentences
+from engram_hf_command import PRESETS, ROW_FORMATS, app, patches, sentences
 
 
 @pytest.fixture
@@ -338,13 +338,21 @@ def test_failures_are_json_where_that_was_asked_for(folder):
     assert ran.exit_code == 1 and path.name in json.loads(ran.stdout)["error"] and path.name in ran.stderr
 
 
-def test_names_of_files_are_never_cut_short(folder):
+def test_names_of_files_and_tables_are_never_cut_short(folder):
     narrow = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "60"}).stdout
+    wide = json.loads(run("inspect", folder, "--json").stdout)["tables"]
+    lines = narrow.splitlines()
+    assert all(each["name"] in lines and any(f"rows {each['rows']:,};" in line for line in lines) for each in wide)
     assert (
         "…" not in narrow
         and all(path.name in narrow for path in folder.glob("tables-*"))
         and "tokens of an n-gram: 2-3" in narrow
     )
+
+
+def test_the_terminal_alone_breaks_the_lines_of_help():
+    texts = [each.help for group in (app, patches) for each in get_command(group).commands.values()]
+    assert len(texts) > 10 and not any("\n" in paragraph for text in texts for paragraph in text.split("\n\n"))
 
 
 def test_the_version_is_that_of_the_package():

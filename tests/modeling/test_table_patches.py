@@ -29,7 +29,6 @@ from engram_hf import (
     use_patches,
 )
 from engram_hf.modeling.memory_layer import find_rows
-from engram_hf.modeling.table_overlay import Layer
 from engram_hf.modeling.table_requests import has_requests
 
 
@@ -238,9 +237,11 @@ def rows_by_hand(table, row_ids, patched):
 # Heads of a table: eight to a byte of the filter, two bytes, several heads to a bit, and numbers that fill no eight.
 @pytest.mark.parametrize("heads_of_order", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("count", [1, 40, 400])
-def test_a_forward_that_reads_one_patched_row_among_many_others_reads_it(heads_of_order, count):
+# Row ids that are compared as one number of Python, and more of them.
+@pytest.mark.parametrize("seq", [7, 90])
+def test_a_forward_that_reads_one_patched_row_among_many_others_reads_it(heads_of_order, count, seq):
     model = tiny_model(tiny_config(engram_n_heads=heads_of_order))
-    ids = tiny_ids(2, 7)
+    ids = tiny_ids(2, seq)
     memories = [layer.engram for layer in model.model.memory_layers()]
     others = random_rows(model, False, count, count, ids)
     one_of_each = random_rows(model, True, 1, count + 1, ids)
@@ -283,26 +284,19 @@ def test_a_model_with_other_layers_than_its_hash_reads_patched_rows(layers):
         remove_patch(model, "one")
 
 
-def test_a_forward_of_plain_rows_asks_no_table_for_its_patches(monkeypatch):
+def test_patches_that_are_switched_between_hash_and_lookup_are_those_of_the_lookup():
     model = tiny_model()
     memories = [layer.engram for layer in model.model.memory_layers()]
     add_patch(model, make_patch(model, "others", random_rows(model, False, 40, 0)))
-    asked = []
-    put = Layer.put
-    monkeypatch.setattr(Layer, "put", lambda layer, *given: asked.append(layer.name) or put(layer, *given))
     _, row_ids = find_rows(model.model.ngram_hash, memories, IDS)
     found = [memory.table(row_ids[memory.layer_idx]) for memory in memories]
-    assert asked == []
-    # Patches that are switched behind the look are asked for themselves.
-    rows = random_rows(model, True, 1, 1)
-    add_patch(model, make_patch(model, "one", rows))
+    add_patch(model, make_patch(model, "one", random_rows(model, True, 1, 1)))
     again = [memory.table(row_ids[memory.layer_idx]) for memory in memories]
-    assert "one" in asked and not any(map(torch.equal, found, again))
-    asked.clear()
+    assert not any(map(torch.equal, found, again))
     # A context of its own: each sequence is asked for itself.
     with use_patches(model, [None, "one", None]):
         mixed = [memory.table(row_ids[memory.layer_idx]) for memory in memories]
-    assert asked and all(torch.equal(one[::2], other[::2]) for one, other in zip(mixed, found))
+    assert all(torch.equal(one[::2], other[::2]) for one, other in zip(mixed, found))
 
 
 def test_prefetched_rows_are_patched_and_prefetching_is_not_disturbed(tmp_path):
@@ -401,7 +395,7 @@ def test_a_pickle_holds_rows_and_row_ids_of_patches_and_little_else():
     add_patch(model, patch)
     assert len(pickle.dumps(model)) - size < patch.nbytes + 2000
     held = sum(table.patches.nbytes for table in model.named_tables().values())
-    assert patch.nbytes < held <= patch.nbytes + 64 * patch.num_rows
+    assert patch.nbytes < held <= patch.nbytes + 128 * patch.num_rows
 
 
 @pytest.mark.parametrize("mode, scale, size", [("replace", 1.0, 1e5), ("add", 1.0, 1e5), ("add", 1e300, 1.0)])

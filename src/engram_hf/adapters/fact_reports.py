@@ -121,6 +121,22 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Forgotten:
+    """What `forget` has reset.
+
+    text, to: as they were given.
+    rows: of the whole n-grams of the text.
+    probability_before, probability: of the text after its first token.
+    """
+
+    text: str
+    to: str
+    rows: int
+    probability_before: float
+    probability: float
+
+
+@dataclass(frozen=True)
 class FactReport:
     """The result of a patch of facts.
 
@@ -131,6 +147,7 @@ class FactReport:
     drift: on held-out text.
     nbytes: of the patch: its rows and row ids.
     steps, seconds: of the optimisation; measuring takes more.
+    forgotten: of `forget`; None where facts were written.
     """
 
     facts: list[FactResult]
@@ -141,6 +158,7 @@ class FactReport:
     nbytes: int
     steps: int
     seconds: float
+    forgotten: Forgotten | None = None
 
     @property
     def recalled(self) -> int:
@@ -157,7 +175,9 @@ class FactReport:
         related = [answer for fact in self.facts for answer in fact.related]
         drift, counts = self.drift, sorted(row.count for row in self.rows)
         lines = []
-        if self.facts:
+        if self.forgotten is not None:
+            lines += [*_lines_of_forgotten(self.forgotten), *_answers_to(self.facts)]
+        elif self.facts:
             lines += [f"{self.recalled} of {len(self.facts)} facts are recalled greedily.", "", *_table(self.facts)]
         if paraphrases:
             knows = sum(answer.is_target for answer in paraphrases)
@@ -188,6 +208,27 @@ class FactReport:
         return "\n".join(lines)
 
     _repr_markdown_ = __str__ = markdown
+
+
+def _lines_of_forgotten(forgotten: Forgotten) -> list[str]:
+    reset = "zeros" if forgotten.to == "zero" else "the rows of the plain table"
+    return [
+        f"The n-grams of {_cell(repr(forgotten.text))} now read {reset}: {forgotten.rows:,} rows were reset. The text "
+        f"had the probability {forgotten.probability_before:.2g}, and has {forgotten.probability:.2g} now."
+    ]
+
+
+def _answers_to(facts: Sequence[FactResult]) -> list[str]:
+    """What is said where it was asked, before and after rows were reset."""
+    if not facts:
+        return []
+    lines = ["", "| prompt | said | says now | target | probability before | now |", "|---|---|---|---|---|---|"]
+    for fact in facts:
+        words = " | ".join(
+            _cell(text) for text in (fact.prompt, *map(repr, (fact.said_before, fact.said, fact.target)))
+        )
+        lines.append(f"| {words} | {fact.probability_before:.2g} | {fact.probability:.2g} |")
+    return lines
 
 
 def _table(facts: Sequence[FactResult]) -> list[str]:

@@ -6,11 +6,13 @@ taken out. Nothing is drawn at random, so the same call gives the same patch. ar
 gradient on the rows of an Engram table.
 """
 
+import math
 import pydoc_data.topics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from .fact_reports import (
     Asked,
     FactReport,
     FactResult,
+    Forgotten,
     RowChange,
     Score,
     answers_by_fact,
@@ -142,15 +145,18 @@ def memorize_many(
         >>> report.recalled, patch.mode
         (2, 'add')
     """
-    for option, value, least in (("margin", margin, 0.0), ("caution", caution, 0.0), ("max_steps", max_steps, 1)):
-        if not value >= least:
-            raise ValueError(f"{option} must be at least {least:g}, got {value!r}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+    for option, value, kind, least, words in (
+        ("margin", margin, Real, 0, "a number"),
+        ("caution", caution, Real, 0, "a number"),
+        ("max_steps", max_steps, Integral, 1, "a whole number"),
+        ("batch_size", batch_size, Integral, 1, "a whole number"),
+    ):
+        if not isinstance(value, kind) or not least <= value < math.inf:
+            raise ValueError(f"{option} must be {words} of at least {least}, got {value!r:.80}.")
     memory = _Memory(model, "memorize")
     wanted, kept = as_facts(facts), as_facts(keep) if keep else []
     asked = questions_of(tokenizer, wanted)
-    texts = _Texts(memory, tokenizer, text, held_out)
+    texts = _Texts(memory, tokenizer, text, held_out, "text")
     rows, kept_rows = rows_of_facts(tokenizer, wanted), rows_of_facts(tokenizer, kept)
     before = _Said(model, tokenizer, asked, rows, kept_rows)
     start, steps = time.perf_counter(), 0
@@ -189,15 +195,15 @@ def forget(
     """Reset the rows that the n-grams of a text read, as a patch.
 
     Every n-gram that lies in the text as a whole loses its rows. Other n-grams that share them lose them too: the
-    report says how often they occur and what changed. What a model knows from its other weights it does not forget.
+    report says how often they occur, what changed, and how probable the text was and is. What a model knows from its
+    other weights it does not forget.
 
     Args:
         model: with a memory. It stays as it is.
         text: its n-grams; with the space before it, if it has one in the middle of a text.
         tokenizer: of the model; by default the one that lies where the model was loaded from.
         to: "zero" for rows of zeros, "base" for the rows of the plain table under the patches that are active.
-        facts: what the report asks before and after; see `memorize_many`. A target that is not said any more counts as
-            not recalled.
+        facts: what the report asks before and after; see `memorize_many`.
         counted, held_out: rows of text, as `text` and `held_out` of `memorize_many`.
         name: of the patch.
 
@@ -230,8 +236,10 @@ def forget(
         row_ids = memory.patched(row_ids)
     known = as_facts(facts) if facts else []
     asked, rows = questions_of(tokenizer, known), rows_of_facts(tokenizer, known)
-    texts = _Texts(memory, tokenizer, counted, held_out)
-    before = _Said(model, tokenizer, asked, rows, [])
+    texts = _Texts(memory, tokenizer, counted, held_out, "counted")
+    # The text itself stands behind the facts: nothing predicts its first token.
+    whole = TextRow(ids[0], torch.arange(ids.shape[1]) > 0, text)
+    before = _Said(model, tokenizer, asked, rows, [whole])
     made = {
         memory.names[layer_id]: (
             each,
@@ -242,9 +250,11 @@ def forget(
     }
     patch = make_patch(model, name, made, REPLACE, {"made_by": "forget", "to": to})
     with memory.laid_over(patch):
-        after = _Said(model, tokenizer, asked, rows, [])
+        after = _Said(model, tokenizer, asked, rows, [whole])
+    was, now = (math.exp(said.scores[-1].log_prob) for said in (before, after))
     reasons = ["its rows were reset"] * len(rows)
-    return patch, _report(memory, patch, asked, before, after, texts, rows, reasons, 0, 0.0)
+    report = _report(memory, patch, asked, before, after, texts, rows, reasons, 0, 0.0)
+    return patch, replace(report, kept=[], forgotten=Forgotten(text, to, patch.num_rows, was, now))
 
 
 def _tokenizer_beside(model: nn.Module) -> Any:
@@ -360,24 +370,32 @@ class _Texts:
     held_out: rows of text.
     """
 
-    def __init__(self, memory: _Memory, tokenizer: Any, text: Iterable[Any] | None, held_out: Iterable[Any] | None):
+    def __init__(
+        self, memory: _Memory, tokenizer: Any, text: Iterable[Any] | None, held_out: Iterable[Any] | None, called: str
+    ):
         """
+        Args:
+            memory: of the model.
+            tokenizer: for texts.
+            text, held_out: as `memorize_many` takes them.
+            called: the argument with which the user gave `text`, for messages.
+
         Raises:
             ValueError: there is no text, or too little to hold a document out.
         """
         if text is None:
             text, own = _help_topics()
             held_out = own if held_out is None else held_out
-        counted = rows_for(memory.model, text, tokenizer)
+        counted = rows_for(memory.model, text, tokenizer, called)
         if held_out is None:
             documents = list(dict.fromkeys(row.document for row in counted))
             if len(documents) < 2:
-                raise ValueError("text is one document, so none can be held out. Give more, or held_out= too.")
+                raise ValueError(f"{called} is one document, so none can be held out. Give more, or held_out= too.")
             chosen = set(documents[1::2])
             self.held_out = [row for row in counted if row.document in chosen]
             counted = [row for row in counted if row.document not in chosen]
         else:
-            self.held_out = rows_for(memory.model, held_out, tokenizer)
+            self.held_out = rows_for(memory.model, held_out, tokenizer, "held_out")
         self.held_out = [row for row in self.held_out if bool(row.is_scored[1:].any())]
         if not self.held_out:
             raise ValueError("The held-out text predicts no token: each of its rows has one token. Give longer rows.")

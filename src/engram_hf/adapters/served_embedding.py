@@ -16,6 +16,7 @@ from torch import nn
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import BlockSource
 from ..modeling.table_formats import FloatRows
+from ..modeling.table_overlay import numbers_of
 from .rows_in_memory import RowsInMemory, addresses_of
 from .same_name import class_of_same_name, without_attributes
 from .table_parts import SCALED, TABLE_CHILD
@@ -59,11 +60,12 @@ class TableOfParts(EngramTable):
             block.begin_in_memory(source)
         self._move_heads(self.blocks[0].device)
 
-    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+    def look_up(self, row_ids: torch.Tensor, numbers: np.ndarray | None = None) -> torch.Tensor:
         """Look the table's own rows up.
 
         Args:
             row_ids: (...), integers in [0, rows of the table).
+            numbers: as in `EngramTable.look_up`.
 
         Returns:
             (..., width) in the type of the table, on the device of `row_ids`.
@@ -73,7 +75,7 @@ class TableOfParts(EngramTable):
         """
         flat = row_ids.reshape(-1).long()
         if self._takes_any_order():
-            found = super().look_up(flat).view(-1, self.head_dim)
+            found = super().look_up(flat, numbers).view(-1, self.head_dim)
         else:
             ascending, order = flat.sort()
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -113,10 +115,10 @@ class TableOfParts(EngramTable):
     def _row_ids_in_table(self, row_ids: torch.Tensor) -> torch.Tensor:
         return row_ids
 
-    def _check_row_ids(self, row_ids: torch.Tensor) -> None:
-        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or not row_ids.numel():
+    def _check_row_ids(self, numbers: np.ndarray | None) -> None:
+        if numbers is None or not numbers.size:
             return
-        least, largest = (int(each) for each in row_ids.aminmax())
+        least, largest = int(numbers.min()), int(numbers.max())
         if least < 0 or largest >= self.num_rows:
             raise IndexError(
                 f"Row id {least if least < 0 else largest} is out of range: the table has {self.num_rows} rows. Token "
@@ -136,7 +138,7 @@ class TableOfParts(EngramTable):
     def _split_on_cpu(self, row_ids: torch.Tensor) -> list[torch.Tensor]:
         self._check_files()
         on_cpu = row_ids.detach().cpu()
-        self._check_row_ids(on_cpu)
+        self._check_row_ids(numbers_of(on_cpu))
         return list(self._split(on_cpu))
 
     def _check_files(self) -> None:
@@ -156,7 +158,7 @@ class TableOfParts(EngramTable):
         if (rows := self._in_memory()) is None:
             return super()._read(row_ids)
         on_cpu = row_ids.detach().cpu()
-        self._check_row_ids(on_cpu)
+        self._check_row_ids(numbers_of(on_cpu))
         found = rows.find(on_cpu)
         for pages, file in rows.pages(found):
             self._reader.read(pages, file)

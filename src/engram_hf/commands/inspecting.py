@@ -1,8 +1,12 @@
 """What `engram-hf inspect` prints, and how sizes are written."""
 
+from collections.abc import Sequence
+from textwrap import fill
+
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from ..checkpoints.inspecting import Inspection
@@ -26,23 +30,36 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e3:,.3f} KB" if nbytes else "0"
 
 
-def narrow_table(name: str, *figures: str) -> Table:
-    """A table for 80 columns. A long name goes on in the next line, and a figure never does."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(name, overflow="fold")
-    for figure in figures:
-        table.add_column(figure, no_wrap=True)
-    return table
+def show_rows(title: str | None, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is a name. Nothing is cut: where the terminal is too narrow, the figures stand
+    below the names.
+
+    Args:
+        title: above the table; None for none.
+        headers: one per column.
+        rows: cells. Several lines of a cell stand one below the other.
+    """
+    console, table = Console(markup=False), Table(box=SIMPLE_HEAD, pad_edge=False, title=title)
+    for header in headers:
+        table.add_column(header, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
+        return console.print(table)
+    if title is not None:
+        typer.echo(title)
+    for name, *figures in rows:
+        told = "; ".join(f"{header} {' and '.join(cell.splitlines())}" for header, cell in zip(headers[1:], figures))
+        typer.echo(f"{name}\n{fill(told, console.width, initial_indent='  ', subsequent_indent='  ')}")
 
 
 def show_inspection(found: Inspection) -> None:
     """Print the tables of a checkpoint, their files, and what binds them to a tokenizer."""
-    table = narrow_table("table", "rows", "row", "bytes", "blocks", "changed rows")
-    table.title = found.where
+    rows = []
     for own in found.tables:
         row = f"{own.head_dim} x {own.dtype}"
-        table.add_row(own.name, f"{own.rows:,}", row, size(own.nbytes), str(len(own.blocks)), f"{own.changed_rows:,}")
-    Console(markup=False).print(table)
+        rows.append([own.name, f"{own.rows:,}", row, size(own.nbytes), str(len(own.blocks)), f"{own.changed_rows:,}"])
+    show_rows(found.where, ("table", "rows", "row", "bytes", "blocks", "changed rows"), rows)
     for own in found.tables:
         files = sorted({block.file for block in own.blocks})
         typer.echo(f"{own.name} in {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else ""))

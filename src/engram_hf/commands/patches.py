@@ -4,11 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ..adapters.patch_making import ComparedRows
 from ..modeling.table_patches import RowPatch
-from .inspecting import narrow_table, size
+from .inspecting import show_rows, size
 
 
 def patch_as_dict(patch: RowPatch) -> dict[str, Any]:
@@ -29,12 +28,12 @@ def patch_as_dict(patch: RowPatch) -> dict[str, Any]:
 
 def show_patch(patch: RowPatch) -> None:
     """Print the tables that a patch changes, and what made it."""
-    table = narrow_table("table", "changed rows", "of", "row")
-    table.title = f"{patch.name} ({patch.mode}, {size(patch.nbytes)})"
+    rows = []
     for name, each in patch.tables.items():
         dtype = str(each.rows.dtype).removeprefix("torch.")
-        table.add_row(name, f"{len(each.row_ids):,}", f"{each.table_rows:,}", f"{each.rows.shape[1]} x {dtype}")
-    Console(markup=False).print(table)
+        rows.append([name, f"{len(each.row_ids):,}", f"{each.table_rows:,}", f"{each.rows.shape[1]} x {dtype}"])
+    title = f"{patch.name} ({patch.mode}, {size(patch.nbytes)})"
+    show_rows(title, ("table", "changed rows", "of", "row"), rows)
     for fact, value in patch.provenance.items():
         typer.echo(f"{fact}: {value}")
 
@@ -46,14 +45,13 @@ def compared_as_dict(compared: list[ComparedRows]) -> list[dict[str, Any]]:
 
 def show_compared(compared: list[ComparedRows]) -> None:
     """Print which rows two patches share."""
-    table = narrow_table("table", "rows", "shared", "conflicts", "norms", "largest difference")
+    found = []
     for each in compared:
         # One below the other.
         rows, norms = ("\n".join(text) for text in (map("{:,}".format, each.rows), map("{:.3g}".format, each.norms)))
-        table.add_row(
-            each.table, rows, f"{each.shared:,}", f"{each.conflicts:,}", norms, f"{each.largest_difference:.3g}"
-        )
-    Console(markup=False).print(table)
+        figures = [f"{each.shared:,}", f"{each.conflicts:,}", norms, f"{each.largest_difference:.3g}"]
+        found.append([each.table, rows, *figures])
+    show_rows(None, ("table", "rows", "shared", "conflicts", "norms", "largest difference"), found)
     conflicts = sum(each.conflicts for each in compared)
     typer.echo(
         "the order of these patches is free"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -284,11 +284,19 @@ def updated_card(content: bytes, facts: CardFacts, where: object) -> bytes:
     return updated_readme(content, where, "card_template.md", values, before)
 
 
-def updated_readme(content: bytes, where: object, template: str, values: Mapping, before: Mapping | None) -> bytes:
+def updated_readme(
+    content: bytes,
+    where: object,
+    template: str,
+    values: Mapping,
+    before: Mapping | None,
+    replaced: Sequence[str] = (),
+) -> bytes:
     """A README with the metadata, title and section of a card of ours. What the user wrote around them stays.
 
     The template is a file beside this one; its section lies between two comments, "begin" and "end". What the values
-    `before`, of the card that is there, have given, the new ones replace. `where` names the README in errors.
+    `before`, of the card that is there, have given, the new ones replace, and they take the place of the user's where
+    metadata are named in `replaced`. `where` names the README in errors.
 
     Raises:
         ValueError: it is not UTF-8, its metadata cannot be read, or the two comments are not one pair.
@@ -311,6 +319,8 @@ def updated_readme(content: bytes, where: object, template: str, values: Mapping
     form = ModelCard.from_template(ModelCardData(), model_description=FORM)
     if above.strip() in ("", form.text.strip(), _parts(old)[0].strip()):
         above = title
+    for name in replaced:
+        card.data[name] = None
     _merge(card.data, ours.data.to_dict(), {} if before is None else old.data.to_dict())
     card.text = "".join([above, *_parts(ours)[1:4], below])
     return str(card).encode("utf-8", "replace")

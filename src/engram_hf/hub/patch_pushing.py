@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 from huggingface_hub.utils import validate_repo_id
@@ -32,8 +33,8 @@ def push_patch(
     Args:
         patch: a patch, or its file or folder.
         repo_id: repository; it is created if it does not exist. Only our section of its README is changed.
-        base_model: repository of the model that the patch is for, for a card that names none yet.
-        license: as the Hub writes it, for a card that names none yet.
+        base_model: repository of the model that the patch is for; by default the one that the card names.
+        license: as the Hub writes it; by default that of the card.
         token, private, revision, create_pr, commit_message: as in `push_to_hub`.
 
     Returns:
@@ -53,7 +54,7 @@ def push_patch(
         write_patch(patch, file)
         repository = open_repository(repo_id, token, private, revision, create_pr)
         before = repository.read(CARD_FILE) or b""
-        values = {
+        values: dict[str, Any] = {
             "patch": patch,
             "repo_id": repository.repo_id,
             "base_model": base_model,
@@ -64,7 +65,9 @@ def push_patch(
             "file": PATCH_FILE,
             "sha256": file_digest(file),
         }
-        card = updated_readme(before, f"{CARD_FILE} of {repo_id}", "patch_card_template.md", values, None)
+        given = [name for name in ("base_model", "license") if values[name] is not None]
+        where = f"{CARD_FILE} of {repo_id}"
+        card = updated_readme(before, where, "patch_card_template.md", values, None, replaced=given)
         operations = [
             CommitOperationAdd(path_in_repo=PATCH_FILE, path_or_fileobj=str(file)),
             CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=card),

@@ -62,7 +62,9 @@ class Batch(NamedTuple):
         return None if bool(self.is_token.all()) else self.is_token.long()
 
 
-def read_rows(data: Iterable[Any], tokenizer: Any = None, longest_text: int = ROW_TOKENS) -> Iterator[TextRow]:
+def read_rows(
+    data: Iterable[Any], tokenizer: Any = None, longest_text: int = ROW_TOKENS, called: str = "data"
+) -> Iterator[TextRow]:
     """Rows out of what a user has.
 
     Args:
@@ -72,6 +74,7 @@ def read_rows(data: Iterable[Any], tokenizer: Any = None, longest_text: int = RO
             of its own. A dict may have `text` in place of ids.
         tokenizer: for texts.
         longest_text: a text is cut into rows of at most so many tokens.
+        called: the argument with which the user gave `data`, for messages.
 
     Raises:
         ValueError: a row is none of these, or there is no row.
@@ -81,25 +84,27 @@ def read_rows(data: Iterable[Any], tokenizer: Any = None, longest_text: int = RO
         ['a', 'row 1']
     """
     if isinstance(data, str | Mapping):
-        raise ValueError(f"data is one {type(data).__name__}, and must be a list or an iterable of rows. {CONTRACT}")
+        raise ValueError(
+            f"{called} is one {type(data).__name__}, and must be a list or an iterable of rows. {CONTRACT}"
+        )
     found = 0
     for number, given in enumerate(data):
-        for row in _rows_of(given, number, tokenizer, longest_text):
+        for row in _rows_of(given, f"{number} of {called}", tokenizer, longest_text, f"row {number}"):
             found += 1
             yield row
     if not found:
-        raise ValueError(f"data has no tokens. {CONTRACT}")
+        raise ValueError(f"{called} has no tokens. {CONTRACT}")
 
 
-def _rows_of(given: Any, number: int, tokenizer: Any, longest_text: int) -> Iterator[TextRow]:
+def _rows_of(given: Any, where: str, tokenizer: Any, longest_text: int, own_name: str) -> Iterator[TextRow]:
     row = given if isinstance(given, Mapping) else {"text" if isinstance(given, str) else "input_ids": given}
     name = row.get("document")
-    document = f"row {number}" if name is None else str(name)
+    document = own_name if name is None else str(name)
     if row.get("input_ids") is None:
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"Row {number} of data has the columns {sorted(row)}, and no 'input_ids'. {CONTRACT}")
+            raise ValueError(f"Row {where} has the columns {sorted(row)}, and no 'input_ids'. {CONTRACT}")
         if tokenizer is None:
-            raise ValueError(f"Row {number} of data is a text, so its tokens are not known. {CONTRACT}")
+            raise ValueError(f"Row {where} is a text, so its tokens are not known. {CONTRACT}")
         ids = torch.tensor(tokenizer(row["text"], verbose=False)["input_ids"], dtype=torch.int64)
         for part in ids.split(longest_text) if len(ids) else ():
             yield TextRow(part, torch.ones_like(part, dtype=torch.bool), document)
@@ -107,10 +112,10 @@ def _rows_of(given: Any, number: int, tokenizer: Any, longest_text: int) -> Iter
     columns = {}
     for key in ("input_ids", "labels", "attention_mask", "position_ids"):
         if row.get(key) is not None:
-            columns[key] = _as_ids(row[key], key, number)
+            columns[key] = _as_ids(row[key], key, where)
             if len(columns[key]) != len(columns["input_ids"]):
                 lengths = f"{len(columns['input_ids'])} input_ids and {len(columns[key])} {key}"
-                raise ValueError(f"Row {number} of data has {lengths}. Give one of each per token.")
+                raise ValueError(f"Row {where} has {lengths}. Give one of each per token.")
     ids = columns["input_ids"]
     is_scored = columns.get("labels", ids) != IGNORED_LABEL
     begins = torch.zeros_like(ids, dtype=torch.bool)
@@ -125,22 +130,22 @@ def _rows_of(given: Any, number: int, tokenizer: Any, longest_text: int) -> Iter
             yield TextRow(ids[start:end], is_scored[start:end], own)
 
 
-def _as_ids(given: Any, key: str, number: int) -> torch.Tensor:
+def _as_ids(given: Any, key: str, where: str) -> torch.Tensor:
     try:
         ids = torch.as_tensor(given).cpu()
     except (ValueError, TypeError, RuntimeError):
         ids = torch.zeros(0)
     if ids.ndim != 1 or (ids.is_floating_point() and ids.numel()):
         kind = f"a {type(given).__name__}" if ids.ndim == 1 else f"of shape {tuple(ids.shape)}"
-        raise ValueError(f"{key} of row {number} of data is {kind}, and must be a list of integers. {CONTRACT}")
+        raise ValueError(f"{key} of row {where} is {kind}, and must be a list of integers. {CONTRACT}")
     return ids.long()
 
 
-def rows_for(model: nn.Module, data: Iterable[Any], tokenizer: Any = None) -> list[TextRow]:
+def rows_for(model: nn.Module, data: Iterable[Any], tokenizer: Any = None, called: str = "data") -> list[TextRow]:
     """As `read_rows`, of texts that are cut to the positions that a model has."""
     config: Any = model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or ROW_TOKENS
-    return list(read_rows(data, tokenizer, min(ROW_TOKENS, positions)))
+    return list(read_rows(data, tokenizer, min(ROW_TOKENS, positions), called))
 
 
 def batches(rows: Iterable[TextRow], most_tokens: int) -> Iterator[Batch]:

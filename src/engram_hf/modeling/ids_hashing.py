@@ -252,15 +252,13 @@ class HashedTokens(NamedTuple):
     ngrams: (batch, N, seq) ids of the longest n-gram that ends at each token, the oldest first.
     row_ids: layer id to (batch, seq, heads) row ids, each in [0, rows of its head).
     before: of `Seen`: where the tokens before it are; None for directly before it.
-    stacked: (layers, batch, seq, heads) the row ids of all layers in their order.
     """
 
     ids: torch.Tensor
     reach: torch.Tensor
     ngrams: torch.Tensor
     row_ids: dict[int, torch.Tensor]
-    before: torch.Tensor | None
-    stacked: torch.Tensor
+    before: torch.Tensor | None = None
 
 
 class NgramHash(nn.Module):
@@ -431,7 +429,7 @@ class NgramHash(nn.Module):
             reach = reach_along(ids, seen.reach.to(ids.device), before, run_before)
         ngrams = self._find_ngrams(read, reach, pad_id, before)
         rows = hash_layers(ngrams, *(constant.to(ids.device) for constant in self._constants))
-        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows.unbind(), strict=True)), before, rows)
+        return HashedTokens(ids, reach, ngrams, dict(zip(self.layer_ids, rows.unbind(), strict=True)), before)
 
     def row_ids(
         self, layer_id: int, compressed_ids: torch.Tensor, positions: torch.Tensor | None = None

@@ -16,7 +16,6 @@ from .ids_hashing import HashedTokens, NgramHash, family_of, find_primes, rows_b
 from .ids_reach import Seen, pack_history
 from .table import EngramTable, prefetch_rows
 from .table_formats import row_format
-from .table_overlay import mark_plain_lookups
 
 
 # Tokens that `crop` can always take back (candidates of assisted decoding that were refused, for one).
@@ -421,7 +420,4 @@ def find_rows(
     # On the device of their layer, since a lookup knows its prefetch by the tensor.
     row_ids = {memory.layer_idx: memory.to_device(hashed.row_ids[memory.layer_idx]) for memory in memories}
     prefetch_rows([memory.table for memory in memories], list(row_ids.values()))
-    # Layers may have been taken out of the model, or put in another order: the stacked ids are not theirs then.
-    if list(row_ids) == list(hashed.row_ids):
-        mark_plain_lookups([memory.table.patches for memory in memories], list(row_ids.values()), hashed.stacked)
     return hashed, row_ids

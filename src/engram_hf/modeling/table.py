@@ -23,7 +23,7 @@ from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, dige
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
 from .table_hot_rows import HotRows
-from .table_overlay import TablePatches, is_traced
+from .table_overlay import TablePatches, is_traced, numbers_of
 from .table_ranks import PendingRows, RowCut, RowService, TableRanks, local_part
 from .table_saving import TableSaving
 
@@ -179,10 +179,15 @@ class EngramTable(nn.Module):
             return self.look_up(row_ids)
         if self.training and torch.is_grad_enabled():
             self.patches.refuse_to_train_requests()
-        return self.patches.lay_over(row_ids, self.look_up(row_ids))
+        numbers = numbers_of(row_ids)
+        return self.patches.lay_over(row_ids, self.look_up(row_ids, numbers), numbers)
 
-    def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
+    def look_up(self, row_ids: torch.Tensor, numbers: np.ndarray | None = None) -> torch.Tensor:
         """Look the table's own rows up; as `forward`, without patches.
+
+        Args:
+            row_ids: as in `forward`.
+            numbers: of `numbers_of`, where somebody has asked it already.
 
         Raises:
             IndexError: a row id is out of range (on an accelerator with resident blocks, its own assertion).
@@ -196,7 +201,7 @@ class EngramTable(nn.Module):
             self._refuse_dense_gradients()
             return self._look_up_over_ranks(self.ranks, row_ids).flatten(-2)
         if self.is_resident:
-            self._check_row_ids(row_ids)
+            self._check_row_ids(numbers_of(row_ids) if numbers is None else numbers)
             if not torch.compiler.is_compiling():
                 self._check_files()
             rows = [self._look_up(block, ids) for block, ids in zip(self.block_records, self._split(row_ids))]
@@ -226,17 +231,16 @@ class EngramTable(nn.Module):
             block.require_memory()
         return F.embedding(rows.to(block.parameter.device), block.parameter).to(rows.device)
 
-    def _check_row_ids(self, row_ids: torch.Tensor) -> None:
-        # On an accelerator looking would wait for it, and the kernel looks by itself.
-        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
+    def _check_row_ids(self, numbers: np.ndarray | None) -> None:
+        """Look at row ids as `numbers_of` gives them. Where it gives none, the kernel looks by itself."""
+        if numbers is None:
             return
         # As unsigned numbers negative ones are too large.
-        numbers = row_ids.detach().numpy().astype(np.int64, copy=False).view(np.uint64)
-        bounds = self._rows_on_cpu.view(np.uint64)
-        if (numbers.max(axis=tuple(range(numbers.ndim - 1)), initial=0) >= bounds).any():
-            where = np.argwhere(numbers >= bounds)[0].tolist()
+        is_wrong = numbers.astype(np.int64, copy=False).view(np.uint64) >= self._rows_on_cpu.view(np.uint64)
+        if is_wrong.any():
+            where = np.argwhere(is_wrong)[0].tolist()
             raise IndexError(
-                f"Row id {int(row_ids[tuple(where)])} at {where} is out of range: head {where[-1]} has "
+                f"Row id {int(numbers[tuple(where)])} at {where} is out of range: head {where[-1]} has "
                 f"{self._rows_on_cpu[where[-1]]} rows. Row ids come from this layer's own hash."
             )
 
@@ -290,7 +294,7 @@ class EngramTable(nn.Module):
         """
         if self.ranks is not None:
             on_cpu = row_ids.cpu()
-            self._check_row_ids(on_cpu)
+            self._check_row_ids(numbers_of(on_cpu))
             self.ranks.announce(group(self._row_ids_in_table(on_cpu).flatten()).distinct)
         elif not self.is_resident:
             for pages, file in self._pages_on_disk(self._split_on_cpu(row_ids)):
@@ -301,7 +305,7 @@ class EngramTable(nn.Module):
         for the interpreter beside a busy thread."""
         self._check_files()
         on_cpu = row_ids if row_ids.device.type == "cpu" else row_ids.cpu()
-        self._check_row_ids(on_cpu)
+        self._check_row_ids(numbers_of(on_cpu))
         rows = on_cpu.numpy() + self._offsets_on_cpu
         ends = list(accumulate((len(block.rows_of_head) for block in self.block_records), initial=0))
         return [torch.from_numpy(rows[..., start:end]) for start, end in zip(ends, ends[1:])]
@@ -416,7 +420,7 @@ class EngramTable(nn.Module):
     def _ask_ranks(self, ranks: TableRanks, on_cpu: torch.Tensor) -> tuple[Grouping, PendingRows]:
         """Ask for the rows of a lookup, (..., heads) on the CPU; returns at once."""
         self._check_files()
-        self._check_row_ids(on_cpu)
+        self._check_row_ids(numbers_of(on_cpu))
         groups = group(self._row_ids_in_table(on_cpu.cpu()).flatten())
         return groups, ranks.begin(groups.distinct, self._may_leave_gradients)
 
@@ -565,7 +569,7 @@ class EngramTable(nn.Module):
         """Which row ids of a lookup are equal, and the distinct rows, (m, row width), on `home`."""
         self._check_files()
         home = row_ids.to(self.home)
-        self._check_row_ids(home)
+        self._check_row_ids(numbers_of(home))
         groups = group(self._row_ids_in_table(home).flatten())
         with self._watched(groups.distinct):
             started = self._prefetches.take(row_ids)

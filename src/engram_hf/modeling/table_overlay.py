@@ -18,16 +18,16 @@ from .table_requests import asked_of, copies_of_sequence, has_requests
 
 
 # Bytes of a filter for each patched row.
-PLACES_PER_ROW = 32
-# Of the filter for all tables of a forward, of which a model has one at a time. Above so many bytes it would be slow.
-PLACES_PER_ROW_OF_FORWARD, MOST_PLACES_OF_FORWARD = 64, 2**22
+PLACES_PER_ROW = 64
 # A byte of a filter has a bit for each of so many heads. Eight of them are compared in one number.
 HEADS_OF_BYTE = 8
-ONE_BIT_EACH = np.array([1 << head for head in range(HEADS_OF_BYTE)], dtype=np.uint8).view(np.uint64)[0]
-# More than any row id of a table.
-ROW_IDS_OF_TABLE = 1 << 48
-# Name of a mark on the row ids of a lookup: the overlay under which none of them is patched.
-PLAIN_UNDER = "engram_plain_under"
+BIT_OF_HEAD = bytes(1 << head for head in range(HEADS_OF_BYTE))
+# An array, since numpy takes longer over a number.
+ONE_BIT_EACH = np.frombuffer(BIT_OF_HEAD, dtype=np.uint64).reshape(())
+# So many row ids are searched for faster one by one, and so many bytes compared faster as one number, than by numpy.
+FEW_SUSPECTS = 5
+FEW_BYTES = 512
+ONE_BIT_OF_FEW = int.from_bytes(BIT_OF_HEAD * (FEW_BYTES // HEADS_OF_BYTE), "little")
 
 
 class RowFilter:
@@ -38,16 +38,15 @@ class RowFilter:
     bit each. With other numbers some share bits.
     """
 
-    def __init__(self, in_head: np.ndarray, heads: np.ndarray, num_heads: int, places_per_row: int):
+    def __init__(self, in_head: np.ndarray, heads: np.ndarray, num_heads: int):
         """
         Args:
             in_head: (n,) row ids of their head.
             heads: (n,) their heads.
             num_heads: of the table.
-            places_per_row: bytes for each row.
         """
-        places = 1 << math.ceil(math.log2(max(1, len(in_head)) * places_per_row))
-        self._mask, self._bits = places - 1, np.zeros(places, dtype=np.uint8)
+        places = 1 << math.ceil(math.log2(max(1, len(in_head)) * PLACES_PER_ROW))
+        self._mask, self._bits = np.array(places - 1), np.zeros(places, dtype=np.uint8)
         # Among eight neighbours of a lookup, a head stands at every so-manieth place.
         period = math.gcd(num_heads, HEADS_OF_BYTE)
         bits = [sum(1 << place for place in range(head, HEADS_OF_BYTE, period)) for head in range(period)]
@@ -59,11 +58,13 @@ class RowFilter:
 
     def find(self, numbers: np.ndarray) -> np.ndarray:
         """Where row ids of a lookup, (..., heads), may be patched: (m,) ascending, in the flattened lookup."""
-        found = self._bits.take(numbers & self._mask).reshape(-1)
+        found = self._bits.take(np.bitwise_and(numbers, self._mask)).reshape(-1)
+        if found.size <= FEW_BYTES and not int.from_bytes(found.tobytes(), "little") & ONE_BIT_OF_FEW:
+            return NOWHERE
         if not found.size % HEADS_OF_BYTE:
             eights = found.view(np.uint64)
-            eights &= ONE_BIT_EACH
-        return found.nonzero()[0] if np.count_nonzero(found) else NOWHERE
+            np.bitwise_and(eights, ONE_BIT_EACH, out=eights)
+        return NOWHERE if found.tobytes() == bytes(found.size) else found.astype(bool).nonzero()[0]
 
 
 NOWHERE = np.zeros(0, dtype=np.int64)
@@ -89,7 +90,7 @@ class Layer:
         self.row_ids, self.rows = patched.row_ids, patched.rows
         self._known, self._first_row_ids = self.row_ids.numpy(), first_row_ids
         heads, in_head = heads_of_rows(self._known, first_row_ids)
-        self._filter = RowFilter(in_head, heads, len(first_row_ids), PLACES_PER_ROW)
+        self._filter = RowFilter(in_head, heads, len(first_row_ids))
         self._copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fixed(self) -> "Layer":
@@ -109,7 +110,7 @@ class Layer:
             rows: (..., heads * head_dim).
         """
         asked = self._filter.find(numbers)
-        if not len(asked):
+        if len(asked) <= FEW_SUSPECTS and not any(self._knows(numbers, place) for place in asked.tolist()):
             return
         maybe = numbers.reshape(-1)[asked] + self._first_row_ids[asked % len(self._first_row_ids)]
         places = self._known.searchsorted(maybe)
@@ -124,6 +125,12 @@ class Layer:
             flat.index_copy_(0, hit, new)
         else:
             put_rows(flat, hit, new, is_mapped=False)
+
+    def _knows(self, numbers: np.ndarray, place: int) -> bool:
+        """Whether the row id at a place of a flattened lookup is patched."""
+        row_id = numbers.item(place) + self._first_row_ids.item(place % len(self._first_row_ids))
+        at = int(self._known.searchsorted(row_id))
+        return at < len(self._known) and self._known.item(at) == row_id
 
     def lay_over_all(self, in_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(..., heads) row ids of the table and (..., heads, head_dim) rows to the patched rows, without a look at what
@@ -209,6 +216,14 @@ def is_traced(row_ids: torch.Tensor) -> bool:
     return type(row_ids) is not torch.Tensor or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
+def numbers_of(row_ids: torch.Tensor) -> np.ndarray | None:
+    """The row ids of a lookup, to look at; None on an accelerator, which would be waited for, and where torch makes a
+    graph."""
+    if torch.compiler.is_compiling() or not row_ids.is_cpu or is_traced(row_ids):
+        return None
+    return row_ids.numpy()
+
+
 Names = tuple[str, ...]
 Overlay = tuple[Overlaid, ...]
 
@@ -229,8 +244,6 @@ class TablePatches:
         self.layers: dict[str, Overlaid] = {}
         self.overlay: Overlay = ()
         self.trained: RowsInTraining | None = None
-        # Of this table and those beside it; kept by the first of them.
-        self.of_forward: PatchedOfForward | None = None
 
     def add(self, name: str, patched: PatchedRows, mode: str, scale: float) -> None:
         """Know a patch from now on."""
@@ -271,12 +284,13 @@ class TablePatches:
         """Bytes that the patches of this table hold in host memory."""
         return sum(layer.nbytes for layer in self.layers.values())
 
-    def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def lay_over(self, row_ids: torch.Tensor, rows: torch.Tensor, numbers: np.ndarray | None) -> torch.Tensor:
         """The rows of a lookup under the patches that are to be seen.
 
         Args:
             row_ids: (batch, ..., heads) of a lookup.
             rows: (batch, ..., heads * head_dim) as the lookup has found them. They may be written to.
+            numbers: as `numbers_of` gives them for these row ids.
 
         Returns:
             the rows, in their type; in float32 where patches lie over FP8 rows, which are not rounded to FP8.
@@ -286,18 +300,17 @@ class TablePatches:
         overlay = self.overlay
         if not overlay:
             return rows
-        if not torch.compiler.is_compiling() and getattr(row_ids, PLAIN_UNDER, None) is overlay:
-            return widened(rows)
-        return self._lay_over(overlay, row_ids, widened(rows))
+        return self._lay_over(overlay, row_ids, widened(rows), numbers)
 
-    def _lay_over(self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        if row_ids.device.type != "cpu" or torch.compiler.is_compiling() or is_traced(row_ids):
+    def _lay_over(
+        self, overlay: Overlay, row_ids: torch.Tensor, rows: torch.Tensor, numbers: np.ndarray | None
+    ) -> torch.Tensor:
+        if numbers is None:
             in_table = row_ids.long() + self._first_on(row_ids.device)
             found = rows.view(*row_ids.shape, -1)
             for layer in overlay:
                 found = layer.lay_over_all(in_table, found)
             return found.view(rows.shape)
-        numbers = row_ids.numpy()
         for layer in overlay:
             layer.put(numbers, rows)
         return rows
@@ -312,9 +325,9 @@ class TablePatches:
 
     @torch.compiler.disable
     def _lay_over_each(self, row_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        overlays = asked_of(self)
+        overlays, numbers = asked_of(self), numbers_of(row_ids)
         if overlays is None:
-            return self._lay_over(self.overlay, row_ids, widened(rows)) if self.overlay else rows
+            return self._lay_over(self.overlay, row_ids, widened(rows), numbers) if self.overlay else rows
         batch, copies = row_ids.shape[0], copies_of_sequence()
         if overlays and batch != len(overlays) * copies:
             beams = f", each {copies} times for beams or several returned sequences" if copies > 1 else ""
@@ -328,7 +341,8 @@ class TablePatches:
             if overlay:
                 part = slice(start * copies, end * copies)
                 before = rows[part]
-                if (found := self._lay_over(overlay, row_ids[part], before)) is not before:
+                own = None if numbers is None else numbers[part]
+                if (found := self._lay_over(overlay, row_ids[part], before, own)) is not before:
                     before.copy_(found)
         return rows
 
@@ -377,7 +391,7 @@ class TablePatches:
             )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "trained": None, "of_forward": None, "_first_copies": {}}
+        return {**self.__dict__, "trained": None, "_first_copies": {}}
 
 
 def widened(rows: torch.Tensor) -> torch.Tensor:
@@ -392,73 +406,3 @@ def _runs(overlays: Sequence[Overlay]) -> Iterator[tuple[int, int, Overlay]]:
         if end == len(overlays) or overlays[end] != overlays[start]:
             yield start, end, overlays[start]
             start = end
-
-
-class PatchedOfForward:
-    """The patched rows of all tables of a forward, to see at once that it reads none of them.
-
-    overlays: of the tables, in the order of their row ids.
-    """
-
-    def __init__(self, overlays: tuple[Overlay, ...], first_row_ids: Sequence[np.ndarray]):
-        """
-        Args:
-            overlays: of layers, one overlay per table.
-            first_row_ids: as in `TablePatches`, one per table.
-        """
-        self.overlays = overlays
-        known, heads, in_head = [], [], []
-        for number, (overlay, first) in enumerate(zip(overlays, first_row_ids, strict=True)):
-            row_ids = np.unique(np.concatenate([NOWHERE, *(layer.fixed().row_ids.numpy() for layer in overlay)]))
-            of_table = heads_of_rows(row_ids, first)
-            heads.append(of_table[0])
-            in_head.append(of_table[1])
-            known.append(row_ids + number * ROW_IDS_OF_TABLE)
-        self._known, self._first_row_ids = np.concatenate(known), np.stack(first_row_ids)
-        self._first_row_ids += np.arange(len(overlays))[:, None] * ROW_IDS_OF_TABLE
-        self._filter: RowFilter | None = None
-        if len(self._known) * PLACES_PER_ROW_OF_FORWARD <= MOST_PLACES_OF_FORWARD:
-            num_heads = self._first_row_ids.shape[1]
-            self._filter = RowFilter(
-                np.concatenate(in_head), np.concatenate(heads), num_heads, PLACES_PER_ROW_OF_FORWARD
-            )
-
-    def are_plain(self, numbers: np.ndarray) -> bool:
-        """Whether it is certain that none of these row ids, (tables, ..., heads), is patched."""
-        if self._filter is None:
-            return False
-        asked = self._filter.find(numbers)
-        if not len(asked):
-            return True
-        tables, heads = self._first_row_ids.shape
-        maybe = numbers.reshape(-1)[asked] + self._first_row_ids[asked // (numbers.size // tables), asked % heads]
-        places = self._known.searchsorted(maybe)
-        return not np.count_nonzero(self._known.take(places, mode="clip") == maybe)
-
-
-def mark_plain_lookups(patches: Sequence[TablePatches], row_ids: Sequence[torch.Tensor], stacked: torch.Tensor) -> None:
-    """Mark the row ids of a forward if none of them is patched, so that its lookups need not look for themselves.
-
-    One look for all tables costs little more than one for each would. A mark names its overlay: patches may be switched
-    before the lookup.
-
-    Args:
-        patches: of the tables.
-        row_ids: that each table will be asked for; these very tensors are marked.
-        stacked: (tables, batch, seq, heads) all of them.
-    """
-    if torch.compiler.is_compiling():
-        return
-    overlays = tuple(each.overlay for each in patches)
-    if not any(overlays) or not stacked.is_cpu or has_requests() or is_traced(stacked):
-        return
-    known = patches[0].of_forward
-    if known is None or known.overlays != overlays:
-        # Rows in training change, and the number of heads may be told only by the lookup.
-        is_fixed = all(isinstance(layer, Layer) for overlay in overlays for layer in overlay)
-        if not is_fixed or any(len(each.first_on_cpu) != stacked.shape[-1] for each in patches):
-            return
-        known = patches[0].of_forward = PatchedOfForward(overlays, [each.first_on_cpu for each in patches])
-    if known.are_plain(stacked.numpy()):
-        for ids, overlay in zip(row_ids, overlays):
-            setattr(ids, PLAIN_UNDER, overlay)

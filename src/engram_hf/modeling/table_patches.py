@@ -89,17 +89,17 @@ class RowPatch:
         sizes = f"{self.num_rows:,} rows of {len(self.tables)} tables, {self.mode}, {self.nbytes:,} bytes"
         return f"RowPatch({self.name!r}: {sizes})"
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, what_to_do: str = "Make it again.") -> None:
         """
         Args:
-            where: the patch, for messages.
+            where, what_to_do: the patch, and the way to a sound one, for messages.
 
         Raises:
             ValueError: a part is of another type or shape than it must be.
         """
         wrong = self._what_is_wrong()
         if wrong is not None:
-            raise ValueError(f"{where} is no sound patch: {wrong}. Make it again, or copy its file again.")
+            raise ValueError(f"{where} is no sound patch: {wrong}. {what_to_do}")
 
     def _what_is_wrong(self) -> str | None:
         if not is_patch_name(self.name):
@@ -225,7 +225,7 @@ def read_patch(file: str | Path) -> RowPatch:
         patch = RowPatch(facts["name"], tables, facts["mode"], facts["fingerprint"], facts["provenance"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The patch {path} is damaged: {error}. Download or copy it again.") from error
-    patch.check(f"The patch {path}")
+    patch.check(f"The patch {path}", "Make it again, or copy its file again.")
     return patch
 
 
