@@ -198,7 +198,8 @@ def facts_in(content: bytes, where: object) -> CardFacts | None:
     # Another release has other fields.
     with suppress(TypeError):
         if record[1] == _digest(record[2]):
-            return CardFacts(**json.loads(record[2]))
+            known = json.loads(record[2])
+            return CardFacts(**{name: known[name] for name in known if name in CardFacts.__dataclass_fields__})
     logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
     return None
 

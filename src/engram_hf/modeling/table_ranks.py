@@ -440,7 +440,8 @@ class RowService:
 
     def _serve(self) -> None:
         try:
-            while self._others:
+            # Ranks that have left say so again and again, until this one leaves too.
+            while self._others or not self._has_left:
                 head = torch.empty(HEAD_NUMBERS, dtype=torch.int64, device="cpu")
                 arrival = self._group.recv_anysource([head], HEAD_TAG)
                 arrival.wait(QUIET)
