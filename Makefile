@@ -13,7 +13,7 @@ PARALLEL := -n auto --maxprocesses 8
 BENCH := OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/benchmarks
 FAST := tests/test_import_order.py tests/test_public_names.py tests/test_planning.py \
 	tests/modeling/test_configuration_engram_moe.py tests/modeling/test_ids_hashing.py \
-	tests/modeling/test_ids_recovery.py tests/modeling/test_documents.py tests/modeling/test_memory_layer.py \
+	tests/modeling/test_ids_reach.py tests/modeling/test_documents.py tests/modeling/test_memory_layer.py \
 	tests/modeling/test_table.py tests/modeling/test_outputs.py tests/checkpoints/test_inspecting.py \
 	tests/training/test_row_rules.py tests/training/test_balancing.py
 
@@ -81,6 +81,7 @@ bench: install ## every benchmark, about an hour; figures go to scripts/benchmar
 	$(BENCH)/bench_per_layer_embeddings.py
 	$(BENCH)/bench_added_memory.py
 	$(BENCH)/bench_ranks.py
+	$(BENCH)/bench_rank_sums.py
 	$(BENCH)/bench_gpu.py
 	$(BIN)/python scripts/maintenance/render_results.py
 

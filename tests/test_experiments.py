@@ -384,8 +384,8 @@ def test_a_run_that_began_at_another_rate_begins_anew(text, tmp_path, monkeypatc
     begun: list[int] = []
     record = lambda self, args, state, control, **kwargs: begun.append(state.global_step)  # noqa: E731
     monkeypatch.setattr(experiment_runs.CpuSeconds, "on_step_begin", record, raising=False)
-    content = train_in(tmp_path, text, "moe", best=8e-3)
-    assert begun == [0, 1, 2, 3] and content["learning_rate"] == 8e-3
+    content = train_in(tmp_path, text, "moe", best=1e-3)
+    assert begun == [0, 1, 2, 3] and content["learning_rate"] == 1e-3
 
 
 # Trains 60 steps as run.py does, of a corpus and in a folder of its own.
@@ -577,7 +577,7 @@ def short_recall(monkeypatch, tmp_path):
     from helpers import experiments, recall_runs
 
     monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 0, FIELDS))
-    sizes = {"STEPS": 4, "LONG_STEPS": 4, "TUNING_STEPS": 2, "ROWS": 2, "LONG_ROWS": 1, "ASKED_ROWS": 2}
+    sizes = {"STEPS": 4, "LONG_STEPS": 4, "ROWS": 2, "LONG_ROWS": 1, "ASKED_ROWS": 2}
     for name, value in {**sizes, "EXTENDED": 512, "LENGTHS": (256, 512)}.items():
         monkeypatch.setattr(recall_runs, name, value)
     (tmp_path / "results").mkdir()
@@ -661,7 +661,7 @@ def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[
             run = Run(arm, seed)
             found[run.name] = {
                 "name": run.name, "arm": arm.name, "family": arm.family, "seed": seed, "learning_rate": 4e-3,
-                "steps": 5, "tokens": 9, "text": "t", "threads": 1, "curve": [[1, 5.0]],
+                "steps": 5, "tokens": 9, "text": "t", "threads": 1, "matmul_precision": "medium", "curve": [[1, 5.0]],
                 "parameters": {"total": 1, "active": 1, "tables": 1},
                 "loss": float(nats.sum() / tokens.sum()), "cpu_hours": 0.25, "hardware": "h", "commit": "c",
                 "versions": {"torch": "2"}, "documents": {"nats": nats.tolist(), "tokens": tokens.tolist()},
@@ -881,16 +881,16 @@ def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_fou
     with pytest.raises(SystemExit, match="Runs of scale tiny differ in text"):
         report("--check")
     one.write_text(content)
-    for rate, loss in ((2e-3, 5.0), (4e-3, 4.0), (8e-3, 4.1)):
+    for rate, loss in ((1e-3, 5.0), (2e-3, 4.1), (4e-3, 4.0)):
         tuning = {"loss": loss, "text": "t", "cpu_hours": 0.1}
         (folder / f"tiny-tuning-engram-{rate:g}.json").write_text(json.dumps(tuning))
     report()
-    later = folder / "tiny-tuning-engram-0.008.json"
+    later = folder / "tiny-tuning-engram-0.002.json"
     later.write_text(later.read_text().replace("4.1", "3.9"))
-    with pytest.raises(SystemExit, match="tiny-engram-seed0 was trained at the rate 0.004, and tuning chooses 0.008"):
+    with pytest.raises(SystemExit, match="tiny-engram-seed0 was trained at the rate 0.004, and tuning chooses 0.002"):
         report()
     later.write_text(later.read_text().replace("3.9", "4.1").replace('"t"', '"other"'))
-    with pytest.raises(SystemExit, match="tiny-tuning-engram-0.008 has read the text other"):
+    with pytest.raises(SystemExit, match="tiny-tuning-engram-0.002 has read the text other"):
         report()
     later.unlink()
     one.write_text("{")

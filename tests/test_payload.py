@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,11 @@ def test_the_folder_holds_the_source_and_the_rendered_config():
     assert not filecmp.cmpfiles(PAYLOAD, SOURCE, CODE_FILES, shallow=False)[1]
     assert all((PAYLOAD / name).is_symlink() and not os.path.isabs(os.readlink(PAYLOAD / name)) for name in CODE_FILES)
     assert (PAYLOAD / "config.json").read_text() == render_config()
+
+
+def test_the_guide_names_the_question_of_every_file():
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## The payload\n")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+\.py)` \| [A-Z].*\? \|$", section, re.MULTILINE)) == sorted(CODE_FILES)
 
 
 def test_save_pretrained_writes_exactly_these_files(tmp_path):

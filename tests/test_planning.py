@@ -93,9 +93,9 @@ def test_a_plan_over_ranks_is_of_the_rank_that_holds_most(ranks):
     # Eight numbers of two bytes; two moments of as many, and a count of steps.
     assert many.tables == {"cpu": rows * 16} and many.backbone == one.backbone
     assert many.optimizer["cpu"] == one.optimizer["cpu"] - sum(map(len, blocks)) * 36 + rows * 36
-    # Two tables of four heads, half of whose rows are distinct; gradients in float32, and each row id twice.
+    # Two tables of four heads, half of whose rows are distinct; gradients in float32, and a row id and a bit.
     foreign = 2 * 4 * 100 / 2 * (ranks - 1) / ranks
-    assert many.moved_per_step == round(foreign * (16 + 32 + 2 * 4)) and many.ranks == ranks
+    assert many.moved_per_step == round(foreign * (16 + 32 + 4 + 1 / 8)) and many.ranks == ranks
     frozen = estimate_memory(tiny_config(engram_table_dtype="int8"), ranks=ranks, batch_size=2, seq_length=50)
     # Eight bytes and a scale; nothing comes back.
     assert frozen.moved_per_step == round(foreign * (10 + 4))

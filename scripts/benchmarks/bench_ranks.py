@@ -13,7 +13,8 @@ with the same batch. Processes talk over loopback, and 4 of them share 2 cores.
 them, with nothing between. What of it a step does not wait for is hidden.
 
 Bytes are counted in one more step, at the collectives and sends of a process. The bound is what no exchange of rows can
-go below: each distinct row that another process holds comes once, and its gradient goes back once.
+go below: each distinct row that another process holds comes once, and its gradient goes back once. A row id goes to
+the owner with the question. A gradient names its row by one bit.
 
 Balance is of the rows that owners are asked for in a step, where each of 64 ranks reads 2,048 tokens of the text. It is
 computed from row ids alone. A table is cut block by block. By default a block holds as many heads as fit into 2**31
@@ -42,20 +43,18 @@ from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers.ranks_overlap import STEPS as STEPS_ON_DISK
-from helpers.ranks_overlap import measure_overlap
+from helpers import ranks_overlap
 from helpers.results import Results, Table, about, add_results_argument
 from helpers.tiny_recipe import SEQ_LENGTH, make_config, make_model, prepare_text
 
 from engram_hf import EngramMoEConfig, NgramHash, engram_optimizers
 from engram_hf.modeling.table_blocks import split_into_blocks
 from engram_hf.modeling.table_ranks import RowCut
-from engram_hf.modeling.table_traffic import ROW_ID_NBYTES
+from engram_hf.modeling.table_traffic import NAMED_NBYTES, ROW_ID_NBYTES
 
 
 RANKS = (2, 4)
-# Of a table with eight heads.
-ROWS_OF_HEAD, WIDTH = 250_000, 32
+HEADS, ROWS_OF_HEAD, WIDTH = 8, 250_000, 32
 SEQUENCES, TURN, TURNS = 4, 4, 7
 WHOLE, SHARDED, AHEAD = "whole tables", "over ranks", "over ranks, ahead"
 WAYS = {WHOLE: {}, SHARDED: {"engram_ranks": "shard"}, AHEAD: {"engram_ranks": "shard"}}
@@ -166,14 +165,14 @@ def count_bytes(way: Way, ids: torch.Tensor) -> dict[str, float]:
     with Sent() as sent:
         way.model(input_ids=ids, labels=ids).loss.backward()
     way.optimizer.zero_grad()
-    # Rows and gradients are float32. Gradients carry their row ids.
+    # Rows and gradients are float32.
     return {
         "rows": ranks.service.moved["row_bytes"] - before,
         "gradients": sent.nbytes["all to all", torch.uint8],
         "bound": foreign * table.row_nbytes,
         "ids": sent.nbytes["send", torch.uint8],
         "bound of ids": foreign * ROW_ID_NBYTES,
-        "bound of gradients": foreign * (table.row_nbytes + ROW_ID_NBYTES),
+        "bound of gradients": foreign * (table.row_nbytes + NAMED_NBYTES),
     }
 
 
@@ -271,7 +270,7 @@ def table_of_bytes(found: dict[int, list[dict]]) -> Table:
         "processes": "",
         "rows, bytes": ",.0f",
         "of the bound ": ".3f",
-        "gradients with row ids, bytes": ",.0f",
+        "gradients and their names, bytes": ",.0f",
         "of the bound": ".3f",
         "row ids with questions, bytes": ",.0f",
         "of 4 bytes a row": ".3f",
@@ -286,7 +285,9 @@ def table_of_bytes(found: dict[int, list[dict]]) -> Table:
             total["gradients"] / total["bound of gradients"],
         ]
         rows.append([str(ranks), *own, total["ids"], total["ids"] / total["bound of ids"]])
-    note = "Of one step, over all processes. The bound of gradients counts their row ids too, of 4 bytes each."
+    note = (
+        "Of one step, over all processes. No row id travels twice: the bound of gradients counts one bit for each row."
+    )
     return Table(columns, rows, "Bytes that travel in a step", note)
 
 
@@ -297,9 +298,10 @@ def table_of_files(found: dict[int, list[dict]]) -> Table:
             seconds = [statistics.median(of_ranks[0]["files"][f"{what}, {name}"]) for what in ("load", "save")]
             rows.append([str(ranks), name, *seconds])
     columns = {"processes": "", "tables": "", "seconds to load": ",.2f", "seconds to save": ",.2f"}
+    megabytes = 4e-6 * HEADS * ROWS_OF_HEAD * WIDTH
     note = (
-        f"Medians of {LOADS}, until the last process is done, with tables of 256 MB in host memory and files in the "
-        "page cache. One process saves, and asks the others for their rows."
+        f"Medians of {LOADS}, until the last process is done, with tables of {megabytes:.0f} MB in host "
+        "memory and files in the page cache. One process saves, and asks the others for their rows."
     )
     return Table(columns, rows, "Files", note)
 
@@ -314,8 +316,9 @@ def table_of_overlap(found: dict[str, dict[str, float]]) -> Table:
     columns = {"rows are": "", "ms of a lookup": ",.1f", "ms a step": ",.1f", "hidden": ".0%"}
     rows = [[names[way], each["lookup_ms"], each["step_ms"], each["hidden_share"]] for way, each in found.items()]
     note = (
-        "Two processes look up rows of 1,024 tokens, 8 heads and 64 numbers, and multiply matrices. Medians of "
-        f"{STEPS_ON_DISK - 1} steps of the slower process."
+        f"Two processes look up rows of {ranks_overlap.TOKENS:,} tokens, {ranks_overlap.HEADS} heads and "
+        f"{ranks_overlap.WIDTH} numbers, and multiply matrices. Medians of {ranks_overlap.STEPS - 1} steps of the "
+        "slower process."
     )
     return Table(columns, rows, "A table on disk, of which the page cache holds nothing", note)
 
@@ -401,7 +404,7 @@ def main():
         torch.save(text[drawn[: max(RANKS) * (TURN * TURNS + 1) * SEQUENCES]], folder / "ids.pt")
         os.sync()
         found = {ranks: run(folder, ranks) for ranks in RANKS}
-        overlap = measure_overlap(folder)
+        overlap = ranks_overlap.measure_overlap(folder)
     results.tables += [table_of_steps(found), table_of_overlap(overlap), table_of_bytes(found), table_of_files(found)]
     results.tables.append(table_of_balance(tokenizer, model.config, text))
     results.write(arguments.results)

@@ -13,7 +13,7 @@ from helpers.evidence_sizes import allocation, memory_sizes
 from helpers.experiment_files import best_rate
 from helpers.experiment_measures import MEASURES, measured_runs, name_of
 from helpers.experiment_plan import count_reported, hours_of_run, runs_of
-from helpers.experiment_runs import RATES, TUNING_STEPS, names_of_tuning, tuning_runs
+from helpers.experiment_runs import RATES, names_of_tuning, tuning_runs
 from helpers.experiments import CONTROLS, EXPERIMENTS, TUNING_SEED, Experiment
 from helpers.experiments_text import TIMES_ASKED
 from helpers.results import Table, wrap
@@ -31,8 +31,8 @@ MISLEADING = """## Three ways in which this page could mislead
 1. **Size.** The paper's 27B models have 6,000 times the parameters and read 87,000 times the tokens. What does not show
    here may show there, and the other way round.
 2. **The text and the tuning.** Most of the text is dictionary articles of few words each, where short n-grams say much.
-   Articles whose facts are asked for are read {times} times, all others once. The learning rate was chosen in runs of
-   {tuning_steps} steps; a control that needs another rate in longer runs is wronged.
+   Articles whose facts are asked for are read {times} times, all others once. The learning rate was chosen with one
+   seed from three rates that differ by a factor of two; a better one between them may favour one family.
 3. **Intervals.** They are bootstraps over articles and say nothing of other seeds. Two or three seeds are too few to
    know that spread. With so many comparisons on one page, one in twenty clear ones is an accident.
 """
@@ -109,7 +109,7 @@ def provenance(scale: str, results: Results) -> str:
     runs = [run for name, run in results.items() if name.startswith(f"{scale}-") and "documents" in run]
     if not runs:
         return "No run is finished."
-    for key in ("text", "steps", "threads"):
+    for key in ("text", "steps", "threads", "matmul_precision"):
         values = {run[key] for run in runs}
         if len(values) > 1:
             raise ValueError(
@@ -124,7 +124,9 @@ def provenance(scale: str, results: Results) -> str:
     hours = sum(run["cpu_hours"] for name, run in results.items() if name.startswith(f"{scale}-"))
     articles = len(first["documents"]["tokens"])
     return (
-        f"A run reads {first['tokens']:,} tokens in {first['steps']:,} steps, on {first['threads']} thread. Losses are "
+        f"A run reads {first['tokens']:,} tokens in {first['steps']:,} steps, on {first['threads']} thread, with "
+        f'torch\'s `float32_matmul_precision` "{first["matmul_precision"]}" ("medium": matrix products take bfloat16 '
+        "and add in float32, as in mixed precision on a GPU). Losses are "
         f"nats per token of the beginnings of {articles} held-out articles, {tokens:,} tokens. Text {first['text']}; "
         f"{'; '.join(hardware)}; {versions}; commit {', '.join(commits)}. All runs and their tuning took {hours:.2f} "
         "CPU hours."
@@ -190,7 +192,7 @@ def rendered(results: Results, scale: str = "tiny") -> str:
     """
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     tuning = (
-        f"The learning rate of each family of models is the best of {rates} after {TUNING_STEPS} steps with seed "
+        f"The learning rate of each family of models is the best of {rates} in runs of full length with seed "
         f"{TUNING_SEED}, which is not reported. Tables have five times the rate. All arms of a seed read the same "
         "tokens in the same order. A run with the same seed gives the same loss to the last digit on one thread, also "
         "where it was killed and went on."
@@ -203,7 +205,7 @@ def rendered(results: Results, scale: str = "tiny") -> str:
         wrap(tuning),
         *tuning_tables(scale, results),
         wrap(provenance(scale, results)),
-        MISLEADING.strip().format(tuning_steps=TUNING_STEPS, times=TIMES_ASKED),
+        MISLEADING.strip().format(times=TIMES_ASKED),
         *(rendered_section(experiment, scale, results) for experiment in EXPERIMENTS),
     ]
     return "\n\n".join(parts) + "\n"

@@ -18,6 +18,7 @@ from helpers.recall_runs import (
     YARN_ALONE,
     YARN_TRAINED,
     RecallRun,
+    recall_runs,
 )
 from helpers.recall_task import ASSIGNMENTS, KINDS
 from helpers.results import Table, wrap
@@ -29,10 +30,11 @@ WAYS = (AS_TRAINED, YARN_ALONE, YARN_TRAINED)
 
 
 def recall(scale: str, results: Results) -> Section:
-    found = {arm: [results[name] for name in names_of(arm) if name in results] for arm in ARMS}
-    files = [run["name"] for runs in found.values() for run in runs]
-    if not all(found.values()):
+    files = [run.name for run in recall_runs() if run.name in results and not run.is_tuning]
+    seeds = [seed for seed in SEEDS if all(RecallRun(arm, seed).name in files for arm in ARMS)]
+    if not seeds:
         return Section(NOT_RUN, files=files)
+    found = {arm: [results[RecallRun(arm, seed).name] for seed in seeds] for arm in ARMS}
     rows = [
         [kind, length, way, *(cell(found[arm], way, length, kind) for arm in (MOE, ENGRAM))]
         for kind in KINDS
@@ -40,10 +42,8 @@ def recall(scale: str, results: Results) -> Section:
         for way in WAYS
     ]
     columns = {"asked for": "", "tokens in a row": ",", "context": "", "MoE": "", "EngramMoE": ""}
-    count = min(len(runs) for runs in found.values())
-    gains = {
-        kind: share_difference(*(digits(found[arm][:count], kind) for arm in (ENGRAM, MOE)), count) for kind in KINDS
-    }
+    count = len(seeds)
+    gains = {kind: share_difference(*(digits(found[arm], kind) for arm in (ENGRAM, MOE)), count) for kind in KINDS}
     each = [gain_of(found, kind, place) for kind in KINDS for place in range(count)]
     told = "; ".join(f"{kind} {gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})" for kind, gain in gains.items())
     here = f"EngramMoE minus MoE in rows of {EXTENDED:,} tokens: {told}, {seeds_of(count)}"
@@ -72,10 +72,6 @@ def recall(scale: str, results: Results) -> Section:
         ),
     ]
     return Section(verdict, here, parts, files, lambda path: draw_recall(path, found))
-
-
-def names_of(arm) -> list[str]:
-    return [RecallRun(arm, seed).name for seed in SEEDS]
 
 
 def digits(runs: list[dict], kind: str, way: str = YARN_TRAINED, length: int = EXTENDED) -> str:

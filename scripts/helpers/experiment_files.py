@@ -6,10 +6,11 @@ A result is a small JSON file. It is whole or not there, and it says on what mac
 import fcntl
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,20 +21,29 @@ RESULTS = ROOT / "scripts" / "experiments" / "results"
 WORK = ROOT / "output" / "experiments"
 
 
-class AnyRun(Protocol):
-    """What run.py asks of a run, whatever it trains."""
+class AnyRun(ABC):
+    """What run.py asks of a run, whatever it trains.
 
-    @property
-    def name(self) -> str:
-        """Of its file, without the ending."""
+    rate: None for the one that was tuned.
+    """
+
+    rate: float | None
 
     @property
     def is_tuning(self) -> bool:
         """Whether it only chooses a learning rate, before all others."""
+        return self.rate is not None
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of its file, without the ending."""
+
+    @abstractmethod
     def prepare(self, knowledge: Path) -> object:
         """Make what all runs of its kind read, once, before many processes would."""
 
+    @abstractmethod
     def train(self, knowledge: Path) -> dict[str, Any] | None:
         """Train in this process to the end. None where another process works on it."""
 
@@ -90,6 +100,7 @@ def finish(path: Path, folder: Path, make: Callable[[], dict[str, Any]]) -> dict
             "name": path.stem,
             **make(),
             "threads": torch.get_num_threads(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "hardware": own_hardware(),
             "versions": own_versions(),
             "commit": commit,

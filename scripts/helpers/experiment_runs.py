@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from engram_hf import LossFreeBalancingCallback, count_parameters
 from engram_hf.insight.text_rows import TextRow, losses_of_rows
-from helpers.experiment_files import RESULTS, WORK, best_rate, finish, read_results
+from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
 from helpers.experiments import CONTROLS, ENGRAM, SCALES, TUNING_SEED, Arm, Experiment, maker
 from helpers.experiments_text import ExperimentText, prepare
 from helpers.recipe import row_trainer
@@ -28,24 +28,19 @@ from helpers.tiny_recipe import ROWS_PER_STEP, SEQ_LENGTH, freeze_tables, make_m
 
 
 # Of the learning rate, for the first arm of each family. Tables have five times the rate.
-RATES = (2e-3, 4e-3, 8e-3)
-TUNING_STEPS = 120
+RATES = (1e-3, 2e-3, 4e-3)
 # Points of a loss curve. A checkpoint is saved at every second one.
 CURVE_POINTS = 30
 
 
 @dataclass(frozen=True)
-class Run:
-    """rate: None for the one that was tuned. is_tuning: a short run whose loss is not reported."""
+class Run(AnyRun):
+    """An arm of an experiment, trained with a seed."""
 
     arm: Arm
     seed: int
     scale: str = "tiny"
     rate: float | None = None
-
-    @property
-    def is_tuning(self) -> bool:
-        return self.rate is not None
 
     @property
     def name(self) -> str:
@@ -90,8 +85,7 @@ def names_of_tuning(family: str, scale: str) -> dict[float, str]:
 
 def steps_of(run: Run, text: ExperimentText) -> int:
     tokens = min(SCALES[run.scale].tokens, text.most_tokens or SCALES[run.scale].tokens)
-    steps = math.ceil(tokens / (ROWS_PER_STEP * SEQ_LENGTH))
-    return min(steps, TUNING_STEPS) if run.is_tuning else steps
+    return math.ceil(tokens / (ROWS_PER_STEP * SEQ_LENGTH))
 
 
 class CpuSeconds(TrainerCallback):

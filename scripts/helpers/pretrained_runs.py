@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from engram_hf import EngramConfig, add_engram, freeze_backbone
 from engram_hf.insight import silenced
 from helpers.added_recipe import HEAD_DIM, HEADS, LAYERS, ROWS_OF_HEAD, ROWS_PER_STEP, SEQ_LENGTH, make_trainer
-from helpers.experiment_files import RESULTS, WORK, best_rate, finish, read_results
+from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
 from helpers.experiment_runs import held_out_losses
 from helpers.experiments import SEEDS, TUNING_SEED
 from helpers.experiments_text import KNOWLEDGE, ExperimentText, prepare_with
@@ -35,7 +35,7 @@ RATES = {MEMORY: (4e-3, 8e-3, 1.6e-2), LORA: (1e-3, 2e-3, 4e-3), FULL: (2e-5, 5e
 # CPU hours on one thread, by the time of three steps and of twenty articles.
 HOURS_PER_RUN = 0.7
 TOKENS = 200_000
-STEPS, TUNING_STEPS = TOKENS // (ROWS_PER_STEP * SEQ_LENGTH), 24
+STEPS = TOKENS // (ROWS_PER_STEP * SEQ_LENGTH)
 # Articles that are asked about are read so often, which is about a third of the tokens.
 TIMES_ASKED = 2
 # Measuring takes a second for each of so many.
@@ -45,16 +45,12 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 @dataclass(frozen=True)
-class PretrainedRun:
-    """way: "base", "memory", "lora" or "full". rate: None for the one that was tuned."""
+class PretrainedRun(AnyRun):
+    """way: "base", "memory", "lora" or "full"."""
 
     way: str
     seed: int
     rate: float | None = None
-
-    @property
-    def is_tuning(self) -> bool:
-        return self.rate is not None
 
     @property
     def name(self) -> str:
@@ -120,7 +116,7 @@ def trained(
     if run.way != BASE:
         tuning = {rate: PretrainedRun(run.way, TUNING_SEED, rate).name for rate in RATES[run.way]}
         rate = run.rate or best_rate(tuning, read_results(results))
-        steps = min(TUNING_STEPS, STEPS) if run.is_tuning else STEPS
+        steps = STEPS
     start = time.process_time()
     set_seed(run.seed)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

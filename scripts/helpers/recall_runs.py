@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from engram_hf import EngramMoEForCausalLM, count_parameters
-from helpers.experiment_files import RESULTS, WORK, best_rate, finish, read_results
+from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
 from helpers.experiment_runs import go_on, make_trainer
 from helpers.experiments import ENGRAM, MOE, SCALES, TUNING_SEED, Arm, Scale, maker
 from helpers.recall_task import IGNORED, KINDS, VOCAB_SIZE, make_row
@@ -27,7 +27,7 @@ TRAINED, EXTENDED = 256, 1024
 LENGTHS = (TRAINED, 2 * TRAINED, EXTENDED)
 # As many tokens in a step of either length.
 ROWS, LONG_ROWS = 16, 4
-STEPS, LONG_STEPS, TUNING_STEPS = 1200, 120, 400
+STEPS, LONG_STEPS = 1200, 120
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1)
 ARMS = (ENGRAM, MOE)
@@ -48,16 +48,12 @@ HOURS_PER_RUN = 0.25
 
 
 @dataclass(frozen=True)
-class RecallRun:
-    """rate: None for the one that was tuned. is_tuning: a short run whose answers are not reported."""
+class RecallRun(AnyRun):
+    """An arm that learns to recall."""
 
     arm: Arm
     seed: int
     rate: float | None = None
-
-    @property
-    def is_tuning(self) -> bool:
-        return self.rate is not None
 
     @property
     def name(self) -> str:
@@ -141,16 +137,15 @@ def trained(run: RecallRun, rate: float, folder: Path) -> dict[str, Any]:
     """Train at both lengths, each from its newest checkpoint, and ask after each."""
     set_seed(run.seed)
     model = EngramMoEForCausalLM(config_of(run.arm))
-    steps = TUNING_STEPS if run.is_tuning else STEPS
-    rows = RecallRows(f"seed {run.seed}", steps * ROWS, TRAINED)
-    trainer, cpu = make_trainer(model, rows, folder / "short", steps, rate, run.seed, ROWS)
+    rows = RecallRows(f"seed {run.seed}", STEPS * ROWS, TRAINED)
+    trainer, cpu = make_trainer(model, rows, folder / "short", STEPS, rate, run.seed, ROWS)
     curve, count = go_on(trainer, folder / "short"), count_parameters(model.config)
     content = {
         "arm": run.arm.name,
         "seed": run.seed,
         "learning_rate": rate,
-        "steps": steps,
-        "tokens": steps * ROWS * TRAINED,
+        "steps": STEPS,
+        "tokens": STEPS * ROWS * TRAINED,
         "parameters": {"total": count.total, "active": count.active, "tables": count.tables},
         "curve": curve,
     }

@@ -12,14 +12,17 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
-from engram_hf import CardFacts, EngramMoEConfig, gather_facts, read_facts, render_card
-from engram_hf.hub.card_facts import PAPER_PRESETS
+from engram_hf import CardFacts, EngramMoEConfig, estimate_memory, read_facts, render_card
+from engram_hf.hub.card import facts_of_architecture
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "hub_cards"
 DEMO = "engram-tiny"
+PAPER_PRESETS = ("dense-4b", "moe-27b", "engram-27b", "engram-40b")
 # The paper does not print them. configuration_engram_moe.py says how they were inferred.
 INFERRED = (
     "The ranks of MLA and the widths of the feed-forward layers are inferred: they fit every total the paper prints."
@@ -39,10 +42,25 @@ def take_demo(folder: Path) -> None:
     (FOLDER / f"{DEMO}.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def facts_of_preset(name: str) -> CardFacts:
+    """Facts of a model of the paper, of which there are no weights; bytes are counted in bfloat16."""
+    config = EngramMoEConfig.preset(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(EngramMoEConfig.preset(name), dtype=torch.bfloat16)
+    return CardFacts(
+        name=name,
+        preset=name,
+        dtype="bfloat16",
+        backbone_nbytes=sum(estimate_memory(config, "cpu", "bfloat16").backbone.values()),
+        limits=[INFERRED],
+        **facts_of_architecture(config, config, model.base_model.engram_tables()),
+    )
+
+
 def rendered_cards() -> dict[str, str]:
     """Name of each file to its content."""
     demo = CardFacts(**json.loads((FOLDER / f"{DEMO}.json").read_text()))
-    presets = [gather_facts(EngramMoEConfig.preset(name), limits=[INFERRED]) for name in PAPER_PRESETS]
+    presets = [facts_of_preset(name) for name in PAPER_PRESETS]
     return {f"{facts.name}.md": render_card(facts) for facts in (demo, *presets)}
 
 

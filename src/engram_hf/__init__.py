@@ -44,8 +44,7 @@ from .checkpoints.inspecting import inspect_checkpoint
 from .checkpoints.merging import merge_changed_rows
 from .checkpoints.quantizing import quantize_tables
 from .checkpoints.verifying import verify_tables
-from .hub.card import render_card, update_card
-from .hub.card_facts import CardFacts, gather_facts, read_facts
+from .hub.card import CardFacts, gather_facts, read_facts, render_card, update_card
 from .hub.fetching import fetch_blocks
 from .hub.patch_pushing import push_patch
 from .hub.pushing import push_engram

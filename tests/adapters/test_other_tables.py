@@ -163,6 +163,13 @@ def test_a_model_that_somebody_else_loaded_can_be_placed(folders, case):
         assert {each for table in engram_tables(model) for each in table.tiers} == {tier}
         assert torch.equal(logits_of(model), expected)
         assert not any(module.training for module in model.modules())
+    for each in (model, stock(folders, case)):
+        with pytest.raises(ValueError, match="takes a dict of names to places, such as .* got 'disk'"):
+            place_tables(each, "disk")
+    with pytest.raises(ValueError, match=r"got a list.*torch.tensor\(\[ids\]\)"):
+        prefetch(model, [1, 2])
+    with pytest.raises(ValueError, match=r"got a (Gemma3n|Qwen).*place_tables\(model, places\)"):
+        load_with_tables(model)
     changed = stock(folders, case)
     with torch.no_grad():
         changed.get_submodule(GEMMA_TABLE if case == "gemma3n" else QWEN_TABLE).weight[5] += 1

@@ -18,7 +18,8 @@ def shape(request):
     return request.param
 
 
-# Compiling takes seconds.
+# Compiling takes seconds. Tests of a compiled model begin with torch._dynamo.reset(): each model counts against one
+# limit of recompilations, and sizes that differ from those of the last one are traced as symbols.
 COMPILED = [SHAPES[1], *(slow(SHAPES[number]) for number in (0, 2, 3, 4))]
 
 
@@ -221,7 +222,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
 @pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_the_compiled_forward_gives_the_same_logits(model):
-    # Each model of each test counts against one limit of recompilations.
     torch._dynamo.reset()
     ids = tiny_ids(2, SEQ)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -260,6 +260,7 @@ def test_the_compiled_forward_keeps_packed_documents_apart(model, use_cache):
 def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backend):
     if backend == "inductor" and shape != SHAPES[0]:
         pytest.skip("half a minute a shape; the assertion is the same")
+    torch._dynamo.reset()
     model = tiny_model(shaped_config(shape))
     _, ids, positions = packed([3, 1, 11, 6])
     compiled = torch.compile(model, backend=backend)
@@ -274,12 +275,16 @@ def test_the_compiled_forward_refuses_packed_documents_it_would_mix(shape, backe
 @pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_the_compiled_forward_gives_no_cache_of_packed_documents(model):
+    torch._dynamo.reset()
     _, ids, positions = packed([3, 1, 11, 6])
     assert torch.compile(model, backend="aot_eager")(ids, position_ids=positions).past_key_values is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", COMPILED, indirect=True)
 @torch.no_grad()
 def test_the_compiled_forward_takes_positions_beside_a_cache_or_padding(model):
+    torch._dynamo.reset()
     ids, positions = tiny_ids(2, SEQ), torch.arange(SEQ).expand(2, -1)
     compiled = torch.compile(model, backend="aot_eager")
     cache = DynamicCache(config=model.config)
@@ -291,6 +296,7 @@ def test_the_compiled_forward_takes_positions_beside_a_cache_or_padding(model):
     assert_same_logits(padded[:, 4:], model(ids[:, 4:]).logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_forward_compiled_by_inductor_gives_the_same_logits():
     model = tiny_model()

@@ -14,7 +14,7 @@ from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextCo
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding
 
 from engram_hf import EngramConfig, EngramMoEConfig, EngramMoEForCausalLM, NgramHash, add_engram
-from engram_hf.modeling.configuration_memory import HASHES
+from engram_hf.modeling.configuration_checks import HASHES
 from engram_hf.modeling.ids_hashing import FAMILIES
 from engram_hf.modeling.memory_layer import IDS, MemoryCacheLayer, keep_ids
 

@@ -1,11 +1,15 @@
 """Tables: blocks of whole heads, one gather, and bytes that no dtype change touches."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engram_hf import EngramMoEForCausalLM
+from engram_hf.modeling import table_blocks
 from engram_hf.modeling.table import EngramTable
 from engram_hf.modeling.table_blocks import split_into_blocks
 from engram_hf.modeling.table_formats import row_format
@@ -91,3 +95,21 @@ def test_building_a_model_allocates_each_table_once(dtype):
         model = EngramMoEForCausalLM._from_config(config, dtype=dtype)
     blocks = [block for table in model.model.tables() for block in table.blocks]
     assert counted.allocated == [block.numel() * dtype.itemsize for block in blocks]
+
+
+def set_elsewhere(names: set[str], path: Path) -> list[str]:
+    """Lines of a file that set an attribute of one of these names, of something else than `self`."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del) and node.attr in names
+        if is_set and ast.unparse(node.value) != "self":
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_what_a_block_holds_is_set_by_its_own_methods_alone():
+    own = Path(table_blocks.__file__)
+    names = {*vars(EngramTable(ROWS, 4, 48, row_format("float32")).block_records[0]), "parameter"}
+    assert {"base", "saved_in", "host_nodes", "tier", "source", "first_row"} <= names
+    others = [path for path in own.parent.parent.rglob("*.py") if path != own]
+    assert [line for path in others for line in set_elsewhere(names, path)] == []

@@ -145,6 +145,9 @@ def test_blocks_move_between_tiers_after_loading(tmp_path):
     assert tiers(moving) == [[HOST] * 4, [DISK] * 4]
     with pytest.raises(ValueError, match=f"tables and blocks only, got model.layers.1. The tables .* are: {FIRST}, "):
         moving.place_tables({"model.layers.1": "disk"})
+    with pytest.raises(ValueError, match=rf"""such as {{"...table": "disk"}}, got 'disk'. Names .* are: {FIRST}, """):
+        moving.place_tables("disk")
+    assert tiers(moving) == [[HOST] * 4, [DISK] * 4]
 
 
 @torch.no_grad()
@@ -248,6 +251,9 @@ def test_prefetch_needs_no_forward_and_no_forward_needs_it(tmp_path):
     disk.prefetch(ids, attention_mask=torch.ones_like(ids))
     assert torch.equal(disk(ids).logits, model(ids).logits)
     assert load(tmp_path).prefetch(ids) is None
+    for wrong, got in (([1, 2], "a list"), (ids[0], r"torch.int64 of shape \(9,\)"), (ids.float(), "torch.float32")):
+        with pytest.raises(ValueError, match=rf"shape \(batch, seq\), got {got}.*torch.tensor\(\[ids\]\)"):
+            disk.prefetch(wrong)
 
 
 @torch.no_grad()

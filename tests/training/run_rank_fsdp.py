@@ -1,12 +1,12 @@
 """FSDP2 for the backbone and tables over ranks, in a loop of one's own. Not a test: `test_rank_fsdp.py` starts it."""
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from joining import join
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,10 +31,7 @@ SMALL_RUNS = ("whole", "cut", "by2")
 
 def run(rank: int, out: Path, name: str) -> None:
     ranks, begun, is_cut = RUNS[name]
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{out}/store-{name}", rank=rank, world_size=ranks)
+    join(rank, ranks, out / f"store-{name}")
     model = AutoModelForCausalLM.from_pretrained(out / "base", engram_ranks="shard" if is_cut else None)
     model = model.double().train()
     model.set_experts_implementation("eager")

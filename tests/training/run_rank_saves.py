@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from joining import join
 from tiny import tiny_config, tiny_model
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +22,7 @@ from engram_hf.modeling.table import EngramTable
 
 # Batches of a step, over all processes.
 BATCHES, STEPS, SAVED_AT = 12, 4, 2
+DISK_MAP = {"": "cpu", "...table": "disk"}
 # Ranks of a run: where it begins, and how: from a model, or as Trainer resumes, by state dicts.
 RUNS = {
     "four": (4, None, False),
@@ -76,10 +78,7 @@ def run(rank: int, out: Path, name: str) -> None:
     ranks, begun, by_state_dict = RUNS[name]
     torch.set_num_threads(1)
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        store = f"file://{out}/store-{name.replace(' ', '-')}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+        join(rank, ranks, out / f"store-{name.replace(' ', '-')}")
     own = out / name
     if name == "apart":
         # At the same path each rank sees another folder, as ranks without a shared disk do.
@@ -105,10 +104,24 @@ def run(rank: int, out: Path, name: str) -> None:
     train(model, optimizer, range(0 if last is None else SAVED_AT, STEPS), rank, ranks, save)
     if name == "two":
         torch.save(wrapped(model), out / f"wrapped{rank}.pt")
+        save_without_training(out, rank)
     if ranks > 1:
         # A fork ends without the handlers by which a rank goes on answering.
         dist.barrier()
         dist.destroy_process_group()
+
+
+def save_without_training(out: Path, rank: int) -> None:
+    """Save tables on disk that nobody trains: as they were loaded, and when the last process has changed a row."""
+    model = AutoModelForCausalLM.from_pretrained(out / "base", engram_ranks="shard", device_map=DISK_MAP)
+    for name in ("untouched", "touched"):
+        if name == "touched" and rank:
+            table = next(iter(model.named_tables().values()))
+            table.write_rows(torch.zeros(1, dtype=torch.int64), torch.ones(1, table.row_width, dtype=table.dtype))
+        dist.barrier()
+        if rank == 0:
+            model.save_pretrained(out / name)
+        dist.barrier()
 
 
 def wrapped(model) -> list[bool]:

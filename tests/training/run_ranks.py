@@ -7,11 +7,14 @@ import gc
 import os
 import shutil
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
+from joining import join
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_ids, tiny_model
 from torch import nn
@@ -24,7 +27,7 @@ from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.modeling.table_ranks import RowCut, open_parts, start_ranks
+from engram_hf.modeling.table_ranks import LOOKUPS_KEPT, RowCut, open_parts, start_ranks
 from engram_hf.training.row_exchange import RowExchange
 from engram_hf.training.row_updates import RowUpdates
 
@@ -41,6 +44,8 @@ CASES = [
 ]
 ROUNDED = ("adam", "resident", "bfloat16")
 EARLY = ("adam", "disk", "float64")
+# Numbers of batches that one step accumulates. They have rows in common.
+TWO_LOOKUPS = (0, 1)
 # Tables of other heads, by the name of their file: one with fewer rows than processes, one with four heads.
 HEADS = {"few": [2], "four": [5, 7, 3, 4]}
 
@@ -148,6 +153,7 @@ def train(
     if service is not None:
         service.meet()
     norms, seen, is_early = [], [], early is not None
+    before = Counter() if service is None else Counter(service.moved)
     if is_early:
         table.ranks.bring["seen"] = seen.append
     coming = None
@@ -174,7 +180,9 @@ def train(
         # Nobody may end while another one asks.
         service.meet()
     shutil.rmtree(work, ignore_errors=True)
-    return {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "seen": seen, "sent": nbytes}
+    moved = {} if service is None else dict(service.moved - before)
+    found = {"rows": rows, "norms": norms, "state": state, "held": table.held_rows, "moved": moved}
+    return {**found, "seen": seen, "sent": nbytes}
 
 
 def batch_after(number: int) -> int:
@@ -248,22 +256,22 @@ def task_over_ranks(path: Path) -> Task:
 
 
 def count_traffic(path: Path, ranks: int) -> dict:
-    """What one step of a table sends, beside the fewest bytes that can do."""
+    """What one step of a table sends, of two forwards that have rows in common and are accumulated."""
     task, rank = task_over_ranks(path), dist.get_rank()
-    table = task.table
-    row_ids, weights = batch(0, rank, ranks)
+    table, accumulation = task.table, GradientState()
     with Sent() as sent:
-        task(row_ids, weights).backward()
-    distinct = (row_ids + table.first_rows_of_heads).unique()
-    foreign = int((table.ranks.cut.owner(distinct) != rank).sum())
+        losses = [task(*batch(number, rank, ranks)) for number in TWO_LOOKUPS]
+        accumulation._set_sync_gradients(False)
+        losses[0].backward()
+        accumulation._set_sync_gradients(True)
+        losses[1].backward()
     table.ranks.service.meet()
     return {
-        "calls": sent.calls,
         "heads": sent.nbytes("send", "int64"),
         "asked": sent.nbytes("send", "uint8"),
         "taken": sent.nbytes("recv_", "uint8"),
+        "answers": sum(name == "recv_" for name, _, _ in sent.calls),
         "given": [nbytes for name, dtype, nbytes in sent.calls if name == "alltoall_base_" and "uint8" in dtype],
-        "foreign": foreign,
     }
 
 
@@ -283,26 +291,61 @@ class ShiftingCut(RowCut):
         return packed
 
 
-def cut_otherwise(path: Path, ranks: int, kind: type[RowCut], in_lookup: bool) -> str:
-    """What is raised on this process where the last one cuts the table differently.
+# How the last process errs.
+ERRORS = ("asks the next rank", "asks for a neighbour", "gives to the next rank", "gives to a neighbour", "mixes up")
 
-    Args:
-        kind: how.
-        in_lookup: whether it does so when it looks rows up; else when gradients travel.
-    """
-    task, rank = task_over_ranks(path), dist.get_rank()
-    exchange = task.table.row_gradients.exchange
-    other = kind(task.table.ranks.cut.rows_of_block, ranks)
+
+def err(path: Path, ranks: int, error: str) -> str:
+    """What is raised on this process where the last one errs in one of the ways of `ERRORS`."""
+    task, is_last = task_over_ranks(path), dist.get_rank() == ranks - 1
+    own = task.table.ranks
+    kind = NextRanksCut if "next rank" in error else ShiftingCut
+    other = kind(own.cut.rows_of_block, ranks)
     try:
-        if rank == ranks - 1 and in_lookup:
-            task.table.ranks.cut = other
-        loss = task(*batch(0, rank, ranks))
-        if rank == ranks - 1 and not in_lookup:
-            exchange.tables = [(table, other) for table, _ in exchange.tables]
+        if is_last and error.startswith("asks"):
+            own.cut = other
+        loss = task(*batch(0, dist.get_rank() + 1, ranks))
+        # What every rank has asked for is with its owner.
+        own.service.meet()
+        if is_last and error.startswith("gives"):
+            own.cut = other
+            # A neighbour's row id travels only where the owner has forgotten the lookup.
+            own.lookups = own.lookups if kind is NextRanksCut else []
+        elif is_last and error == "mixes up":
+            # It takes one row for another, of those that it was asked for.
+            own.answered = [{n: (steps, held.flip(0)) for n, (steps, held) in each.items()} for each in own.answered]
         loss.backward()
-    except RuntimeError as error:
-        return str(error)
+    except RuntimeError as raised:
+        return str(raised)
     return ""
+
+
+def look_up_without_a_step(path: Path, ranks: int) -> dict:
+    """How much is remembered of many lookups in training, and what becomes of those that are forgotten.
+
+    Two tables get the gradients of the same forward. One has made so many others since that its owners have forgotten
+    it, and the other one has had a step.
+    """
+    rank, found = dist.get_rank(), {}
+    for way in ("nothing", "forwards", "a step"):
+        task = task_over_ranks(path)
+        own = task.table.ranks
+        loss = task(*batch(1, rank, ranks))
+        if way == "forwards":
+            for number in range(LOOKUPS_KEPT + 9):
+                task(*rows_of_one_owner(number, rank, ranks))
+            own.service.meet()
+            found["remembered"] = [len(own.lookups), *map(len, own.answered)]
+        elif way == "a step":
+            own.service.meet()
+            own.service.after_step(own)
+            found["behind a step"] = [len(own.lookups), *map(len, own.answered)]
+            own.service.meet()
+        before = own.service.moved["again"]
+        loss.backward()
+        found[way] = (*task.table.row_gradients.rows, own.service.moved["again"] - before)
+        own.service.meet()
+    return found
 
 
 def ask_who_has_deleted(path: Path, service) -> str:
@@ -364,10 +407,7 @@ def fetch_while_checkpointing(base: Path, folder: Path) -> dict:
 
 
 def run(rank: int, out: Path, ranks: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{out}/store{ranks}", rank=rank, world_size=ranks)
+    join(rank, ranks, out / f"store{ranks}")
     service, result = start_ranks(), {}
     for case in CASES:
         path = out / f"{case[2]}.safetensors"
@@ -378,9 +418,9 @@ def run(rank: int, out: Path, ranks: int) -> None:
     result["one owner"] = [train(path, case, ranks, each, make=rows_of_one_owner) for each in ways]
     result["turns"] = [train(path, ("adam", "host", "float64"), ranks, each, make=turns) for each in ways]
     result["traffic"] = count_traffic(path, ranks)
-    for kind in (NextRanksCut, ShiftingCut):
-        for in_lookup in (False, True):
-            result[kind.__name__, in_lookup] = cut_otherwise(path, ranks, kind, in_lookup)
+    for error in ERRORS:
+        result[error] = err(path, ranks, error)
+    result["without a step"] = look_up_without_a_step(path, ranks)
     result["deleted"] = ask_who_has_deleted(path, service)
     for name, heads in HEADS.items():
         make = partial(batch, heads=heads)

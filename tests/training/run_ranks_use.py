@@ -3,12 +3,12 @@
 Each process has texts of another length and number, and does its work in another order than the others.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from joining import join
 from tiny import tiny_ids
 from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline, set_seed
@@ -98,15 +98,14 @@ def evaluate_in_training(base: Path, folder: Path, **ranks) -> dict:
     for number in range(1 + args.process_index):
         with torch.no_grad():
             own.append(model(**collate(texts(30 + number))).loss)
+    # The model is deleted behind this line, and other processes may still ask for its rows.
+    dist.barrier()
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     return {"losses": losses, "own": own}
 
 
 def run(rank: int, out: Path, ranks: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{out}/store{ranks}", rank=rank, world_size=ranks)
+    join(rank, ranks, out / f"store{ranks}")
     model = AutoModelForCausalLM.from_pretrained(out / "base", engram_ranks="shard").eval()
     pipe = pipeline("text-generation", str(out / "base"), device="cpu", model_kwargs={"engram_ranks": "shard"})
     work = {way: lambda way=way: generate(model, way, rank) for way in WAYS}

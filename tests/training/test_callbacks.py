@@ -28,6 +28,7 @@ from engram_hf import (
     EngramMoEForCausalLM,
     EngramPrefetchCallback,
     EngramRowStatisticsCallback,
+    LossFreeBalancingCallback,
     engram_optimizers,
     plot_training,
     report_to_trackers,
@@ -489,12 +490,16 @@ def test_the_console_shows_a_line_with_at_most_three_figures_of_the_memory(tmp_p
         for _ in range(times):
             report_to_trackers(trainer)
 
-    report_to = {"report_to": ["tensorboard"]} if times else {}
+    # With the progress bar, as it is by default, and without.
+    report_to = {"report_to": ["tensorboard"]} if times else {"disable_tqdm": False}
     tiny_model().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=ON_DISK)
-    trainer = train(model, tmp_path / "run", all_callbacks(), prepare=prepare, max_steps=2, **report_to)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
-    assert len(printed) == 2
+    callbacks = [*all_callbacks(), LossFreeBalancingCallback()]
+    trainer = train(model, tmp_path / "run", callbacks, prepare=prepare, max_steps=2, **report_to)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    # Two lines of logs, and the summary of the run.
+    assert len(printed) == 3 and not any("engram/" in line for line in printed[2:])
+    printed = printed[:2]
     for line, logged in zip(printed, lines(trainer), strict=True):
         shown = ast.literal_eval(line)
         figures = {name for name in shown if name.startswith("engram/")}

@@ -96,6 +96,21 @@ def test_blocks_that_are_written_whole_are_the_files_of_one_process(runs, many, 
     assert any(changed) and not all(changed)
 
 
+def test_tables_on_disk_that_nobody_trains_are_linked_unless_a_process_has_changed_them(small):
+    names = sorted(path.name for path in (small / "base").glob("tables-*.safetensors"))
+    assert len(names) == 2
+    for name in names:
+        assert (small / "untouched" / name).samefile(small / "base" / name)
+    assert (small / "touched" / names[1]).samefile(small / "base" / names[1])
+    files = list((small / "touched").glob("tables-layer-00-*"))
+    assert files and not any(file.samefile(small / "base" / names[0]) for file in files)
+    (before, _), (after, _) = rows_of(small / "base"), rows_of(small / "touched")
+    table = next(iter(EngramMoEForCausalLM.from_pretrained(small / "base").named_tables().values()))
+    # The first row of the second process: half of the first block lies ahead of it.
+    before[-(-len(table.blocks[0]) // 2)] = 1
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("runs, many", [("small", "two"), slow("all_runs", "four")])
 def test_changed_rows_and_the_state_of_rows_have_a_file_for_each_rank(runs, many, request, tmp_path):
     folder = request.getfixturevalue(runs)

@@ -11,10 +11,12 @@ from processes import run_processes
 from run_ranks import (
     CASES,
     EARLY,
+    ERRORS,
     HEADS,
     ROUNDED,
     ROWS_OF_HEAD,
     STEPS,
+    TWO_LOOKUPS,
     WIDTH,
     batch,
     batch_after,
@@ -27,7 +29,7 @@ from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
 
 from engram_hf.modeling.disk_safetensors import file_digest
-from engram_hf.modeling.table_ranks import RowCut, check_number
+from engram_hf.modeling.table_ranks import LOOKUPS_KEPT, RowCut, check_number
 
 
 SCRIPT = Path(__file__).parent / "run_ranks.py"
@@ -126,19 +128,62 @@ def test_each_rank_holds_its_part_of_the_rows_and_one_may_hold_none_of_a_block(r
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_rows_travel_once_each_way_and_their_ids_take_eight_bytes_in_all(results, ranks):
-    """Counted at the collectives, sends and receives."""
-    for result in results:
+def test_rows_travel_once_each_way_and_their_ids_once_in_all(results, ranks):
+    """Counted at the collectives, sends and receives, of two forwards that one step accumulates."""
+    cut, common, fresh = RowCut([26, 2], ranks), 0, 0
+    for rank, result in enumerate(results):
         traffic = result["traffic"]
-        foreign, (ids, rows) = traffic["foreign"], traffic["given"]
-        assert traffic["asked"] + ids == 8 * foreign
-        # Each answer begins with 16 bytes that say how it went.
-        answers = sum(name == "recv_" for name, _, _ in traffic["calls"])
-        assert traffic["taken"] == 8 * WIDTH * foreign + 16 * answers
-        assert rows == 8 * WIDTH * foreign
-        # Eight numbers before each question.
-        assert answers <= ranks - 1 and traffic["heads"] == 8 * 8 * answers
-    assert any(result["traffic"]["foreign"] for result in results)
+        lookups = [distinct_rows(number, rank, ranks) for number in TWO_LOOKUPS]
+        asked = [[ids[cut.owner(ids) == owner] for owner in range(ranks) if owner != rank] for ids in lookups]
+        questions = [ids for of_lookup in asked for ids in of_lookup if len(ids)]
+        assert traffic["asked"] == 4 * sum(map(len, questions))
+        # Each answer begins with 16 bytes that say how it went. Nine numbers come before each question.
+        assert traffic["answers"] == len(questions) and traffic["heads"] == 9 * 8 * len(questions)
+        assert traffic["taken"] == sum(8 * WIDTH * len(ids) + 16 for ids in questions)
+        message, rows = traffic["given"]
+        expected = 0
+        for first, second in zip(*asked):
+            # A row of both is named by the first one.
+            named = [ids for ids, new in ((first, first), (second, second[~torch.isin(second, first)])) if len(new)]
+            # For an owner how many lookups are named, and their numbers; one bit for each row that was asked for.
+            expected += bool(named) * 8 * (1 + len(named)) + sum((len(ids) + 7) // 8 for ids in named)
+            common += int(torch.isin(second, first).sum())
+            fresh += int((~torch.isin(second, first)).sum())
+        assert message == expected
+        assert rows == 8 * WIDTH * rows_of_others(cut, rank, *TWO_LOOKUPS)
+    assert common and fresh
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_no_row_id_travels_twice_in_a_run(results):
+    for result in results:
+        for case in CASES:
+            moved = result[case]["moved"]
+            assert moved["ids"] == moved["rows"] > 0 and "again" not in moved
+        assert "again" not in result["early"]["moved"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_lookups_that_owners_have_forgotten_get_the_same_gradients(results, ranks):
+    """Forwards that no step follows do not fill the memory, and a step behind a forward forgets it."""
+    cut = RowCut([26, 2], ranks)
+    for rank, result in enumerate(results):
+        found = result["without a step"]
+        own, *of_ranks = found["remembered"]
+        assert own == LOOKUPS_KEPT and of_ranks[rank] == 0
+        # All other forwards have read rows of the first rank.
+        assert of_ranks == [0] + [LOOKUPS_KEPT] * (ranks - 1) if rank == 0 else max(of_ranks) <= 1
+        assert found["behind a step"] == [0] * (1 + ranks)
+        row_ids, gradients, again = found["nothing"]
+        assert len(row_ids) and gradients.any() and again == 0
+        ids = distinct_rows(1, rank, ranks)
+        foreign = ids[cut.owner(ids) != rank]
+        # The first row of each head is what all other forwards have read.
+        is_known = torch.isin(foreign, torch.tensor([0, *ROWS_OF_HEAD]).cumsum(0))
+        for way, expected in (("forwards", ~is_known), ("a step", torch.ones_like(is_known))):
+            assert torch.equal(found[way][0], row_ids) and torch.equal(found[way][1], gradients)
+            assert found[way][2] == int(expected.sum())
+    assert int((~is_known).sum()) > 0
 
 
 def test_row_ids_above_four_billion_travel_in_four_bytes_each():
@@ -162,10 +207,9 @@ def test_row_ids_above_four_billion_travel_in_four_bytes_each():
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("in_lookup", [True, False])
-@pytest.mark.parametrize("kind", ["NextRanksCut", "ShiftingCut"])
-def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results, kind, in_lookup):
-    messages = [result[kind, in_lookup] for result in results]
+@pytest.mark.parametrize("error", ERRORS)
+def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results, error):
+    messages = [result[error] for result in results]
     assert all(messages) and any("differently" in each for each in messages)
 
 
@@ -195,9 +239,10 @@ def distinct_rows(number: int, rank: int, ranks: int) -> torch.Tensor:
     return (batch(number, rank, ranks)[0] + firsts).flatten().unique()
 
 
-def rows_of_others(cut: RowCut, rank: int, number: int) -> int:
-    """How many of them other ranks hold."""
-    return int((cut.owner(distinct_rows(number, rank, cut.ranks)) != rank).sum())
+def rows_of_others(cut: RowCut, rank: int, *numbers: int) -> int:
+    """How many of them, in some batches together, other ranks hold."""
+    distinct = torch.cat([distinct_rows(number, rank, cut.ranks) for number in numbers]).unique()
+    return int((cut.owner(distinct) != rank).sum())
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -39,6 +39,8 @@ def test_trainer_trains_tables_over_ranks_bit_for_bit_like_whole_ones(left, name
         torch.testing.assert_close(cut["rows"], whole["rows"], rtol=0, atol=0)
         torch.testing.assert_close(cut["rest"], whole["rest"], rtol=0, atol=0)
         assert 0 < cut["moved"]["announced"] <= cut["moved"]["rows"]
+        # No row id has travelled once more with a gradient.
+        assert "again" not in cut["moved"]
 
 
 @pytest.mark.parametrize("name", ["float32"])
@@ -50,12 +52,23 @@ def test_trainer_trains_what_one_process_does_with_the_joint_batch(left, name):
         torch.testing.assert_close(result[name, True]["rest"], alone["rest"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["float32", slow("adam in float32")])
+def test_ranks_add_no_error_to_one_process_that_accumulates_their_batches(left, name):
+    """In float32, with texts of different lengths. A joint batch has other sums in the model itself."""
+    folder, results = left
+    alone = train(folder, name, is_cut=False, processes=1, accumulates=True)
+    for result in results:
+        torch.testing.assert_close(result[name, True]["rows"], alone["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(result[name, True]["rest"], alone["rest"], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["workers"])
 def test_announcements_from_workers_change_when_row_ids_travel_and_no_bit(left, name):
     for result in left[1]:
         early, late = result[name, True], result["late"]
         assert "announced" not in late["moved"] and early["moved"]["announced"] > 0
+        assert late["moved"]["ids"] == late["moved"]["rows"] and "again" not in late["moved"]
         assert early["moved"]["rows"] == late["moved"]["rows"] and early["losses"] == late["losses"]
         torch.testing.assert_close(early["rows"], late["rows"], rtol=0, atol=0)
         torch.testing.assert_close(early["rest"], late["rest"], rtol=0, atol=0)

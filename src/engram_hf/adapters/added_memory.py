@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..modeling.configuration_memory import usual_pad
+from ..modeling.configuration_checks import usual_pad
 from ..modeling.ids_hashing import NgramHash
 from ..modeling.memory_layer import EngramLayer
 from ..modeling.memory_model import ROW_PATCHES

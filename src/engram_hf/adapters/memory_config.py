@@ -16,8 +16,7 @@ from typing import Any, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from torch import nn
 
-from ..modeling.configuration_checks import MAX_LAYERS, MAX_VOCAB_SIZE, SIZES, check_range, shorten
-from ..modeling.configuration_memory import MemoryFields
+from ..modeling.configuration_checks import MAX_LAYERS, MAX_VOCAB_SIZE, SIZES, MemoryFields, check_range, shorten
 from ..modeling.ids_hashing import find_primes, rows_behind_heads
 
 

@@ -20,8 +20,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..modeling.ids_hashing import HashedTokens, NgramHash
-from ..modeling.ids_reach import NO_MEMORY, Seen, find_documents, positions_in_documents, tokens_under_mask
-from ..modeling.ids_recovery import recover_token_ids
+from ..modeling.ids_reach import (
+    NO_MEMORY,
+    Seen,
+    find_documents,
+    positions_in_documents,
+    recover_token_ids,
+    tokens_under_mask,
+)
 from ..modeling.memory_layer import (
     EngramLayer,
     MemoryCacheLayer,

@@ -116,7 +116,7 @@ def save_engram(
     for table_name, table in parts.tables.items():
         for block in table.block_records:
             full_name = block_name(table_name, block.number)
-            block.saved_in = (published[full_name], full_name)
+            block.note_save(published[full_name], full_name)
         table.saving.follow()
 
 

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..modeling.configuration_engram_moe import EngramMoEConfig
-from ..modeling.memory_model import TableInfo
+from ..modeling.table_placement import TableInfo, check_places
 from .memory_files import MODEL_TYPE
 from .served_model import class_with_tables, refuse_unsupported
 from .served_prefetch import prefetch_of_forward
@@ -53,6 +53,11 @@ def load_with_tables(
         >>> [(table.name, table.tiers) for table in engram_tables(model)]
         [('model.embed_tokens_per_layer', {'disk': 6336})]
     """
+    if not isinstance(folder_or_repo, str | Path):
+        raise ValueError(
+            f"load_with_tables takes a folder or the name of a repository, got a {type(folder_or_repo).__name__}. The "
+            "tables of a model that is loaded already go to other tiers with place_tables(model, places)."
+        )
     refuse_missing(folder_or_repo, "config.json", **from_pretrained_arguments)
     refuse_unsupported(str(folder_or_repo), from_pretrained_arguments)
     given = dict(from_pretrained_arguments)
@@ -104,7 +109,8 @@ def place_tables(model: Any, places: Mapping[str, object]) -> None:
             accelerator.
 
     Raises:
-        ValueError: an entry names no table; a table that was changed, or comes from no file, is to go to disk.
+        ValueError: it is no dict; an entry names no table; a table that was changed, or comes from no file, is to go
+            to disk.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained(gemma_folder)
@@ -138,6 +144,9 @@ def prefetch(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor |
         input_ids: (batch, seq) token ids.
         attention_mask: (batch, seq), 0 for padding.
 
+    Raises:
+        ValueError: the ids are no integer tensor of this shape.
+
     Example:
         >>> prefetch(load_with_tables(gemma_folder, "cpu+disk"), torch.tensor([[5, 7, 9]]))
     """
@@ -149,6 +158,7 @@ def _adopt(model: Any, places: Mapping[str, object]) -> None:
     """Make the embeddings that are named tables of a model that somebody else has loaded."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"Tables of a {type(model).__name__} cannot be placed; give a model of transformers.")
+    check_places(places, embeddings_of(model))
     backbone, entries = split_places(places, embeddings_of(model), tied_weights(model))
     if backbone:
         raise ValueError(

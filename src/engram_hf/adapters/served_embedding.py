@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.table import EngramTable
-from ..modeling.table_blocks import RESIDENT, BlockSource
+from ..modeling.table_blocks import BlockSource
 from ..modeling.table_formats import FloatRows
 from ..modeling.table_overlay import numbers_of
 from .rows_in_memory import RowsInMemory, addresses_of
@@ -57,7 +57,7 @@ class TableOfParts(EngramTable):
         """
         for block, rows, source in zip(self.block_records, parts, sources, strict=True):
             self.blocks.append(nn.Parameter(rows, requires_grad=train and self.stored_as.is_trainable))
-            block.tier, block.source = RESIDENT, source
+            block.begin_in_memory(source)
         self._move_heads(self.blocks[0].device)
 
     def look_up(self, row_ids: torch.Tensor, numbers: np.ndarray | None = None) -> torch.Tensor:

@@ -24,12 +24,15 @@ from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_reading import PageReader
 from ..modeling.disk_safetensors import TensorPlace, read_json
 from ..modeling.ids_hashing import NgramHash
-from ..modeling.memory_model import CountsCopies, Memory, ModelWithTables, TableInfo
+from ..modeling.ids_reach import check_token_ids
+from ..modeling.memory_model import CountsCopies, Memory, ModelWithTables
 from ..modeling.table import EngramTable, tables_without_blocks
 from ..modeling.table_blocks import DISK, block_name
 from ..modeling.table_placement import (
     AUTOMATIC,
     Place,
+    TableInfo,
+    check_places,
     memory_limits,
     place_in_map,
     place_of_layer,
@@ -250,6 +253,7 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
 
     def place_tables(self, places: Mapping[str, object], hot_rows: int | None = None, host_nodes: Any = None) -> None:
         """As `engram_hf.place_tables`."""
+        check_places(places, self.served)
         given = {name.removesuffix(f".{TABLE_CHILD}"): value for name, value in places.items()}
         backbone, entries = split_places(given, embeddings_of(cast(nn.Module, self)), tied_weights(self))
         if backbone:
@@ -266,6 +270,7 @@ class ModelWithServedTables(CountsCopies, ModelWithTables):
     @torch.no_grad()
     def prefetch(self, input_ids, attention_mask=None, position_ids=None) -> None:
         """As `engram_hf.prefetch`."""
+        check_token_ids(input_ids)
         whole = cast(Any, self)
         for name in self.served:
             owner = whole.get_submodule(name.rpartition(".")[0]) if name.endswith(NGRAM_TABLE) else None

@@ -21,8 +21,7 @@ from ..insight.memory_layers import memory_of
 from ..insight.plotting import plot_training
 from ..modeling.checkpoint_loading import BLOCK_KEY, INDEX_FILE, find_checkpoint
 from ..modeling.disk_safetensors import read_header, read_index, read_json
-from .card import updated_card
-from .card_facts import facts_in, gather_facts, keep_known
+from .card import facts_in, gather_facts, keep_known, read_card, updated_card
 from .uploading import (
     CARD_FILE,
     INDEX_FILES,
@@ -290,15 +289,13 @@ def _card(
     there = {file.name for file in files}
     if card.get("training") is not None and card.get("picture") is None and CURVES_FILE in there:
         facts = replace(facts, picture=CURVES_FILE)
-    content = None if repository is None else repository.read(CARD_FILE)
-    where: object = f"{CARD_FILE} of {repo_id}"
-    if content is not None and repository is not None:
+    cards: list[tuple[object, bytes]] = [read_card(folder)]
+    if repository is not None and (pushed := repository.read(CARD_FILE)) is not None:
         there |= repository.files
+        cards.append((f"{CARD_FILE} of {repo_id}", pushed))
+    for where, content in cards:
         if (known := facts_in(content, where)) is not None:
             facts = keep_known(facts, known)
-    elif (folder / CARD_FILE).is_file():
-        where = folder / CARD_FILE
-        content = (folder / CARD_FILE).read_bytes()
     picture, gates = (file if file in there else None for file in (facts.picture, facts.gates))
     facts = replace(facts, picture=picture, gates=gates)
-    return UploadFile(CARD_FILE, updated_card(content or b"", facts, where))
+    return UploadFile(CARD_FILE, updated_card(content, facts, where))

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .checkpoint_loading import INDEX_FILE, SINGLE_FILE, read_digests, with_variant
+from .configuration_checks import TABLE_DTYPES
 from .configuration_engram_moe import AUTO_MAP
 from .disk_files import BlockSource, MappedFile
 from .disk_safetensors import (
@@ -34,6 +35,7 @@ from .disk_safetensors import (
 )
 from .table import EngramTable
 from .table_blocks import BLOCK_KEY, ROW_IDS, Block, block_name, changed_name, layer_of_table
+from .table_formats import QUANTIZED_FORMATS
 
 
 try:
@@ -48,14 +50,11 @@ CODE_FILES = (
     "checkpoint_saving.py",
     "configuration_checks.py",
     "configuration_engram_moe.py",
-    "configuration_memory.py",
     "disk_files.py",
     "disk_reading.py",
     "disk_safetensors.py",
-    "table_hot_rows.py",
     "ids_hashing.py",
     "ids_reach.py",
-    "ids_recovery.py",
     "memory_layer.py",
     "memory_model.py",
     "memory_patches.py",
@@ -65,6 +64,7 @@ CODE_FILES = (
     "table_changes.py",
     "table_formats.py",
     "table_gradients.py",
+    "table_hot_rows.py",
     "table_nodes.py",
     "table_overlay.py",
     "table_patches.py",
@@ -131,6 +131,10 @@ def write_tables(
     limit = min(convert_file_size_to_int(max_shard_size), LARGEST_FILE)
     written = WrittenTables()
     total = sum(block.nbytes for block in blocks.values())
+    for table in tables.values():
+        if table.ranks is not None:
+            # This rank holds some of what it writes.
+            total += sum(table.saving.whole_nbytes(block) - block.parameter.nbytes for block in table.block_records)
     numbers = numbers_of_files(tables)
     is_short = total < PROGRESS_BYTES
     with logging.tqdm(total=total, desc="Writing tables", unit="B", unit_scale=True, disable=is_short) as progress:
@@ -142,7 +146,7 @@ def write_tables(
                 continue
             by_rows = is_checkpoint and table.is_in_training
             standing = {
-                block: table.saving.base_of(block) if by_rows else _source_on_disk(table, block, tensor)
+                block: table.saving.base_of(block) if by_rows else table.saving.source_of(block, tensor)
                 for block, tensor in given.items()
             }
             nbytes = {block: table.saving.whole_nbytes(block) for block in given}
@@ -184,15 +188,6 @@ def numbers_of_files(tables: Iterable[str]) -> dict[str, int]:
     if len(set(layers.values())) == len(layers):
         return layers
     return {name: number for number, name in enumerate(layers)}
-
-
-def _source_on_disk(table: EngramTable, block: Block, tensor: torch.Tensor) -> BlockSource | None:
-    """The file of a block, where this is the table's own block, on disk and as its file has it."""
-    source = block.source
-    # Other ranks may have written to their parts of it.
-    if table.ranks is not None or source is None or not block.is_on_disk or not source.file.can_be_linked:
-        return None
-    return source if source.is_under(tensor) and source.holds(tensor) else None
 
 
 def _group(
@@ -470,3 +465,36 @@ def remove_stale_weights(folder: Path, kept: set[str], variant: str | None) -> N
         is_other_variant = path.name.startswith("model") and (match[2] or "").lstrip(".") != (variant or "")
         if not is_other_variant or (match[2] or "").lstrip(".").isdigit():
             path.unlink()
+
+
+def check_blocks(tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor], names: set[str]) -> str | None:
+    """The type of the blocks that are saved, as the config names it; None for a model without tables.
+
+    Raises:
+        ValueError: a block is missing, or they are of several types, or of one that tables cannot have.
+    """
+    missing = sorted(names - set(blocks))
+    if missing:
+        raise ValueError(
+            f"The state_dict lacks {len(missing)} blocks of the tables, such as {missing[0]}; without them what "
+            "is saved could not be loaded. Give all of model.state_dict()."
+        )
+    dtypes = {str(block.dtype).removeprefix("torch.") for block in blocks.values()}
+    if not dtypes:
+        return None
+    if len(dtypes) > 1:
+        raise ValueError(f"The blocks of the tables must be of one type, got {sorted(dtypes)}.")
+    dtype, plain = next(iter(dtypes)), [name for name in TABLE_DTYPES if name not in QUANTIZED_FORMATS]
+    row_format = next(iter(tables.values())).row_format
+    if row_format is None and dtype not in plain:
+        raise ValueError(
+            f"Tables are saved in {', '.join(plain)}, got {dtype}, whose numbers have no scales. Cast the tables "
+            "back, save the model, and make them smaller with engram_hf.quantize_tables(source, target)."
+        )
+    return row_format or dtype
+
+
+def is_other_rank() -> bool:
+    """Whether another process of a distributed run is the one that saves."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0

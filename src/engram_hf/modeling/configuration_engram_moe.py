@@ -34,6 +34,7 @@ from .configuration_checks import (
     MAX_NUMBER,
     MAX_TOKEN_ID,
     UNEXPECTED,
+    MemoryFields,
     check_content,
     check_rope,
     check_sizes,
@@ -41,9 +42,9 @@ from .configuration_checks import (
     explain,
     refuse_v41,
     shorten,
+    usual_pad,
     with_own_names,
 )
-from .configuration_memory import MemoryFields, usual_pad
 
 
 # Arguments of `from_pretrained` that begin like fields.

@@ -5,10 +5,8 @@ transformers loads and saves the backbone, and never sees a block. Blocks are op
 
 import copy
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +37,8 @@ from .checkpoint_loading import (
     unseen_fields,
 )
 from .checkpoint_saving import (
+    check_blocks,
+    is_other_rank,
     publish,
     publishing,
     refuse_model_in,
@@ -51,15 +51,13 @@ from .checkpoint_saving import (
 )
 from .configuration_checks import check_source
 from .configuration_engram_moe import PRESETS
-from .configuration_memory import TABLE_DTYPES
 from .disk_reading import PageReader
 from .ids_hashing import NgramHash, check_fingerprint, differing_parts
+from .ids_reach import check_token_ids
 from .memory_layer import EngramLayer
 from .memory_patches import ModelPatches, check_patch
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import block_name, is_of_table
-from .table_formats import QUANTIZED_FORMATS
-from .table_hot_rows import HotRows
 from .table_nodes import HostNodes
 from .table_overlay import RowsInTraining
 from .table_patches import (
@@ -74,7 +72,12 @@ from .table_patches import (
 from .table_placement import (
     AUTOMATIC,
     Place,
+    TableInfo,
+    bind_host_blocks,
     check_backbone_keys,
+    check_places,
+    check_ranks,
+    describe_tables,
     known_tables,
     left_by_backbone,
     memory_limits,
@@ -87,7 +90,6 @@ from .table_placement import (
 )
 from .table_ranks import RowService, open_parts, start_ranks
 from .table_requests import count_copies, generating
-from .table_traffic import nbytes_of_step, rows_of_step
 
 
 logger = logging.get_logger(__name__)
@@ -97,88 +99,6 @@ DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 ROW_PATCHES = "_engram_row_patches"
 # Of an accelerator's free memory that an automatic map leaves to activations.
 FREE_SHARE = 0.9
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """A block: its parameter's name, rows, bytes, tier ("resident", "host", "disk"), device, and file if it has one."""
-
-    name: str
-    rows: int
-    nbytes: int
-    tier: str
-    device: torch.device
-    file: Path | None
-
-
-@dataclass(frozen=True)
-class TableInfo:
-    """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts.
-
-    ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
-    moved_per_step: bytes that a rank then moves in a training step of 16,384 tokens, if half of their rows are
-        distinct; computed by table_traffic.py. `engram-hf plan --ranks` does it for other steps.
-    """
-
-    name: str
-    rows: int
-    head_dim: int
-    dtype: str
-    nbytes: int
-    blocks: tuple[BlockInfo, ...]
-    hot_rows: HotRows | None
-    ranks: int = 1
-    moved_per_step: int = 0
-
-    @property
-    def tiers(self) -> dict[str, int]:
-        """Bytes on each tier."""
-        found: Counter[str] = Counter()
-        for block in self.blocks:
-            found[block.tier] += block.nbytes
-        return dict(found)
-
-
-def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> None:
-    """
-    Raises:
-        ValueError: `engram_ranks` is another word.
-        NotImplementedError: it goes with an argument that it cannot go with.
-    """
-    if engram_ranks is None:
-        return
-    if engram_ranks != "shard":
-        raise ValueError(
-            f'engram_ranks is "shard", which cuts tables over the processes of a run, or None; got {engram_ranks!r}.'
-        )
-    mesh = [
-        name for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config") if arguments.get(name) is not None
-    ]
-    if hot_rows or mesh:
-        raise NotImplementedError(
-            f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '
-            f"{mesh[0] if mesh else 'hot_rows'}. Leave one of them out."
-        )
-
-
-def bind_host_blocks(
-    tables: Mapping[str, EngramTable], planned: Mapping[str, Sequence[Place]], nodes: HostNodes | None
-) -> None:
-    """Say which NUMA nodes the memory of blocks is to lie on, before they are placed.
-
-    Raises:
-        ValueError: nodes are named, and no block goes to host memory.
-    """
-    on_host = [
-        tables[name].block_records[i] for name, each in planned.items() for i, p in enumerate(each) if p.is_on_host
-    ]
-    if nodes is not None and not on_host:
-        raise ValueError(
-            "host_nodes is for tables in host memory, and no table goes there. Give device_map an entry such as "
-            '"...table": "host", or leave host_nodes out.'
-        )
-    for block in on_host:
-        block.host_nodes = nodes
 
 
 class CountsCopies:
@@ -499,37 +419,7 @@ class ModelWithTables:
 
     def engram_tables(self) -> list[TableInfo]:
         """What tables the model has and where their blocks live, in the order of layers."""
-        infos = []
-        for name, table in self.named_tables().items():
-            name = f"{self._tables_prefix()}{name}"
-            blocks = tuple(
-                BlockInfo(
-                    name=block_name(name, block.number),
-                    rows=block.num_rows,
-                    nbytes=block.parameter.nbytes,
-                    tier=block.tier,
-                    device=block.parameter.device,
-                    file=None if block.source is None else block.source.file.path,
-                )
-                for block in table.block_records
-            )
-            ranks = 1 if table.ranks is None else table.ranks.cut.ranks
-            rows_read = rows_of_step(sum(len(block.rows_of_head) for block in table.block_records))
-            moved = nbytes_of_step(rows_read, table.head_dim, table.row_nbytes, ranks, table.is_trainable)
-            infos.append(
-                TableInfo(
-                    name=name,
-                    rows=table.num_rows,
-                    head_dim=table.head_dim,
-                    dtype=table.row_format or str(table.dtype).removeprefix("torch."),
-                    nbytes=sum(block.nbytes for block in blocks),
-                    blocks=blocks,
-                    hot_rows=table.hot_rows,
-                    ranks=ranks,
-                    moved_per_step=round(moved),
-                )
-            )
-        return infos
+        return describe_tables(self.named_tables(), self._tables_prefix())
 
     def place_tables(
         self,
@@ -546,14 +436,15 @@ class ModelWithTables:
             host_nodes: as for `from_pretrained`, for the blocks that these entries put into host memory.
 
         Raises:
-            ValueError: an entry names no table; or a block that was changed, or comes from no file, is to go to disk;
-                or host_nodes names no node, or no entry is for host memory.
+            ValueError: it is no dict; an entry names no table; a block that was changed, or comes from no file, is to
+                go to disk; host_nodes names no node, or no entry is for host memory.
             NotImplementedError, OSError: as for `from_pretrained`.
 
         Example:
             >>> model.place_tables({"model.layers.1.engram.table": "disk"})
         """
         tables = self.named_tables()
+        check_places(places, [f"{self._tables_prefix()}{name}" for name in tables])
         others, entries = split_device_map(places)
         if others:
             known = known_tables(tables, self._tables_prefix())
@@ -593,7 +484,11 @@ class ModelWithTables:
             input_ids: (batch, seq) raw ids.
             attention_mask: (batch, seq), 0 for padding.
             position_ids: (batch or 1, seq), where documents are packed.
+
+        Raises:
+            ValueError: the ids are no integer tensor of this shape.
         """
+        check_token_ids(input_ids)
         ngram_hash, layers = self.engram_memory()
         if ngram_hash is None or all(layer.table.is_resident for layer in layers):
             return
@@ -814,7 +709,7 @@ class ModelWithTables:
         folder = Path(save_directory)
         if folder.is_file():
             raise FileExistsError(f"{folder} is a file; save_pretrained needs a folder.")
-        if not is_main_process or _is_other_rank():
+        if not is_main_process or is_other_rank():
             # Processes gather together what is sharded over them. This one writes nothing.
             return super().save_pretrained(save_directory, False, backbone, False, **shared)
         table_dtype = self._check_blocks(tables, blocks, names)
@@ -869,7 +764,7 @@ class ModelWithTables:
             for name, table in tables.items():
                 for block in table.block_records:
                     saved_name = name_of(f"{prefix}{name}", block.number)
-                    block.saved_in = (saved[saved_name], saved_name)
+                    block.note_save(saved[saved_name], saved_name)
                 table.saving.follow(by_base.get(name, ()))
         save_trained_patch(trained, folder)
         if repository is not None:
@@ -922,33 +817,5 @@ class ModelWithTables:
     def _check_blocks(
         self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor], names: set[str]
     ) -> str | None:
-        """The type of the blocks that are saved, as the config names it; None for a model without tables.
-
-        Raises:
-            ValueError: a block is missing, or they are of several types, or of one that tables cannot have.
-        """
-        missing = sorted(names - set(blocks))
-        if missing:
-            raise ValueError(
-                f"The state_dict lacks {len(missing)} blocks of the tables, such as {missing[0]}; without them what "
-                "is saved could not be loaded. Give all of model.state_dict()."
-            )
-        dtypes = {str(block.dtype).removeprefix("torch.") for block in blocks.values()}
-        if not dtypes:
-            return None
-        if len(dtypes) > 1:
-            raise ValueError(f"The blocks of the tables must be of one type, got {sorted(dtypes)}.")
-        dtype, plain = next(iter(dtypes)), [name for name in TABLE_DTYPES if name not in QUANTIZED_FORMATS]
-        row_format = next(iter(tables.values())).row_format
-        if row_format is None and dtype not in plain:
-            raise ValueError(
-                f"Tables are saved in {', '.join(plain)}, got {dtype}, whose numbers have no scales. Cast the tables "
-                "back, save the model, and make them smaller with engram_hf.quantize_tables(source, target)."
-            )
-        return row_format or dtype
-
-
-def _is_other_rank() -> bool:
-    """Whether another process of a distributed run is the one that saves."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0
+        """As `check_blocks`."""
+        return check_blocks(tables, blocks, names)

@@ -54,8 +54,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_engram_moe import EngramMoEConfig
 from .ids_hashing import HashedTokens, NgramHash
-from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, tokens_under_mask
-from .ids_recovery import recover_token_ids
+from .ids_reach import NO_MEMORY, find_documents, positions_in_documents, recover_token_ids, tokens_under_mask
 from .memory_layer import EngramLayer, MemoryCacheLayer, ShortConvolution, find_rows, keep_ids, memory_cache_layer
 from .memory_model import CountsCopies, ModelWithTables
 from .table import EngramTable

@@ -18,7 +18,7 @@ from torch import nn
 
 from .disk_files import BlockSource, MappedFile, source_behind
 from .disk_reading import PageReader, Prefetches, pages_of_rows
-from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name, put_rows
+from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name
 from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, digest_of_content
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
@@ -381,7 +381,7 @@ class EngramTable(nn.Module):
         cut = RowCut([block.num_rows for block in self.block_records], service.ranks)
         first = 0
         for block, rows in zip(self.block_records, cut.rows_of(service.rank)):
-            block.first_row, block.num_rows = first, rows
+            block.hold(first, rows)
             first += rows
         # The table knows its type when its blocks are open.
         self.ranks = TableRanks(cut, service, 0, self._read_for_ranks)
@@ -422,7 +422,7 @@ class EngramTable(nn.Module):
         self._check_files()
         self._check_row_ids(numbers_of(on_cpu))
         groups = group(self._row_ids_in_table(on_cpu.cpu()).flatten())
-        return groups, ranks.begin(groups.distinct)
+        return groups, ranks.begin(groups.distinct, self._may_leave_gradients)
 
     def _rows_of_ranks(self, ranks: TableRanks, row_ids: torch.Tensor) -> tuple[Grouping, torch.Tensor]:
         """Which row ids of a lookup are equal, and the distinct rows, (m, row width), on the CPU."""
@@ -432,9 +432,14 @@ class EngramTable(nn.Module):
         groups, pending = ranks.take(row_ids) or self._ask_ranks(ranks, row_ids.cpu())
         with self._watched(groups.distinct):
             rows = pending.result()
-        if self.training and self.is_in_training:
+        if self._may_leave_gradients:
             ranks.keep(row_ids, rows)
         return groups, rows
+
+    @property
+    def _may_leave_gradients(self) -> bool:
+        """Whether a lookup may be one of a backward, also where a forward without gradients comes first."""
+        return self.training and self.is_in_training
 
     @torch.compiler.disable
     def _look_up_over_ranks(self, ranks: TableRanks, row_ids: torch.Tensor) -> torch.Tensor:
@@ -498,11 +503,7 @@ class EngramTable(nn.Module):
             rows: (n, row width) in the type of the table.
         """
         for block, part, wanted in self.parts(row_ids):
-            block.require_memory()
-            before = block.parameter._version
-            put_rows(block.rows, wanted, rows[part], is_mapped=block.is_on_disk)
-            if block.base is not None and block.base.version == before:
-                block.base = block.base._replace(version=block.parameter._version)
+            block.write(wanted, rows[part])
         self.changes.mark(row_ids)
         if self.hot_rows is not None:
             self.hot_rows.forget(row_ids.cpu().numpy())
@@ -608,8 +609,7 @@ class EngramTable(nn.Module):
             nn.Parameter(source.tensor(), requires_grad=self.stored_as.is_trainable) for source in sources
         )
         for block, source, tier, device in zip(self.block_records, sources, tiers, devices, strict=True):
-            block.source = source
-            block.place(tier, device)
+            block.open(source, tier, device)
         if self.ranks is not None:
             self.ranks.row_nbytes = self.row_nbytes
         self._move_heads(self.blocks[0].device)
@@ -667,9 +667,9 @@ class EngramTable(nn.Module):
         if not is_whole:
             return given
         if behind is None:
-            block.digest_of_loaded = digest_of(given)
+            block.note_digest(digest_of(given))
             return given[begin:end]
-        block.digest_of_loaded = digest_of_content(behind.file.content(behind.name))
+        block.note_digest(digest_of_content(behind.file.content(behind.name)))
         return block.parameter if block.load_part(behind, begin) else given[begin:end]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -684,7 +684,6 @@ class EngramTable(nn.Module):
             if name in state_dict:
                 given = self._part_of(block, local_part(state_dict[name]))
                 state_dict[name] = block.load(given, name)
-                block.base = None
                 loaded.append(block)
         if self.hot_rows is not None:
             self.hot_rows.clear()
@@ -741,12 +740,8 @@ class EngramTable(nn.Module):
                 'model once more with engram_ranks="shard".'
             )
         self.changes.settle()
-        kept, records = RowBlocks(self.stored_as, self.head_dim), []
-        for block in self.block_records:
-            copied = object.__new__(Block)
-            copied.__dict__.update(block.state_to_copy() if len(self.blocks) else block.__dict__)
-            copied._parameters = kept
-            records.append(copied)
+        kept = RowBlocks(self.stored_as, self.head_dim)
+        records = [block.copy_with(kept) for block in self.block_records]
         for block, copied in zip(self._present(), records):
             # A block that stays on disk is opened there again; its rows are not copied.
             rows = block.rows[:0].clone() if copied.is_on_disk else block.rows

@@ -143,7 +143,7 @@ class RowBlocks(nn.ParameterList):
 
 
 class Block:
-    """One block of a table.
+    """One block of a table. Other files read what it holds, and change it by its methods alone.
 
     number: its place in the table.
     first_row, num_rows: the row ids in the table that it holds.
@@ -153,6 +153,7 @@ class Block:
     base: what the next checkpoint of a training run may stand on; see table_changes.py.
     saved_in: the file and the tensor that the last save has put it in.
     host_nodes: where its memory is bound to when it goes to the host tier; None leaves that to the system.
+    digest_of_loaded: SHA-256 of the whole block that a state dict has brought, where this process holds a part of it.
     """
 
     def __init__(self, parameters: nn.ParameterList, number: int, first_row: int, rows_of_head: list[int], width: int):
@@ -164,7 +165,6 @@ class Block:
         self.base: Base | None = None
         self.saved_in: tuple[Path, str] | None = None
         self.host_nodes: HostNodes | None = None
-        # SHA-256 of the whole block that a state dict has brought, where this process holds a part of it.
         self.digest_of_loaded: bytes | None = None
 
     @property
@@ -295,6 +295,50 @@ class Block:
             "save_pretrained, which makes a file that can."
         )
 
+    def open(self, source: BlockSource, tier: str, device: torch.device | str | int | None = None) -> None:
+        """Begin with the rows of a file, whose tensor is the parameter now, and move to a tier as `place` does."""
+        self.source = source
+        self.place(tier, device)
+
+    def begin_in_memory(self, source: BlockSource | None) -> None:
+        """Begin with rows that are the parameter now, and that a file may hold as well."""
+        self.tier, self.source = RESIDENT, source
+
+    def hold(self, first_row: int, num_rows: int) -> None:
+        """Hold a part of these rows alone, counted as this process counts its rows. Call it before `open`."""
+        self.first_row, self.num_rows = first_row, num_rows
+
+    def bind_to(self, nodes: HostNodes | None) -> None:
+        """Where its memory is to lie from the next move to the host tier on."""
+        self.host_nodes = nodes
+
+    def write(self, places: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows, (n, row width), over those at `places`, (n,) int64 counted from its first.
+
+        Its base stays compared: who writes this way marks these rows as changed.
+        """
+        self.require_memory()
+        before = self.parameter._version
+        put_rows(self.rows, places, rows, is_mapped=self.is_on_disk)
+        if self.base is not None and self.base.version == before:
+            self.base = self.base._replace(version=self.parameter._version)
+
+    def stand_on(self, base: "Base | None") -> None:
+        """What the next checkpoint of a training run may leave it to; None has it written whole."""
+        self.base = base
+
+    def note_save(self, path: Path, tensor: str) -> None:
+        """A save has put it into this tensor of a file."""
+        self.saved_in = (path, tensor)
+
+    def forget_save(self) -> None:
+        """Where the last save has put it is not asked for again."""
+        self.saved_in = None
+
+    def note_digest(self, digest: bytes) -> None:
+        """SHA-256 of the whole block that a state dict has brought, of which this process holds a part."""
+        self.digest_of_loaded = digest
+
     def read_from(self, source: BlockSource) -> None:
         """Live on disk, in another file that holds these rows."""
         self.source = source
@@ -303,12 +347,13 @@ class Block:
 
     def load(self, given: torch.Tensor, name: str) -> torch.Tensor:
         """What a state dict has to hold for this block: on disk, the same rows stay there, and others go to memory.
+        It stands on no file from then on.
 
         Args:
             given: what the state dict holds.
             name: of the tensor, for the message.
         """
-        source = self.source
+        source, self.base = self.source, None
         if not self.is_on_disk or source is None or given.shape != self.parameter.shape or source.file.is_shared:
             return given
         if given.dtype != self.parameter.dtype or not source.holds(given):
@@ -363,8 +408,8 @@ class Block:
             if rows.dtype != dtype or not same_bytes(rows, [target]):
                 rows.copy_(found)
 
-    def state_to_copy(self) -> dict:
-        """This record for a copy or a pickle of the model.
+    def copy_with(self, parameters: nn.ParameterList) -> "Block":
+        """This record for a copy or a pickle of the model, whose parameters these will be.
 
         A block on disk is opened there again by the copy, unless it was written. A written one is copied, and so is a
         block of a file that only this run has.
@@ -372,7 +417,9 @@ class Block:
         source = self.source if self.source is not None and self.source.file.can_be_linked else None
         stays_on_disk = self.is_on_disk and source is not None and source.holds(self.parameter)
         tier = HOST if self.is_on_disk and not stays_on_disk else self.tier
-        return {**self.__dict__, "source": source, "tier": tier, "base": None}
+        twin = object.__new__(Block)
+        twin.__dict__.update({**self.__dict__, "_parameters": parameters, "source": source, "tier": tier, "base": None})
+        return twin
 
     def __deepcopy__(self, memo: dict) -> "Block":
         twin = memo[id(self)] = object.__new__(Block)

@@ -160,6 +160,22 @@ class ArrivedRows:
     is_written: bool = False
 
 
+@dataclass
+class LoadInProgress:
+    """What state dicts of one checkpoint have brought to a table, from the first of them until its rows are used.
+
+    arrived: number of a block, and of the rank that has saved them, to rows that wait for it.
+    digests: number of a block to its SHA-256 before any of these rows were written to it.
+    ranks: whose rows have come.
+    blocks: numbers of those that have come.
+    """
+
+    arrived: dict[tuple[int, int], ArrivedRows] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    ranks: set[int] = field(default_factory=set)
+    blocks: set[int] = field(default_factory=set)
+
+
 class RowChanges:
     """What one table knows of its changed rows, and of those that a checkpoint brings.
 
@@ -172,14 +188,7 @@ class RowChanges:
         self.stamp: bytes | None = None
         # (rows that are held,) bool while it is trained.
         self._is_changed: torch.Tensor | None = None
-        # Number of a block, and of the rank that has saved them, to rows that a state dict has brought for it.
-        self._arrived: dict[tuple[int, int], ArrivedRows] = {}
-        # Number of a block to its SHA-256 before any of these rows were written to it.
-        self._digests: dict[int, bytes] = {}
-        # Ranks whose rows state dicts of one checkpoint have brought.
-        self._ranks: set[int] = set()
-        # Numbers of blocks that state dicts have brought since the rows were used last.
-        self._loaded: set[int] = set()
+        self._load = LoadInProgress()
         # Held ids of rows that a checkpoint has brought over the table's blocks.
         self._brought: torch.Tensor | None = None
 
@@ -191,7 +200,7 @@ class RowChanges:
             self.mark(self._brought)
         for block in table.block_records:
             can_stand = block.source is not None and block.source.file.can_be_linked
-            block.base = Base(block.source) if block.source is not None and can_stand else None
+            block.stand_on(Base(block.source) if block.source is not None and can_stand else None)
 
     def mark(self, row_ids: torch.Tensor) -> None:
         """These rows, (n,) int64 held ids, have changed."""
@@ -232,7 +241,7 @@ class RowChanges:
             digest = None
         if digest is None:
             digest = _digest_if_same(base.source, block.rows, marks)
-        block.base = None if digest is None else base._replace(digest=digest, version=version)
+        block.stand_on(None if digest is None else base._replace(digest=digest, version=version))
         return None if block.base is None else block.base.source
 
     def count_changed(self, block: Block) -> int:
@@ -261,9 +270,9 @@ class RowChanges:
         base = block.base if by_base else None
         if source is not None:
             digest = None if base is None else base.digest
-            block.base = Base(source, digest, block.parameter._version, known_as)
+            block.stand_on(Base(source, digest, block.parameter._version, known_as))
         else:
-            block.base = None if base is None else base._replace(known_as=known_as)
+            block.stand_on(None if base is None else base._replace(known_as=known_as))
         if not by_base and self._is_changed is not None:
             self._marks_of(block).fill_(False)
 
@@ -309,11 +318,11 @@ class RowChanges:
         """
         changed.check_fit(table_name, table.num_rows, table.row_width, table.dtype, len(table.block_records))
         held, which = _held(table, changed.row_ids)
-        if changed.stamp is None or changed.stamp != self.stamp or rank in self._ranks:
-            # Another checkpoint, or the same once more.
-            self._arrived, self._digests, self._ranks = {}, {}, set()
-        self._ranks.add(rank)
-        self._arrived = {key: each for key, each in self._arrived.items() if key[1] != rank} | {
+        if changed.stamp is None or changed.stamp != self.stamp or rank in self._load.ranks:
+            # Another checkpoint, or the same once more. Its blocks may have come ahead of its rows.
+            self._load = LoadInProgress(blocks=self._load.blocks)
+        self._load.ranks.add(rank)
+        self._load.arrived = {key: each for key, each in self._load.arrived.items() if key[1] != rank} | {
             (block.number, rank): ArrivedRows(
                 bytes(changed.digests[block.number].tolist()), wanted, _rows_at(changed.rows, which[part])
             )
@@ -324,8 +333,8 @@ class RowChanges:
     def forget_stamp(self, loaded: Sequence[Block]) -> None:
         """Blocks have come without changed rows, so that the table is no longer what a run has saved. Rows that a state
         dict has brought wait for such blocks, and state dicts of one checkpoint bring each block once."""
-        is_next = bool(self._loaded) and self._loaded.isdisjoint(block.number for block in loaded)
-        if not self._arrived and not is_next:
+        is_next = bool(self._load.blocks) and self._load.blocks.isdisjoint(block.number for block in loaded)
+        if not self._load.arrived and not is_next:
             self.stamp = None
 
     def follow_load(self, table: RowStore, loaded: Sequence[Block]) -> None:
@@ -334,27 +343,28 @@ class RowChanges:
         Once rows and their block have both come, in either order, they are done with: what is loaded next has rows of
         its own.
         """
-        here = {block.number for block in loaded}
+        here, load = {block.number for block in loaded}, self._load
         # A block that comes again begins another load.
-        self._loaded = here | (self._loaded if here.isdisjoint(self._loaded) else set())
-        self._digests = {number: each for number, each in self._digests.items() if number not in here}
-        for key, arrived in list(self._arrived.items()):
+        load.blocks = here | (load.blocks if here.isdisjoint(load.blocks) else set())
+        load.digests = {number: each for number, each in load.digests.items() if number not in here}
+        for key, arrived in list(load.arrived.items()):
             block = table.block_records[key[0]]
             if arrived.is_written and block.number not in here:
                 continue
             if self._digest_of(block) == arrived.digest:
                 table.write_rows(arrived.wanted + block.first_row, arrived.rows)
                 arrived.is_written = True
-                if block.number in self._loaded:
-                    del self._arrived[key]
+                if block.number in load.blocks:
+                    del load.arrived[key]
             else:
                 arrived.is_written = False
 
     def _digest_of(self, block: Block) -> bytes | None:
         """SHA-256 of a block as it was loaded; None where it has no memory yet."""
-        if block.number not in self._digests and not block.parameter.is_meta:
-            self._digests[block.number] = _digest_of_block(block)
-        return self._digests.get(block.number)
+        digests = self._load.digests
+        if block.number not in digests and not block.parameter.is_meta:
+            digests[block.number] = _digest_of_block(block)
+        return digests.get(block.number)
 
     def settle(self) -> None:
         """Called before rows are used or copied. Nothing that a load has brought may be missing then.
@@ -362,16 +372,13 @@ class RowChanges:
         Raises:
             ValueError: rows have come without the block that they belong to.
         """
-        self._loaded, self._digests, self._ranks = set(), {}, set()
-        if not self._arrived:
-            return
-        for (number, _), arrived in self._arrived.items():
-            if not arrived.is_written:
-                raise ValueError(
-                    f"Changed rows of a checkpoint have come without block {number} that they belong to. Load all "
-                    "files of it from one folder, or merge it first: engram_hf.merge_changed_rows(folder, target)."
-                )
-        self._arrived = {}
+        waiting = [number for (number, _), each in self._load.arrived.items() if not each.is_written]
+        self._load = LoadInProgress(self._load.arrived if waiting else {})
+        if waiting:
+            raise ValueError(
+                f"Changed rows of a checkpoint have come without block {waiting[0]} that they belong to. Load all "
+                "files of it from one folder, or merge it first: engram_hf.merge_changed_rows(folder, target)."
+            )
 
 
 def _held(table: RowStore, row_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Which block goes to which tier: `device_map` in, tiers out. Pure functions of names and sizes.
+"""Which block goes to which tier, and where it is now: `device_map` in, tiers out. Plans are made of names and sizes.
 
 A place has these names wherever it is given: "host" or "cpu" (RAM), "disk" (the checkpoint's own files), "resident"
 (with its layer), or an accelerator such as 0 or "cuda:0". A key is the name of a table or of a block, with or without
@@ -6,13 +6,20 @@ the prefix of the model around it, or three dots and the end of such names: "...
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import is_accelerate_available
 
-from .table_blocks import DISK, HOST, RESIDENT
+from .table import EngramTable
+from .table_blocks import DISK, HOST, RESIDENT, block_name
+from .table_hot_rows import HotRows
+from .table_nodes import HostNodes
+from .table_traffic import nbytes_of_step, rows_of_step
 
 
 if is_accelerate_available():
@@ -98,6 +105,24 @@ def _check_device(value) -> None:
             f'device_map is one of {", ".join(AUTOMATIC)}, a device such as "cpu" or "cuda:0", or a dict of devices; '
             f'got {value!r}. "cpu+disk" has the backbone on the CPU and every table on disk.'
         ) from error
+
+
+def check_places(places: object, names: Iterable[str]) -> None:
+    """
+    Args:
+        places: what `place_tables` was given.
+        names: of what it can move.
+
+    Raises:
+        ValueError: it is no dict.
+    """
+    if not isinstance(places, Mapping):
+        known = list(names)
+        end = known[0].rpartition(".")[2] if known else "table"
+        raise ValueError(
+            f'place_tables takes a dict of names to places, such as {{"...{end}": "disk"}}, got {places!r:.80}. Names '
+            f"of this model are: {', '.join(known) or 'none'}."
+        )
 
 
 def check_backbone_keys(device_map, names: Iterable[str], prefix: str, tables: Iterable[str]) -> None:
@@ -281,3 +306,125 @@ def memory_limits(max_memory: Mapping | None) -> dict[object, int]:
         raise ImportError("device_map='auto' needs accelerate: pip install accelerate")
     # accelerate changes the dict that it is given.
     return dict(get_max_memory(None if max_memory is None else dict(max_memory)))
+
+
+def check_ranks(engram_ranks: str | None, hot_rows: int, arguments: Mapping) -> None:
+    """
+    Raises:
+        ValueError: `engram_ranks` is another word.
+        NotImplementedError: it goes with an argument that it cannot go with.
+    """
+    if engram_ranks is None:
+        return
+    if engram_ranks != "shard":
+        raise ValueError(
+            f'engram_ranks is "shard", which cuts tables over the processes of a run, or None; got {engram_ranks!r}.'
+        )
+    mesh = [
+        name for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config") if arguments.get(name) is not None
+    ]
+    if hot_rows or mesh:
+        raise NotImplementedError(
+            f'engram_ranks="shard" cuts tables over all processes of a run, and cannot go with '
+            f"{mesh[0] if mesh else 'hot_rows'}. Leave one of them out."
+        )
+
+
+def bind_host_blocks(
+    tables: Mapping[str, EngramTable], planned: Mapping[str, Sequence[Place]], nodes: HostNodes | None
+) -> None:
+    """Say which NUMA nodes the memory of blocks is to lie on, before they are placed.
+
+    Raises:
+        ValueError: nodes are named, and no block goes to host memory.
+    """
+    on_host = [
+        tables[name].block_records[i] for name, each in planned.items() for i, p in enumerate(each) if p.is_on_host
+    ]
+    if nodes is not None and not on_host:
+        raise ValueError(
+            "host_nodes is for tables in host memory, and no table goes there. Give device_map an entry such as "
+            '"...table": "host", or leave host_nodes out.'
+        )
+    for block in on_host:
+        block.bind_to(nodes)
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """A block: its parameter's name, rows, bytes, tier ("resident", "host", "disk"), device, and file if it has one."""
+
+    name: str
+    rows: int
+    nbytes: int
+    tier: str
+    device: torch.device
+    file: Path | None
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """A table: its module's name, rows, width of a row, type, bytes, blocks, and its hot rows with their counts.
+
+    ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
+    moved_per_step: bytes that a rank then moves in a training step of 16,384 tokens, if half of their rows are
+        distinct; computed by table_traffic.py. `engram-hf plan --ranks` does it for other steps.
+    """
+
+    name: str
+    rows: int
+    head_dim: int
+    dtype: str
+    nbytes: int
+    blocks: tuple[BlockInfo, ...]
+    hot_rows: HotRows | None
+    ranks: int = 1
+    moved_per_step: int = 0
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Bytes on each tier."""
+        found: Counter[str] = Counter()
+        for block in self.blocks:
+            found[block.tier] += block.nbytes
+        return dict(found)
+
+
+def describe_tables(tables: Mapping[str, EngramTable], prefix: str) -> list[TableInfo]:
+    """What tables there are and where their blocks live.
+
+    Args:
+        tables: by their names inside the base model.
+        prefix: of the base model in the names that are told.
+    """
+    infos = []
+    for name, table in tables.items():
+        name = f"{prefix}{name}"
+        blocks = tuple(
+            BlockInfo(
+                name=block_name(name, block.number),
+                rows=block.num_rows,
+                nbytes=block.parameter.nbytes,
+                tier=block.tier,
+                device=block.parameter.device,
+                file=None if block.source is None else block.source.file.path,
+            )
+            for block in table.block_records
+        )
+        ranks = 1 if table.ranks is None else table.ranks.cut.ranks
+        rows_read = rows_of_step(sum(len(block.rows_of_head) for block in table.block_records))
+        moved = nbytes_of_step(rows_read, table.head_dim, table.row_nbytes, ranks, table.is_trainable)
+        infos.append(
+            TableInfo(
+                name=name,
+                rows=table.num_rows,
+                head_dim=table.head_dim,
+                dtype=table.row_format or str(table.dtype).removeprefix("torch."),
+                nbytes=sum(block.nbytes for block in blocks),
+                blocks=blocks,
+                hot_rows=table.hot_rows,
+                ranks=ranks,
+                moved_per_step=round(moved),
+            )
+        )
+    return infos

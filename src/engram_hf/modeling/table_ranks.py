@@ -35,17 +35,19 @@ from .table_gradients import Grouping
 
 
 # Kinds of requests. `ROWS` is answered with rows, and `COMING` not at all; tables and optimizers answer the others.
-ROWS, WHY, CHANGED, BASE, SAVED, STATE, LEAVE, COMING = range(8)
+ROWS, WHY, CHANGED, BASE, SAVED, SOURCE, STATE, LEAVE, COMING = range(9)
 HEAD_TAG, FIRST_TAG, TAGS = 1, 16, 2**24
 # Kind, number of the table, steps that it has made, bytes of what follows, tag of the answer, bytes of an answer with
-# rows, check number of the rows, tag under which they were announced (0 where they were not).
-HEAD_NUMBERS = 8
+# rows, check number of the rows, tag under which they were announced (0 where they were not), number of the lookup by
+# which gradients may name these rows (0 for none).
+HEAD_NUMBERS = 9
 # Before the rows of an answer, so that they are aligned for every type.
 STATUS_BYTES = 16
 DONE, FOREIGN, FAILED, GONE = range(4)
 # Fetches that nobody has waited for: of more, the oldest is finished first.
 OPEN_FETCHES = 64
-# Lookups of a backward that is still to come, whose rows are kept in case their forward is made again.
+# Lookups of a backward that is still to come, whose rows are kept in case their forward is made again. Also lookups
+# whose row ids an owner remembers for their gradients. Of more, the oldest is forgotten.
 LOOKUPS_KEPT = 64
 # Lookups to come that a rank has announced. It and the owners forget the oldest of more.
 ANNOUNCED_KEPT = 64
@@ -57,6 +59,10 @@ QUIET = timedelta(days=365)
 PIECE_BYTES = 2**20
 # How long a rank that has come to its end goes on answering without being asked.
 LINGER_SECONDS = 600.0
+# How often it says meanwhile that it has come to its end.
+LEAVE_SECONDS = 1.0
+# Collectives that a rank has begun, where that is not known any more.
+UNKNOWN = 2**62
 
 logger = logging.get_logger(__name__)
 
@@ -126,7 +132,7 @@ class RowCut:
             rank: that holds the rows.
 
         Returns:
-            (`packed_nbytes(n, rank)`,) uint8.
+            (4 * n,) uint8, and eight more for each multiple of 2**32 that is below the number of held rows.
         """
         held = self.to_held(row_ids, rank)
         # Where more than 2**32 rows are held: how many ids lie below each multiple of it.
@@ -134,18 +140,16 @@ class RowCut:
         low = held.unsqueeze(-1).view(torch.uint8)[:, :ID_BYTES].flatten()
         return torch.cat([low, torch.searchsorted(held, steps).view(torch.uint8)])
 
-    def unpack(self, content: torch.Tensor, rank: int) -> torch.Tensor:
-        """What `pack` has made, to held ids, (n,) int64."""
-        num = (len(content) - 8 * self._carries(rank)) // ID_BYTES
+    def unpack(self, content: torch.Tensor, rank: int) -> torch.Tensor | None:
+        """What `pack` has made, to held ids, (n,) int64; None where it cannot have made this."""
+        num, rest = divmod(len(content) - 8 * self._carries(rank), ID_BYTES)
+        if num < 0 or rest:
+            return None
         low, steps = content.split([ID_BYTES * num, len(content) - ID_BYTES * num])
         # A part of a message may lie anywhere, and numbers must be aligned.
         held = low.clone().view(torch.int32).long() & (2**ID_BITS - 1)
         above = torch.bucketize(torch.arange(num, device=held.device), steps.clone().view(torch.int64), right=True)
         return held + (above << ID_BITS)
-
-    def packed_nbytes(self, num: int, rank: int) -> int:
-        """Bytes of so many packed row ids."""
-        return ID_BYTES * num + 8 * self._carries(rank)
 
     def find_packed(self, content: torch.Tensor, check: int | torch.Tensor, rank: int) -> torch.Tensor | None:
         """What `pack` has made, to held ids, (n,) int64; None where they do not stand for the row ids that were meant.
@@ -155,11 +159,13 @@ class RowCut:
             check: `check_number` of the row ids.
             rank: that they have come to.
         """
-        if (len(content) - self.packed_nbytes(0, rank)) % ID_BYTES:
-            return None
         held = self.unpack(content, rank)
-        is_held = ((held >= 0) & (held < sum(self.rows_of(rank)))).all()
-        return held if is_held and check_number(self.to_table(held, rank)) == check else None
+        return held if held is not None and self.are_meant(held, check, rank) else None
+
+    def are_meant(self, held: torch.Tensor, check: int | torch.Tensor, rank: int) -> bool:
+        """Whether (n,) held ids of a rank stand for the row ids that have a check number."""
+        are_held = ((held >= 0) & (held < sum(self.rows_of(rank)))).all()
+        return bool(are_held) and bool(check_number(self.to_table(held, rank)) == check)
 
     def _carries(self, rank: int) -> int:
         """How often held ids of a rank pass a multiple of 2**32."""
@@ -243,7 +249,11 @@ class Answer:
 
 
 class Question(NamedTuple):
-    """What another rank asks for. steps: that it has made with the table."""
+    """What another rank asks for.
+
+    steps: that it has made with the table.
+    lookup: its number for the lookup, where gradients of these rows may follow; 0 otherwise.
+    """
 
     asker: int
     kind: int
@@ -253,6 +263,18 @@ class Question(NamedTuple):
     answer_nbytes: int
     check: int
     payload: torch.Tensor
+    lookup: int = 0
+
+
+class Lookup(NamedTuple):
+    """A lookup in training. Its owners remember the row ids, so that gradients can name the rows by it.
+
+    number: of the lookup, from 1; those of a later one are higher.
+    asked: by owner, (n,) row ids, ascending.
+    """
+
+    number: int
+    asked: tuple[torch.Tensor, ...]
 
 
 class Announced(NamedTuple):
@@ -274,8 +296,8 @@ class RowService:
 
     All processes make it at the same time, and give it the same tables in the same order.
 
-    moved: counts of what this process has asked for and been given: `ids`, `rows`, and `row_bytes`; of the rows, those
-        that were `announced`.
+    moved: counts of what this process has sent and been given: `ids` that it sent, `rows`, and `row_bytes`; of the
+        rows, those that were `announced`; of the ids, those that it sent `again` with gradients.
     waited_seconds: that this process has spent on waiting for rows.
     """
 
@@ -285,6 +307,10 @@ class RowService:
         self.waited_seconds = 0.0
         # Why this process must not go on; it is raised where all processes meet.
         self.failure: str | None = None
+        # Ranks that have come to their end. They join no collective any more.
+        self.ended: set[int] = set()
+        # Groups of this run beside that of all processes, in an order that all ranks share.
+        self.groups: list[Any] = []
         self._tables: list[weakref.ref[TableRanks]] = []
         self._tags = count()
         self._open: list[Answer] = []
@@ -334,10 +360,12 @@ class RowService:
         answer_nbytes: int = 0,
         check: int = 0,
         announced: int = 0,
+        lookup: int = 0,
     ) -> tuple[list, tuple]:
         ranks = self._tables[table]()
         steps = 0 if ranks is None else ranks.steps
-        head = torch.tensor([kind, table, steps, len(sent), tag, answer_nbytes, check, announced], device="cpu")
+        numbers = [kind, table, steps, len(sent), tag, answer_nbytes, check, announced, lookup]
+        head = torch.tensor(numbers, device="cpu")
         with self.order:
             works = [self._group.send([head], to, HEAD_TAG)]
             if len(sent):
@@ -351,11 +379,14 @@ class RowService:
         self.moved.update(ids=len(row_ids))
         return tag, *self._send(owner, COMING, ranks.number, ranks.cut.pack(row_ids, owner), tag, check=check)
 
-    def ask_rows(self, owner: int, ranks: "TableRanks", row_ids: torch.Tensor, announced: int = 0) -> Answer:
+    def ask_rows(
+        self, owner: int, ranks: "TableRanks", row_ids: torch.Tensor, announced: int = 0, lookup: int = 0
+    ) -> Answer:
         """Ask for rows, (n,) row ids that the owner holds; returns at once.
 
         Args:
             announced: tag of the message that has named them to the owner; 0 for none.
+            lookup: number under which the owner is to remember them; 0 for none.
         """
         tag, num = self._next_tag(), len(row_ids)
         buffer = torch.empty(STATUS_BYTES + num * ranks.row_nbytes, dtype=torch.uint8, device="cpu")
@@ -364,7 +395,7 @@ class RowService:
             sent, check = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
         else:
             sent, check = ranks.cut.pack(row_ids, owner), int(check_number(row_ids))
-        works, kept = self._send(owner, ROWS, ranks.number, sent, tag, len(buffer), check, announced)
+        works, kept = self._send(owner, ROWS, ranks.number, sent, tag, len(buffer), check, announced, lookup)
         answer = Answer(owner, buffer, [*works, arrival], kept)
         self.moved.update(rows=num, row_bytes=num * ranks.row_nbytes, **{"announced" if announced else "ids": num})
         with self._lock:
@@ -435,6 +466,7 @@ class RowService:
         answer_nbytes: int,
         check: int,
         announced: int,
+        lookup: int,
     ) -> None:
         """Take a message from another rank, whose head has come, and answer it where it is a question."""
         payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
@@ -443,16 +475,21 @@ class RowService:
         ranks = self._tables[table]() if table < len(self._tables) else None
         if kind == LEAVE:
             self._others.discard(asker)
-            if bool(table) and not self._has_left:
-                # That rank has failed, and waits for nobody.
-                self._group.send([leaving(False)], asker, HEAD_TAG).wait()
+            self.ended.add(asker)
+            # That rank has failed, or this one waits for it in a collective. It need not wait for this one then.
+            if (bool(table) or self.collectives_begun() > steps) and not self._has_left:
+                logger.error(
+                    f"Rank {asker} has come to its end, and rank {self.rank} has not. Its own output says why. Where "
+                    "this rank waits for it in a collective, it raises now."
+                )
+                self._group.send([self._leaving(False)], asker, HEAD_TAG).wait()
         elif kind == COMING:
             if ranks is not None:
                 ranks.expect(asker, tag, payload, check)
         else:
             if announced and ranks is not None:
                 payload, check = ranks.expected[asker].pop(announced, (payload, check))
-            question = Question(asker, kind, table, steps, tag, answer_nbytes, check, payload)
+            question = Question(asker, kind, table, steps, tag, answer_nbytes, check, payload, lookup)
             if not self._park(question):
                 self.reply(question)
 
@@ -477,9 +514,10 @@ class RowService:
     def after_step(self, ranks: "TableRanks") -> None:
         """This rank has made a step with a table, or loaded it anew: answer what has waited for it."""
         # What lookups without a backward, and prefetches without a lookup, have left: the rows are others now.
-        ranks.kept, ranks._asked = [], []
+        ranks.kept, ranks._asked, ranks.lookups = [], [], []
         with self._lock:
             ranks.steps += 1
+            ranks.forget_answered()
             ready = [each for each in ranks.parked if each.steps <= ranks.steps]
             ranks.parked = [each for each in ranks.parked if each.steps > ranks.steps]
         for question in ready:
@@ -498,6 +536,9 @@ class RowService:
         if held is None or nbytes != STATUS_BYTES + len(held) * ranks.row_nbytes:
             status[0] = FOREIGN
             return out
+        if question.lookup:
+            with self._lock:
+                ranks.remember_answered(question, held)
         try:
             rows = ranks.read(held)
             out[STATUS_BYTES:] = rows.cpu().contiguous().view(torch.uint8).view(-1)
@@ -530,24 +571,44 @@ class RowService:
         # Nobody else may hold the tables any more.
         tables = [table() for table in self._tables]
         has_failed = hasattr(sys, "last_value")
-        for other in range(self.ranks):
-            if other != self.rank:
-                try:
-                    self._group.send([leaving(has_failed)], other, HEAD_TAG).wait()
-                except RuntimeError:
-                    self._others.discard(other)
         patience = min(LINGER_SECONDS, self._patience.total_seconds()) if has_failed else LINGER_SECONDS
-        while self._others and self._thread.is_alive():
+        end = time.monotonic() + patience
+        # Also to those that have left: they may wait for this rank.
+        self._say_leaving(has_failed, set(range(self.ranks)) - {self.rank})
+        while self._others and self._thread.is_alive() and time.monotonic() < end:
             self._was_asked = False
-            self._thread.join(patience)
-            if not self._was_asked:
-                break
+            self._thread.join(LEAVE_SECONDS)
+            if self._was_asked:
+                end = time.monotonic() + patience
+            # Nothing tells a handler of atexit whether a program ends by `sys.exit(1)`. Others know that they wait for
+            # a rank in vain.
+            self._say_leaving(has_failed, set(self._others))
         del tables
 
+    def _say_leaving(self, has_failed: bool, others: set[int]) -> None:
+        for other in others:
+            try:
+                self._group.send([self._leaving(has_failed)], other, HEAD_TAG).wait()
+            except RuntimeError:
+                self._others.discard(other)
 
-def leaving(has_failed: bool) -> torch.Tensor:
-    """The head of a message that says that a rank has come to its end."""
-    return torch.tensor([LEAVE, int(has_failed), *[0] * (HEAD_NUMBERS - 2)], device="cpu")
+    def _leaving(self, has_failed: bool) -> torch.Tensor:
+        """The head of a message that says that this rank has come to its end, or that another one need not wait."""
+        begun = self.collectives_begun() if dist.is_initialized() else UNKNOWN
+        return torch.tensor([LEAVE, int(has_failed), begun, *[0] * (HEAD_NUMBERS - 3)], device="cpu")
+
+    def collectives_begun(self) -> int:
+        """How many collectives this rank has begun. One that has begun more than a rank at its end waits in vain."""
+        whole = [dist.group.WORLD] if dist.is_initialized() else []
+        return sum(begun_in(group) for group in [*whole, *self.groups])
+
+
+def begun_in(group: Any) -> int:
+    """How many collectives of a process group this rank has begun; 0 where its backend does not count them."""
+    try:
+        return group._get_sequence_number_for_group()
+    except RuntimeError:
+        return 0
 
 
 def timeout_of_run() -> timedelta:
@@ -560,14 +621,16 @@ def timeout_of_run() -> timedelta:
 class PendingRows:
     """Distinct rows that have been asked for; `result` waits for them."""
 
-    def __init__(self, ranks: "TableRanks", row_ids: torch.Tensor):
+    def __init__(self, ranks: "TableRanks", row_ids: torch.Tensor, is_trained: bool = False):
         """
         Args:
             ranks: of the table.
             row_ids: (n,) int64, ascending and distinct, on the CPU.
+            is_trained: whether gradients of these rows may follow.
         """
         self._ranks = ranks
         self._order, asked = ranks.cut.by_owner(row_ids)
+        lookup = ranks.note_lookup(asked) if is_trained else 0
         # Held ids of the rows that are here, (n,).
         self.own = ranks.cut.to_held(asked[ranks.rank], ranks.rank)
         self._answers = {}
@@ -576,7 +639,7 @@ class PendingRows:
             for owner, ids in enumerate(asked):
                 if len(ids) and owner != ranks.rank:
                     tag = 0 if announced is None else announced.tags[owner]
-                    self._answers[owner] = ranks.service.ask_rows(owner, ranks, ids, tag)
+                    self._answers[owner] = ranks.service.ask_rows(owner, ranks, ids, tag, lookup)
         # An announcement has come before the answer to its question.
         self._announced = announced
         self._rows: torch.Tensor | None = None
@@ -619,6 +682,9 @@ class TableRanks:
     announced: lookups to come, of which the owners know already.
     expected: by rank, what it has announced: the tag of the message to packed row ids and their check number.
     bring: what to do with held ids, (n,) ascending, that somebody is going to ask for, by what they bring closer.
+    lookups: in training since the last step, in their order. A message of gradients names rows by them.
+    answered: by rank, the numbers of such lookups of it to the steps that it had made and the held ids, (n,), that it
+        has asked for. This rank forgets them with its next step, and the oldest of too many, as that rank does.
     """
 
     def __init__(self, cut: RowCut, service: RowService, row_nbytes: int, read: Callable[[torch.Tensor], torch.Tensor]):
@@ -640,13 +706,36 @@ class TableRanks:
         self.announced: list[Announced] = []
         self.expected: list[dict[int, tuple[torch.Tensor, int]]] = [{} for _ in range(cut.ranks)]
         self.bring: dict[str, Callable[[torch.Tensor], None]] = {}
+        self.lookups: list[Lookup] = []
+        self.answered: list[dict[int, tuple[int, torch.Tensor]]] = [{} for _ in range(cut.ranks)]
+        self._numbers = count(1)
         self._asked: list[tuple[torch.Tensor, Grouping, PendingRows]] = []
         # Whether a failed fetch is raised where all ranks meet, and not here.
         self.meets_later = False
 
-    def begin(self, row_ids: torch.Tensor) -> PendingRows:
-        """Ask for rows, (n,) int64, ascending and distinct; returns at once."""
-        return PendingRows(self, row_ids.cpu())
+    def begin(self, row_ids: torch.Tensor, is_trained: bool = False) -> PendingRows:
+        """Ask for rows, (n,) int64, ascending and distinct, whose gradients may follow; returns at once."""
+        return PendingRows(self, row_ids.cpu(), is_trained)
+
+    def note_lookup(self, asked: tuple[torch.Tensor, ...]) -> int:
+        """Know a lookup until the next step, by owner (n,) row ids; its number."""
+        lookup = Lookup(next(self._numbers), asked)
+        self.lookups = [*self.lookups, lookup][-LOOKUPS_KEPT:]
+        return lookup.number
+
+    def remember_answered(self, question: Question, held: torch.Tensor) -> None:
+        """Another rank is given rows, (n,) held ids, whose gradients it may send."""
+        answered = self.answered[question.asker]
+        answered[question.lookup] = question.steps, held
+        if len(answered) > LOOKUPS_KEPT:
+            # A question that has waited for a step may be answered behind a later one.
+            del answered[min(answered)]
+
+    def forget_answered(self) -> None:
+        """This rank has made a step, and so has whoever asks for rows of the next one."""
+        self.answered = [
+            {number: each for number, each in answered.items() if each[0] >= self.steps} for answered in self.answered
+        ]
 
     def announce(self, row_ids: torch.Tensor) -> None:
         """Tell the owners which rows a lookup to come needs, and return at once.

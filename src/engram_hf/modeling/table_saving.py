@@ -16,7 +16,7 @@ from .disk_files import BlockSource, TableFile
 from .disk_safetensors import TensorContent
 from .table_blocks import DIGESTS, ROW_IDS, ROWS, STAMP, Block, changed_name
 from .table_changes import DIGEST_BYTES, LARGEST_SHARE, RowChanges, RowStore, digest_of_content
-from .table_ranks import BASE, CHANGED, PIECE_BYTES, SAVED, RankFile, RowCut, TableRanks
+from .table_ranks import BASE, CHANGED, PIECE_BYTES, SAVED, SOURCE, RankFile, RowCut, TableRanks
 
 
 class StoredTable(RowStore, Protocol):
@@ -46,6 +46,7 @@ class TableSaving:
                 CHANGED: self._answer_changed,
                 BASE: self._answer_base,
                 SAVED: self._answer_saved,
+                SOURCE: self._answer_source,
             }
 
     # The file that a block can be left to.
@@ -74,6 +75,26 @@ class TableSaving:
 
     def _answer_base(self, asked: bytes) -> bytes:
         return json.dumps(self._base_of_part(self.table.block_records[json.loads(asked)["block"]])).encode()
+
+    def source_of(self, block: Block, tensor: torch.Tensor) -> BlockSource | None:
+        """The file of a block, where this is the table's own block, on disk and as its file has it, on every rank.
+
+        Args:
+            block: of a table that nobody trains.
+            tensor: what is saved for it; over ranks the block itself.
+        """
+        if self.table.ranks is None:
+            return source_on_disk(block, tensor)
+        own = self._source_of_part(block)
+        others = [json.loads(each) for each in self.table.ranks.ask_all(SOURCE, {"block": block.number})]
+        return block.source if own is not None and all(each == own for each in others) else None
+
+    def _source_of_part(self, block: Block) -> str | None:
+        source = source_on_disk(block, block.parameter)
+        return None if source is None else f"{source.file.path.resolve()} {source.name}"
+
+    def _answer_source(self, asked: bytes) -> bytes:
+        return json.dumps(self._source_of_part(self.table.block_records[json.loads(asked)["block"]])).encode()
 
     def _digest_of_base(self, block: Block) -> bytes | None:
         """SHA-256 of the whole block in the file that it stands on."""
@@ -177,7 +198,7 @@ class TableSaving:
     def _answer_saved(self, asked: bytes) -> bytes:
         saved: Mapping = json.loads(asked)
         for number, (path, name) in saved["saved_in"].items():
-            self.table.block_records[int(number)].saved_in = (Path(path), name)
+            self.table.block_records[int(number)].note_save(Path(path), name)
         self._follow(saved["by_base"])
         return b""
 
@@ -204,7 +225,7 @@ class TableSaving:
                 if table.is_in_training:
                     table.changes.follow_save(block, source, by_base, known_as)
             if table.ranks is not None:
-                block.saved_in = None
+                block.forget_save()
 
     def _open_parts_saved(self) -> dict[Path, TableFile]:
         """Over ranks, the files that a save has written and this rank sees, with the rows that it holds."""
@@ -214,6 +235,14 @@ class TableSaving:
                 path, name = block.saved_in
                 parts.setdefault(path, {})[name] = ranks.cut.part(block.number, ranks.rank)
         return {path: RankFile(path, of_file) for path, of_file in parts.items() if path.is_file()}
+
+
+def source_on_disk(block: Block, tensor: torch.Tensor) -> BlockSource | None:
+    """The file of a block, where a tensor is the block itself, on disk and as its file has it."""
+    source = block.source
+    if source is None or not block.is_on_disk or not source.file.can_be_linked:
+        return None
+    return source if source.is_under(tensor) and source.holds(tensor) else None
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

@@ -7,9 +7,9 @@ in the type of the table where that is wider. Other ranks ask this one for as ma
 # What is assumed of a step where nobody says better: tokens of a rank, and how many of their rows are distinct.
 TOKENS_OF_A_STEP = 16_384
 DISTINCT_SHARE = 0.5
+# A row id goes to the owner with the question. A message of gradients names the question, and has one bit for each row.
 ROW_ID_NBYTES = 4
-# A row id goes to the owner with the question, and once more with the gradient.
-ROW_ID_TRIPS = 2
+NAMED_NBYTES = 1 / 8
 # Of one number in a gradient.
 GRADIENT_NBYTES = 4
 
@@ -43,10 +43,10 @@ def nbytes_of_step(rows: float, width: int, row_nbytes: int, ranks: int, is_trai
         >>> nbytes_of_step(rows=1000, width=80, row_nbytes=160, ranks=1)
         0.0
         >>> nbytes_of_step(rows=1000, width=80, row_nbytes=160, ranks=4)
-        366000.0
+        363093.75
     """
     foreign = rows * (ranks - 1) / ranks
     if not is_trained:
         return foreign * (row_nbytes + ROW_ID_NBYTES)
     gradient_nbytes = max(width * GRADIENT_NBYTES, row_nbytes)
-    return foreign * (row_nbytes + gradient_nbytes + ROW_ID_TRIPS * ROW_ID_NBYTES)
+    return foreign * (row_nbytes + gradient_nbytes + ROW_ID_NBYTES + NAMED_NBYTES)

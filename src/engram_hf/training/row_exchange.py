@@ -16,7 +16,8 @@ from torch.autograd import Variable
 
 from ..modeling.table import EngramTable
 from ..modeling.table_gradients import RowGradients, Rows, sum_rows
-from ..modeling.table_ranks import RowCut, check_number
+from ..modeling.table_ranks import RowCut
+from .row_naming import find_named, list_rows, name_rows
 
 
 class RowExchange:
@@ -39,6 +40,8 @@ class RowExchange:
             cut = RowCut([block.num_rows for block in table.block_records], self.ranks)
         else:
             cut = table.ranks.cut
+            if self.group not in table.ranks.service.groups:
+                table.ranks.service.groups.append(self.group)
         self.tables.append((table, cut))
 
     def follow(self, model: nn.Module, dense: Sequence[nn.Parameter]) -> None:
@@ -64,10 +67,23 @@ class RowExchange:
         self.expect()
 
     def expect(self) -> None:
-        """Inside a backward: exchange rows when it ends."""
+        """Inside a backward: exchange rows when it ends.
+
+        Raises:
+            RuntimeError: a rank has come to its end, which the exchange needs.
+        """
         if not self._is_expected:
+            self._refuse_ended()
             self._is_expected = True
             Variable._execution_engine.queue_callback(self.exchange)
+
+    def _refuse_ended(self) -> None:
+        ended = {rank for table, _ in self.tables if table.ranks is not None for rank in table.ranks.service.ended}
+        if ended:
+            raise RuntimeError(
+                f"Rank {min(ended)} has come to its end, and rank {self.rank} trains on, which takes all ranks. The "
+                "output of that rank says why. Give every rank as many steps."
+            )
 
     @torch.no_grad()
     def exchange(self) -> None:
@@ -103,24 +119,17 @@ class RowExchange:
         device, parts, failure = device_of_collectives(self.group), [], None
         for table, cut in tables:
             row_ids, gradients = table.row_gradients.rows_to_exchange() or none_of(table.row_gradients)
-            # Where one process is all there is, its rows are in order.
-            order, of_process = cut.by_owner(row_ids)
-            parts.append((of_process, gradients[order]))
+            named = list_rows(cut, row_ids) if table.ranks is None else name_rows(table.ranks, row_ids.cpu())
+            parts.append((named, gradients[named.order.to(gradients.device)]))
             if table.ranks is not None and table.ranks.service.failure is not None:
                 failure = table.ranks.service.failure
-        cuts = [cut for _, cut in tables]
-        # (processes, tables, 2): how many rows go to a process, and the check number of their ids.
-        heads = torch.stack([torch.stack([head_of(ids) for ids in each[0]]) for each in parts], dim=1)
+        # (processes, tables, 3): how many rows go to a process, the check number of their ids, bytes of the message.
+        heads = torch.stack([named.heads() for named, _ in parts], dim=1)
         arrived_heads = self._all_to_all(heads.to(device), [1] * self.ranks, [1] * self.ranks).cpu()
-        given, (theirs, checks) = heads[:, :, 0].cpu(), arrived_heads.unbind(-1)
-        packed = [[cut.pack(ids, to) for to, ids in enumerate(each[0])] for cut, each in zip(cuts, parts)]
-        sizes, their_sizes = torch.zeros_like(given), torch.zeros_like(theirs)
-        for number, cut in enumerate(cuts):
-            sizes[:, number] = torch.tensor([len(each) for each in packed[number]])
-            their_sizes[:, number] = torch.tensor(
-                [cut.packed_nbytes(num, self.rank) for num in theirs[:, number].tolist()]
-            )
-        ids = self._exchange_bytes(packed, sizes, their_sizes)
+        given, _, given_nbytes = heads.unbind(-1)
+        taken, checks, taken_nbytes = arrived_heads.unbind(-1)
+        texts = [[message.to(device) for message in named.messages] for named, _ in parts]
+        messages = self._exchange_bytes(texts, given_nbytes, taken_nbytes)
         nbytes = torch.tensor([each[1].shape[1] * each[1].element_size() for each in parts])
         content = self._exchange_bytes(
             [
@@ -128,16 +137,17 @@ class RowExchange:
                 for number, each in enumerate(parts)
             ],
             given * nbytes,
-            theirs * nbytes,
+            taken * nbytes,
         )
         owned: list[Rows] = []
-        for number, cut in enumerate(cuts):
+        for number, (table, cut) in enumerate(tables):
             gradients = parts[number][1]
             found = [
-                cut.find_packed(of_process[number], int(checks[process, number]), self.rank)
-                for process, of_process in enumerate(ids)
+                self._find(table, cut, process, of_process[number].cpu(), check)
+                for process, (of_process, check) in enumerate(zip(messages, checks[:, number].tolist(), strict=True))
             ]
-            are_right = all(each is not None for each in found)
+            counts = [-1 if each is None else len(each) for each in found]
+            are_right = counts == taken[:, number].tolist()
             if not are_right:
                 failure = (
                     f"Rows of another rank have come to rank {self.rank}: the ranks cut a table differently, or the "
@@ -149,6 +159,14 @@ class RowExchange:
             rows = arrived.view(gradients.dtype).view(-1, gradients.shape[1])
             owned.append(sum_rows(row_ids.to(gradients.device), rows))
         return owned, given.any(0).tolist(), failure
+
+    def _find(
+        self, table: EngramTable, cut: RowCut, process: int, message: torch.Tensor, check: int
+    ) -> torch.Tensor | None:
+        """Held ids, (n,), of the rows that a process has sent gradients of; None where it meant other rows."""
+        if table.ranks is None:
+            return cut.find_packed(message, check, self.rank)
+        return find_named(table.ranks, process, message, check)
 
     def _exchange_bytes(
         self, of_tables: Sequence[Sequence[torch.Tensor]], given: torch.Tensor, taken: torch.Tensor
@@ -206,12 +224,6 @@ class RowExchange:
         of_processes = [int(each) for each in counts]
         row_ids, order = torch.cat(gather(mean[0], of_processes, self.group)).sort()
         return row_ids, torch.cat(gather(mean[1], of_processes, self.group))[order]
-
-
-def head_of(row_ids: torch.Tensor) -> torch.Tensor:
-    """How many (n,) row ids there are, and their check number: (2,) int64."""
-    check = check_number(row_ids)
-    return torch.stack([torch.full_like(check, len(row_ids)), check])
 
 
 def none_of(gradients: RowGradients) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engram_hf.modeling import ids_recovery
-from engram_hf.modeling.ids_recovery import recover_token_ids
+from engram_hf.modeling import ids_reach
+from engram_hf.modeling.ids_reach import recover_token_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -15,7 +15,7 @@ def test_ids_come_back_in_every_dtype(dtype):
 
 
 def test_a_matrix_is_read_in_slices(monkeypatch):
-    monkeypatch.setattr(ids_recovery, "ELEMENTS_AT_ONCE", 64)
+    monkeypatch.setattr(ids_reach, "ELEMENTS_AT_ONCE", 64)
     weight = torch.randn(101, 16)
     ids = torch.randint(101, (1, 33))
     assert torch.equal(recover_token_ids(weight[ids], weight), ids)

@@ -1,1 +1,0 @@
-../src/engram_hf/modeling/configuration_memory.py
