@@ -44,7 +44,13 @@ def run(rank: int, out: Path, task: str, way: str, seconds: float) -> None:
             if step == 2 and way == "rests":
                 time.sleep(1.5 * seconds)
             elif step == 2 and rank == RANKS - 1:
+                (out / "gone").touch()
                 os.kill(os.getpid(), WAYS[way])
+            elif step == 2 and task == "evaluates":
+                # These wait for nobody, and might come to their end before.
+                while not (out / "gone").exists():
+                    time.sleep(0.01)
+                time.sleep(0.5)
             if task == "evaluates":
                 with torch.no_grad():
                     model.eval()(*batch(step, 1 + rank, RANKS))

@@ -84,9 +84,8 @@ def read_rows(
         ['a', 'row 1']
     """
     if isinstance(data, str | Mapping):
-        raise ValueError(
-            f"{called} is one {type(data).__name__}, and must be a list or an iterable of rows. {CONTRACT}"
-        )
+        kind = type(data).__name__
+        raise ValueError(f"{called} is one {kind}, and must be a list or an iterable of rows. {CONTRACT}")
     found = 0
     for number, given in enumerate(data):
         for row in _rows_of(given, f"{number} of {called}", tokenizer, longest_text, f"row {number}"):
