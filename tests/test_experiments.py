@@ -881,7 +881,7 @@ def test_a_typed_verdict_a_lost_run_and_runs_that_do_not_belong_together_are_fou
     with pytest.raises(SystemExit, match="Runs of scale tiny differ in text"):
         report("--check")
     one.write_text(content)
-    for rate, loss in ((1e-3, 5.0), (2e-3, 4.1), (4e-3, 4.0)):
+    for rate, loss in ((1e-3, 5.0), (2e-3, 4.1), (4e-3, 4.0), (8e-3, 4.2)):
         tuning = {"loss": loss, "text": "t", "cpu_hours": 0.1}
         (folder / f"tiny-tuning-engram-{rate:g}.json").write_text(json.dumps(tuning))
     report()

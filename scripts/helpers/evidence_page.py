@@ -32,7 +32,7 @@ MISLEADING = """## Three ways in which this page could mislead
    here may show there, and the other way round.
 2. **The text and the tuning.** Most of the text is dictionary articles of few words each, where short n-grams say much.
    Articles whose facts are asked for are read {times} times, all others once. The learning rate was chosen with one
-   seed from three rates that differ by a factor of two; a better one between them may favour one family.
+   seed from rates that differ by a factor of two; a better one between them may favour one family.
 3. **Intervals.** They are bootstraps over articles and say nothing of other seeds. Two or three seeds are too few to
    know that spread. With so many comparisons on one page, one in twenty clear ones is an accident.
 """
@@ -124,9 +124,8 @@ def provenance(scale: str, results: Results) -> str:
     hours = sum(run["cpu_hours"] for name, run in results.items() if name.startswith(f"{scale}-"))
     articles = len(first["documents"]["tokens"])
     return (
-        f"A run reads {first['tokens']:,} tokens in {first['steps']:,} steps, on {first['threads']} thread, with "
-        f'torch\'s `float32_matmul_precision` "{first["matmul_precision"]}" ("medium": matrix products take bfloat16 '
-        "and add in float32, as in mixed precision on a GPU). Losses are "
+        f"A run reads {first['tokens']:,} tokens in {first['steps']:,} steps, on {first['threads']} thread. "
+        f"torch's `float32_matmul_precision` is {first['matmul_precision']}. Losses are "
         f"nats per token of the beginnings of {articles} held-out articles, {tokens:,} tokens. Text {first['text']}; "
         f"{'; '.join(hardware)}; {versions}; commit {', '.join(commits)}. All runs and their tuning took {hours:.2f} "
         "CPU hours."
@@ -193,7 +192,8 @@ def rendered(results: Results, scale: str = "tiny") -> str:
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     tuning = (
         f"The learning rate of each family of models is the best of {rates} in runs of full length with seed "
-        f"{TUNING_SEED}, which is not reported. Tables have five times the rate. All arms of a seed read the same "
+        f"{TUNING_SEED}, which is not reported. Tables have five times the rate. On a CPU that can, matrix products take bfloat16 and "
+        "add in float32, as mixed precision does on a GPU. All arms of a seed read the same "
         "tokens in the same order. A run with the same seed gives the same loss to the last digit on one thread, also "
         "where it was killed and went on."
     )

@@ -28,7 +28,7 @@ from helpers.tiny_recipe import ROWS_PER_STEP, SEQ_LENGTH, freeze_tables, make_m
 
 
 # Of the learning rate, for the first arm of each family. Tables have five times the rate.
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # Points of a loss curve. A checkpoint is saved at every second one.
 CURVE_POINTS = 30
 

@@ -27,7 +27,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale("tiny", 3_000_000, hours_per_run=0.2),
+    "tiny": Scale("tiny", 3_000_000, hours_per_run=0.12),
     # For a GPU: the package's preset. It reads the default text several times, or a larger --dataset once.
     "100m": Scale("100m", 300_000_000),
 }
