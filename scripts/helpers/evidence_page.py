@@ -192,9 +192,9 @@ def rendered(results: Results, scale: str = "tiny") -> str:
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     tuning = (
         f"The learning rate of each family of models is the best of {rates} in runs of full length with seed "
-        f"{TUNING_SEED}, which is not reported. Tables have five times the rate. On a CPU that can, matrix products take bfloat16 and "
-        "add in float32, as mixed precision does on a GPU. All arms of a seed read the same "
-        "tokens in the same order. A run with the same seed gives the same loss to the last digit on one thread, also "
+        f"{TUNING_SEED}, which is not reported. Tables have five times the rate. On a CPU that can, matrix products "
+        "take bfloat16 and add in float32, as mixed precision does on a GPU. All arms of a seed read the same tokens "
+        "in the same order. A run with the same seed gives the same loss to the last digit on one thread, also "
         "where it was killed and went on."
     )
     parts = [

@@ -1,5 +1,6 @@
 """Cards say what is so. Compared with the model itself, with huggingface_hub's parser, and with READMEs of users."""
 
+import hashlib
 import json
 import math
 import re
@@ -223,6 +224,12 @@ def test_a_record_of_facts_is_read_where_it_is_the_cards_own_and_nobody_edited_i
         assert metadata_of(readme.read_text())["license"] == "bsd" and read_facts(readme) == facts
     readme.write_text(readme.read_text() + f"\n{quoted}\n{END.replace('engram-hf', 'other')}\n")
     assert read_facts(readme) == facts and "were edited" not in caplog.text
+    # As a release with one field more has written it.
+    record = quoted.replace("bsd", "mit").split(" ", 4)[4].removesuffix(" -->")
+    later, own = f'{{"added": 1, {record[1:]}', re.search(rf"\w+ {re.escape(record)}", readme.read_text())[0]
+    told = readme.read_text().replace(own, f"{hashlib.sha256(later.encode()).hexdigest()[:16]} {later}")
+    readme.write_text(told)
+    assert read_facts(readme) == facts and '"added"' in told
     readme.write_text(readme.read_text().replace('"license": "mit"', '"license": "bsd"'))
     assert read_facts(readme) is None and "were edited" in caplog.text
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,8 @@ def facts_of_architecture(config: Any, source: Any, tables: Iterable[Any]) -> di
 def read_facts(path: str | Path) -> CardFacts | None:
     """The facts that a card records; None if there is no card, or no section of this package in it.
 
-    A record that was edited, or that another release wrote, is not used; a warning says so.
+    Fields that only another release knows are left out. A record that was edited, or that lacks fields, is not used; a
+    warning says so.
 
     Args:
         path: a card, or the folder of its README.md.
@@ -195,12 +196,11 @@ def facts_in(content: bytes, where: object) -> CardFacts | None:
     """As `read_facts`, for what a file holds. `where` names the file in the warning."""
     if (record := RECORD.search(content.decode(errors="replace"))) is None:
         return None
-    # Another release has other fields.
     with suppress(TypeError):
         if record[1] == _digest(record[2]):
-            known = json.loads(record[2])
-            return CardFacts(**{name: known[name] for name in known if name in CardFacts.__dataclass_fields__})
-    logger.warning(f"The facts recorded in {where} were edited or are of another release; they are not used.")
+            known, names = json.loads(record[2]), {each.name for each in fields(CardFacts)}
+            return CardFacts(**{name: known[name] for name in names & set(known)})
+    logger.warning(f"The facts recorded in {where} were edited, or another release left some out; they are not used.")
     return None
 
 

@@ -817,5 +817,5 @@ class ModelWithTables:
     def _check_blocks(
         self, tables: Mapping[str, EngramTable], blocks: Mapping[str, torch.Tensor], names: set[str]
     ) -> str | None:
-        """As `check_blocks`."""
+        """`check_blocks`, where a class whose tables are served by others has nothing to check in its place."""
         return check_blocks(tables, blocks, names)

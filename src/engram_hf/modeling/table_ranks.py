@@ -61,6 +61,8 @@ PIECE_BYTES = 2**20
 LINGER_SECONDS = 600.0
 # How often it says meanwhile that it has come to its end.
 LEAVE_SECONDS = 1.0
+# A rank that has begun more collectives than one at its end, and moves nothing for so long, waits for it in vain.
+STUCK_SECONDS = 4.0
 # Collectives that a rank has begun, where that is not known any more.
 UNKNOWN = 2**62
 
@@ -327,6 +329,8 @@ class RowService:
         self.meshes = {kind: init_device_mesh(kind, (self.ranks,)) for kind in kinds}
         self._others = {rank for rank in range(self.ranks) if rank != self.rank}
         self._has_left = False
+        # By rank at its end: what this one had done, and since when it has done no more.
+        self._done: dict[int, tuple[tuple[int, int], float]] = {}
         if not self._others:
             return
         # The group itself: `destroy_process_group` forgets its name, and other ranks may still ask.
@@ -478,7 +482,7 @@ class RowService:
             self._others.discard(asker)
             self.ended.add(asker)
             # That rank has failed, or this one waits for it in a collective. It need not wait for this one then.
-            if (bool(table) or self.collectives_begun() > steps) and not self._has_left:
+            if (bool(table) or self._waits_in_vain(asker, steps)) and not self._has_left:
                 logger.error(
                     f"Rank {asker} has come to its end, and rank {self.rank} has not. Its own output says why. Where "
                     "this rank waits for it in a collective, it raises now."
@@ -598,8 +602,21 @@ class RowService:
         begun = self.collectives_begun() if dist.is_initialized() else UNKNOWN
         return torch.tensor([LEAVE, int(has_failed), begun, *[0] * (HEAD_NUMBERS - 3)], device="cpu")
 
+    def _waits_in_vain(self, rank: int, begun_there: int) -> bool:
+        """Whether this rank is stuck in a collective that a rank at its end has not begun, as far as can be told.
+
+        Backends count messages between two ranks as collectives, so a higher count alone says too little.
+        """
+        begun, now = self.collectives_begun(), time.monotonic()
+        done = begun, self.moved["rows"]
+        before, since = self._done.setdefault(rank, (done, now))
+        if done != before:
+            self._done[rank] = done, now
+            return False
+        return begun > begun_there and now - since >= STUCK_SECONDS
+
     def collectives_begun(self) -> int:
-        """How many collectives this rank has begun. One that has begun more than a rank at its end waits in vain."""
+        """How many collectives this rank has begun, and on most backends messages to and from single ranks."""
         whole = [dist.group.WORLD] if dist.is_initialized() else []
         return sum(begun_in(group) for group in [*whole, *self.groups])
 
