@@ -167,6 +167,22 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, delay
     assert not list(tmp_path.glob(".saving*")) and len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
+def test_the_index_comes_last_into_a_new_folder_and_before_the_config_of_an_old_one(tmp_path, monkeypatch):
+    moved, model = [], tiny_model()
+    replace = os.replace
+
+    def note(source, target):
+        moved.append(Path(target).name if Path(target).parent == tmp_path else "")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint_saving.os, "replace", note)
+    model.save_pretrained(tmp_path)
+    assert [name for name in moved if name][-1] == "model.safetensors.index.json" and "config.json" in moved
+    moved.clear()
+    model.save_pretrained(tmp_path)
+    assert moved.index("model.safetensors.index.json") < moved.index("config.json")
+
+
 def test_a_flipped_byte_is_found_by_its_digest(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     verify_tables(tmp_path)

@@ -348,8 +348,9 @@ def publish(
     """Give what lies in `stage` its place in `folder`, and remove the weights that it replaces.
 
     The replacement of the index is the one step in which the new weights take the place of the old. config.json is a
-    second file, renamed next to it. There is always an index: what reads checkpoints by itself, such as Trainer when it
-    resumes, would take a single `model.safetensors` for the whole model.
+    second file, renamed next to it; where no model was, the index comes last of all. There is always an index: what
+    reads checkpoints by itself, such as Trainer when it resumes, would take a single `model.safetensors` for the whole
+    model.
 
     Args:
         stage: with the files of transformers and of `write_tables`.
@@ -387,6 +388,7 @@ def publish(
         content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
         (stage / index).write_text(content)
 
+    is_new = not any(folder.glob("model.safetensors*"))
     names = _free_names(folder, sorted({*file_of.values()}))
     write_index(names)
     # Some libraries write files that only their owner may read.
@@ -398,12 +400,16 @@ def publish(
             path.chmod(mode)
     for name, final in names.items():
         os.replace(stage / name, folder / final)
+    beside = sorted(path.name for path in stage.iterdir() if path.name != index)
+    if is_new:
+        while beside:
+            os.replace(stage / beside[-1], folder / beside.pop())
     sync_folder(folder)
     os.replace(stage / index, folder / index)
     # While a single file is there, it is what a loader takes.
     (folder / single).unlink(missing_ok=True)
-    for path in sorted(stage.iterdir()):
-        os.replace(path, folder / path.name)
+    for name in beside:
+        os.replace(stage / name, folder / name)
     sync_folder(folder)
     remove_stale_weights(folder, {*names.values(), *written.row_state}, variant)
     if any(name != final for name, final in names.items()) and _link_names(folder, names):
