@@ -19,7 +19,7 @@ LEVELS = [
         "modeling.table_traffic",
     ],
     ["modeling.disk_files", "modeling.ids_hashing"],
-    ["modeling.configuration_engram_moe"],
+    ["modeling.configuration_engram_moe", "modeling.table_cut"],
     ["modeling.disk_reading", "modeling.table_blocks", "modeling.table_ranks"],
     ["modeling.table_changes", "modeling.table_patches", "modeling.table_requests"],
     ["modeling.table_overlay"],

@@ -49,7 +49,7 @@ from helpers.tiny_recipe import SEQ_LENGTH, make_config, make_model, prepare_tex
 
 from engram_hf import EngramMoEConfig, NgramHash, engram_optimizers
 from engram_hf.modeling.table_blocks import split_into_blocks
-from engram_hf.modeling.table_ranks import RowCut
+from engram_hf.modeling.table_cut import RowCut
 from engram_hf.modeling.table_traffic import NAMED_NBYTES, ROW_ID_NBYTES
 
 

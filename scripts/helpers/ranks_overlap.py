@@ -23,8 +23,9 @@ from torch.multiprocessing import start_processes
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
+from engram_hf.modeling.table_cut import open_parts
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.modeling.table_ranks import open_parts, start_ranks
+from engram_hf.modeling.table_ranks import start_ranks
 from helpers.made_tables import share_in_page_cache, write_table
 
 

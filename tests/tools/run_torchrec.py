@@ -69,8 +69,9 @@ def by_engram(data: dict, rank: int) -> torch.Tensor:
     from engram_hf.modeling.disk_files import BlockSource, TableFile
     from engram_hf.modeling.disk_safetensors import TensorContent, write_file
     from engram_hf.modeling.table import EngramTable, tables_without_blocks
+    from engram_hf.modeling.table_cut import open_parts
     from engram_hf.modeling.table_formats import row_format
-    from engram_hf.modeling.table_ranks import open_parts, start_ranks
+    from engram_hf.modeling.table_ranks import start_ranks
     from engram_hf.training.row_exchange import RowExchange
     from engram_hf.training.row_updates import RowUpdates
 

@@ -26,8 +26,9 @@ from engram_hf import RowAdam, RowSGD, RowwiseAdagrad, RowwiseAdam, engram_optim
 from engram_hf.modeling.disk_files import BlockSource, TableFile
 from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
+from engram_hf.modeling.table_cut import RowCut, open_parts
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.modeling.table_ranks import LOOKUPS_KEPT, RowCut, open_parts, start_ranks
+from engram_hf.modeling.table_ranks import LOOKUPS_KEPT, start_ranks
 from engram_hf.training.row_exchange import RowExchange
 from engram_hf.training.row_updates import RowUpdates
 

@@ -29,7 +29,8 @@ from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
 
 from engram_hf.modeling.disk_safetensors import file_digest
-from engram_hf.modeling.table_ranks import LOOKUPS_KEPT, RowCut, check_number
+from engram_hf.modeling.table_cut import RowCut, check_number
+from engram_hf.modeling.table_ranks import LOOKUPS_KEPT
 
 
 SCRIPT = Path(__file__).parent / "run_ranks.py"

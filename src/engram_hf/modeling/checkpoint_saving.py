@@ -62,6 +62,7 @@ CODE_FILES = (
     "table.py",
     "table_blocks.py",
     "table_changes.py",
+    "table_cut.py",
     "table_formats.py",
     "table_gradients.py",
     "table_hot_rows.py",

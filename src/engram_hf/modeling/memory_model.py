@@ -58,6 +58,7 @@ from .memory_layer import EngramLayer
 from .memory_patches import ModelPatches, check_patch
 from .table import EngramTable, tables_without_blocks
 from .table_blocks import block_name, is_of_table
+from .table_cut import open_parts
 from .table_nodes import HostNodes
 from .table_overlay import RowsInTraining
 from .table_patches import (
@@ -88,7 +89,7 @@ from .table_placement import (
     resolve_entries,
     split_device_map,
 )
-from .table_ranks import RowService, open_parts, start_ranks
+from .table_ranks import RowService, start_ranks
 from .table_requests import count_copies, generating
 
 

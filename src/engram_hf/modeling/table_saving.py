@@ -16,7 +16,8 @@ from .disk_files import BlockSource, TableFile
 from .disk_safetensors import TensorContent
 from .table_blocks import DIGESTS, ROW_IDS, ROWS, STAMP, Block, changed_name
 from .table_changes import DIGEST_BYTES, LARGEST_SHARE, RowChanges, RowStore, digest_of_content
-from .table_ranks import BASE, CHANGED, PIECE_BYTES, SAVED, SOURCE, RankFile, RowCut, TableRanks
+from .table_cut import RankFile, RowCut
+from .table_ranks import BASE, CHANGED, PIECE_BYTES, SAVED, SOURCE, TableRanks
 
 
 class StoredTable(RowStore, Protocol):

@@ -15,8 +15,8 @@ from torch import nn
 from torch.autograd import Variable
 
 from ..modeling.table import EngramTable
+from ..modeling.table_cut import RowCut
 from ..modeling.table_gradients import RowGradients, Rows, sum_rows
-from ..modeling.table_ranks import RowCut
 from .row_naming import find_named, list_rows, name_rows
 
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..modeling.table_ranks import RowCut, TableRanks, check_number
+from ..modeling.table_cut import RowCut, check_number
+from ..modeling.table_ranks import TableRanks
 
 
 class NamedRows(NamedTuple):

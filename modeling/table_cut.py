@@ -1,0 +1,1 @@
+../src/engram_hf/modeling/table_cut.py
