@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import sys
+import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from engram_hf.modeling.disk_safetensors import TensorContent, write_file
 from engram_hf.modeling.table import EngramTable, tables_without_blocks
 from engram_hf.modeling.table_cut import RowCut, open_parts
 from engram_hf.modeling.table_formats import row_format
-from engram_hf.modeling.table_ranks import LOOKUPS_KEPT, start_ranks
+from engram_hf.modeling.table_ranks import ANNOUNCED_KEPT, LOOKUPS_KEPT, TableRanks, start_ranks
 from engram_hf.training.row_exchange import RowExchange
 from engram_hf.training.row_updates import RowUpdates
 
@@ -328,25 +329,75 @@ def look_up_without_a_step(path: Path, ranks: int) -> dict:
     it, and the other one has had a step.
     """
     rank, found = dist.get_rank(), {}
-    for way in ("nothing", "forwards", "a step"):
+    for way in ("nothing", "forwards", "a step", "broken before", "broken behind", "broken announced"):
         task = task_over_ranks(path)
         own = task.table.ranks
+        if way == "broken before":
+            found[way, "raised"] = break_off(task, batch(1, rank, ranks), has_asked=False)
+        elif way == "broken announced":
+            # Its owners know of both, and of as many more as make the first one the oldest that a rank remembers.
+            for number in (1, 11):
+                task.table.bring_pages(batch(number, rank, ranks)[0])
+            found[way, "raised"] = break_off(task, batch(11, rank, ranks), has_asked=False)
+            for number in range(ANNOUNCED_KEPT - 1):
+                task.table.bring_pages(rows_of_one_owner(number, rank, ranks)[0])
+            own.service.meet()
         loss = task(*batch(1, rank, ranks))
         if way == "forwards":
             for number in range(LOOKUPS_KEPT + 9):
                 task(*rows_of_one_owner(number, rank, ranks))
             own.service.meet()
             found["remembered"] = [len(own.lookups), *map(len, own.answered)]
+            found["bytes"] = bytes_remembered(own)
         elif way == "a step":
             own.service.meet()
             own.service.after_step(own)
             found["behind a step"] = [len(own.lookups), *map(len, own.answered)]
+            own.service.meet()
+        elif way == "broken behind":
+            found[way, "raised"] = break_off(task, rows_of_one_owner(1, rank, ranks), has_asked=True)
+            for number in range(LOOKUPS_KEPT - 1):
+                task(*rows_of_one_owner(number, rank, ranks))
             own.service.meet()
         before = own.service.moved["again"]
         loss.backward()
         found[way] = (*task.table.row_gradients.rows, own.service.moved["again"] - before)
         own.service.meet()
     return found
+
+
+def bytes_remembered(own: TableRanks) -> tuple[int, int]:
+    """Bytes of memory of what a rank knows of its own lookups, and of those of others."""
+    asked = [ids for lookup in own.lookups for ids in lookup.asked]
+    answered = [held for of_rank in own.answered for _, held in of_rank.values()]
+    # Parts of one tensor share its memory.
+    memories = [[each.untyped_storage() for each in tensors] for tensors in (asked, answered)]
+    return tuple(sum({each.data_ptr(): each.nbytes() for each in of_tensors}.values()) for of_tensors in memories)
+
+
+def break_off(task: Task, given: tuple[torch.Tensor, torch.Tensor], has_asked: bool) -> str:
+    """What a forward raises, because rows that arrive have no room (`has_asked` is False), or own rows cannot be read
+    when the others have been asked for."""
+    own, message = task.table.ranks, ""
+    row_nbytes, read = own.row_nbytes, own.read
+
+    def read_elsewhere(held: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError("This page cannot be read.")
+        return read(held)
+
+    own.service.meet()
+    if has_asked:
+        own.read = read_elsewhere
+    else:
+        own.row_nbytes = 2**50
+    try:
+        task(*given)
+    except RuntimeError as error:
+        message = str(error)
+    own.row_nbytes, own.read = row_nbytes, read
+    own.service.meet()
+    return message
 
 
 def ask_who_has_deleted(path: Path, service) -> str:

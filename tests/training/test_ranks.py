@@ -166,7 +166,8 @@ def test_no_row_id_travels_twice_in_a_run(results):
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_lookups_that_owners_have_forgotten_get_the_same_gradients(results, ranks):
-    """Forwards that no step follows do not fill the memory, and a step behind a forward forgets it."""
+    """Forwards that no step follows do not fill the memory, and a step behind a forward forgets it. Neither do forwards
+    matter that were broken off, before or after an owner knew of them."""
     cut = RowCut([26, 2], ranks)
     for rank, result in enumerate(results):
         found = result["without a step"]
@@ -181,10 +182,31 @@ def test_lookups_that_owners_have_forgotten_get_the_same_gradients(results, rank
         foreign = ids[cut.owner(ids) != rank]
         # The first row of each head is what all other forwards have read.
         is_known = torch.isin(foreign, torch.tensor([0, *ROWS_OF_HEAD]).cumsum(0))
-        for way, expected in (("forwards", ~is_known), ("a step", torch.ones_like(is_known))):
+        are_all, is_none = torch.ones_like(is_known), torch.zeros_like(is_known)
+        for way, expected in (
+            ("forwards", ~is_known),
+            ("a step", are_all),
+            ("broken before", is_none),
+            ("broken behind", ~is_known),
+            ("broken announced", is_none),
+        ):
             assert torch.equal(found[way][0], row_ids) and torch.equal(found[way][1], gradients)
             assert found[way][2] == int(expected.sum())
+        raised = {way[0]: message for way, message in found.items() if "raised" in way}
+        # The first rank reads no rows of the batches whose answers have no room.
+        assert "page" in raised["broken behind"]
+        assert bool(raised["broken before"]) == bool(raised["broken announced"]) == (rank > 0)
     assert int((~is_known).sum()) > 0
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_row_of_a_forward_takes_eight_bytes_at_the_rank_that_asks_and_at_the_owner(results, ranks):
+    """Of as many forwards as are remembered, each of which has read three rows of the first rank."""
+    for rank, result in enumerate(results):
+        asked, answered = result["without a step"]["bytes"]
+        assert asked == (8 * 3 * LOOKUPS_KEPT if rank else 0)
+        if rank == 0:
+            assert answered == 8 * 3 * LOOKUPS_KEPT * (ranks - 1)
 
 
 def test_row_ids_above_four_billion_travel_in_four_bytes_each():

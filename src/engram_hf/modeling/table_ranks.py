@@ -107,11 +107,11 @@ class Lookup(NamedTuple):
     """A lookup in training. Its owners remember the row ids, so that gradients can name the rows by it.
 
     number: of the lookup, from 1; those of a later one are higher.
-    asked: by owner, (n,) row ids, ascending.
+    asked: by owner, (n,) row ids, ascending. None of an owner that has not been asked.
     """
 
     number: int
-    asked: tuple[torch.Tensor, ...]
+    asked: list[torch.Tensor]
 
 
 class Announced(NamedTuple):
@@ -229,11 +229,11 @@ class RowService:
         """
         tag, num = self._next_tag(), len(row_ids)
         buffer = torch.empty(STATUS_BYTES + num * ranks.row_nbytes, dtype=torch.uint8, device="cpu")
-        arrival = self._group.recv([buffer], owner, tag)
         if announced:
             sent, check = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
         else:
             sent, check = ranks.cut.pack(row_ids, owner), int(check_number(row_ids))
+        arrival = self._group.recv([buffer], owner, tag)
         works, kept = self._send(owner, ROWS, ranks.number, sent, tag, len(buffer), check, announced, lookup)
         answer = Answer(owner, buffer, [*works, arrival], kept)
         self.moved.update(rows=num, row_bytes=num * ranks.row_nbytes, **{"announced" if announced else "ids": num})
@@ -483,16 +483,21 @@ class PendingRows:
         """
         self._ranks = ranks
         self._order, asked = ranks.cut.by_owner(row_ids)
-        lookup = ranks.note_lookup(asked) if is_trained else 0
         # Held ids of the rows that are here, (n,).
         self.own = ranks.cut.to_held(asked[ranks.rank], ranks.rank)
         self._answers = {}
+        lookup = ranks.note_lookup() if is_trained else None
         with ranks.service.order:
-            announced = ranks.take_announced(row_ids)
+            announced = ranks.find_announced(row_ids)
             for owner, ids in enumerate(asked):
                 if len(ids) and owner != ranks.rank:
-                    tag = 0 if announced is None else announced.tags[owner]
-                    self._answers[owner] = ranks.service.ask_rows(owner, ranks, ids, tag, lookup)
+                    tag = 0 if announced is None else announced.tags.pop(owner, 0)
+                    number = 0 if lookup is None else lookup.number
+                    self._answers[owner] = ranks.service.ask_rows(owner, ranks, ids, tag, number)
+                    if lookup is not None:
+                        # Not before: where something raises on the way, the owner knows nothing of this lookup.
+                        lookup.asked[owner] = ids
+            ranks.announced = [each for each in ranks.announced if each is not announced]
         # An announcement has come before the answer to its question.
         self._announced = announced
         self._rows: torch.Tensor | None = None
@@ -535,7 +540,8 @@ class TableRanks:
     announced: lookups to come, of which the owners know already.
     expected: by rank, what it has announced: the tag of the message to packed row ids and their check number.
     bring: what to do with held ids, (n,) ascending, that somebody is going to ask for, by what they bring closer.
-    lookups: in training since the last step, in their order. A message of gradients names rows by them.
+    lookups: in training since the last step, in their order. A message of gradients names rows by them. One that was
+        broken off is among them, because owners that it has reached count it too.
     answered: by rank, the numbers of such lookups of it to the steps that it had made and the held ids, (n,), that it
         has asked for. This rank forgets them with its next step, and the oldest of too many, as that rank does.
     """
@@ -570,11 +576,12 @@ class TableRanks:
         """Ask for rows, (n,) int64, ascending and distinct, whose gradients may follow; returns at once."""
         return PendingRows(self, row_ids.cpu(), is_trained)
 
-    def note_lookup(self, asked: tuple[torch.Tensor, ...]) -> int:
-        """Know a lookup until the next step, by owner (n,) row ids; its number."""
-        lookup = Lookup(next(self._numbers), asked)
+    def note_lookup(self) -> Lookup:
+        """A lookup that has asked nobody yet, to be known until the next step."""
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        lookup = Lookup(next(self._numbers), [none] * self.cut.ranks)
         self.lookups = [*self.lookups, lookup][-LOOKUPS_KEPT:]
-        return lookup.number
+        return lookup
 
     def remember_answered(self, question: Question, held: torch.Tensor) -> None:
         """Another rank is given rows, (n,) held ids, whose gradients it may send."""
@@ -602,23 +609,21 @@ class TableRanks:
         _, asked = self.cut.by_owner(row_ids)
         announced = Announced(row_ids, {}, [], [])
         with self.service.order:
+            # First of all: owners count it too, also where something raises before all of them know of it.
+            self.announced.append(announced)
+            forgotten = self.announced.pop(0) if len(self.announced) > ANNOUNCED_KEPT else None
             for owner, ids in enumerate(asked):
                 if len(ids) and owner != self.rank:
                     announced.tags[owner], works, kept = self.service.announce_rows(owner, self, ids)
                     announced.works.extend(works)
                     announced.kept.extend(kept)
-            self.announced.append(announced)
-            forgotten = self.announced.pop(0) if len(self.announced) > ANNOUNCED_KEPT else None
         if forgotten is not None:
             self.service.finish(forgotten)
         self._bring(self.cut.to_held(asked[self.rank], self.rank))
 
-    def take_announced(self, row_ids: torch.Tensor) -> Announced | None:
+    def find_announced(self, row_ids: torch.Tensor) -> Announced | None:
         """What was announced of exactly these rows; None for nothing."""
-        for number, announced in enumerate(self.announced):
-            if torch.equal(announced.row_ids, row_ids):
-                return self.announced.pop(number)
-        return None
+        return next((each for each in self.announced if torch.equal(each.row_ids, row_ids)), None)
 
     def expect(self, asker: int, tag: int, packed: torch.Tensor, check: int) -> None:
         """Another rank has announced a lookup."""

@@ -92,15 +92,17 @@ def find_named(ranks: TableRanks, asker: int, message: torch.Tensor, check: int)
     Returns:
         None where they do not stand for the row ids that were meant.
     """
-    known, parts = ranks.answered[asker], [torch.zeros(0, dtype=torch.int64)]
+    answered, parts = ranks.answered[asker], [torch.zeros(0, dtype=torch.int64)]
     count = int(message[:8].clone().view(torch.int64)) if len(message) >= 8 else 0
     if not 0 <= 8 * count <= len(message):
         return None
     start = 8 * (1 + count)
     for number in message[8:start].clone().view(torch.int64).tolist():
-        if number not in known:
+        # Without the lock: a rank names its newest lookups, and the thread that answers forgets only older ones.
+        known = answered.get(number)
+        if known is None:
             return None
-        _, asked = known[number]
+        _, asked = known
         end = start + -(-len(asked) // 8)
         bits = np.unpackbits(message[start:end].numpy(), count=len(asked))
         parts.append(asked[torch.from_numpy(bits.astype(bool))])
