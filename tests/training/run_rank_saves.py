@@ -5,6 +5,9 @@ The sums of gradients are exact, so what is trained does not depend on the numbe
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
+from transformers.utils import logging
 
 from engram_hf import engram_optimizers
 from engram_hf.modeling.table import EngramTable
@@ -98,7 +102,8 @@ def run(rank: int, out: Path, name: str) -> None:
     def save(step: int) -> None:
         if rank == 0 and step in (SAVED_AT, STEPS):
             checkpoint = own / f"checkpoint-{step}"
-            model.save_pretrained(checkpoint)
+            with seen_bars(checkpoint.with_suffix(".bars")):
+                model.save_pretrained(checkpoint)
             torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
 
     train(model, optimizer, range(0 if last is None else SAVED_AT, STEPS), rank, ranks, save)
@@ -120,8 +125,27 @@ def save_without_training(out: Path, rank: int) -> None:
             table.write_rows(torch.zeros(1, dtype=torch.int64), torch.ones(1, table.row_width, dtype=table.dtype))
         dist.barrier()
         if rank == 0:
-            model.save_pretrained(out / name)
+            with seen_bars(out / f"{name}.bars"):
+                model.save_pretrained(out / name)
         dist.barrier()
+
+
+@contextmanager
+def seen_bars(path: Path) -> Iterator[None]:
+    """Show progress bars of tables to nobody, also short ones, and leave the total and the end of each in a file."""
+    bars = []
+
+    def show(factory, args, given):
+        if given["desc"] == "Writing tables":
+            given |= {"disable": False, "file": StringIO()}
+            bars.append(factory(*args, **given))
+            return bars[-1]
+        return factory(*args, **given)
+
+    before = logging.set_tqdm_hook(show)
+    yield
+    logging.set_tqdm_hook(before)
+    torch.save([(bar.total, bar.n) for bar in bars], path)
 
 
 def wrapped(model) -> list[bool]:

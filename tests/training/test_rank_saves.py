@@ -132,6 +132,18 @@ def test_changed_rows_and_the_state_of_rows_have_a_file_for_each_rank(runs, many
     assert not list(merged.glob("row*"))
 
 
+@pytest.mark.parametrize("runs, many", [("small", "two"), slow("all_runs", "four")])
+def test_the_progress_of_the_rank_that_saves_is_that_of_whole_tables(runs, many, request):
+    """Of files that it writes, and of files that it links."""
+    folder = request.getfixturevalue(runs)
+    tables = [load_file(path).values() for path in (folder / "base").glob("tables-*.safetensors")]
+    nbytes = sum(block.nbytes for blocks in tables for block in blocks)
+    steps = [folder / name / f"checkpoint-{step}.bars" for name in ("one", many) for step in (SAVED_AT, STEPS)]
+    idle = [folder / "untouched.bars", folder / "touched.bars"] if many == "two" else []
+    for path in [*steps, *idle]:
+        assert torch.load(path) == [(nbytes, nbytes)], path
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="one path leads to two folders by Linux's /proc")
 def test_ranks_without_a_shared_disk_save_what_others_do(small):
     folder = small / "apart" / "disk0"

@@ -131,11 +131,8 @@ def write_tables(
     """
     limit = min(convert_file_size_to_int(max_shard_size), LARGEST_FILE)
     written = WrittenTables()
+    # Of a block that is cut over ranks this is a DTensor, with the bytes of all ranks.
     total = sum(block.nbytes for block in blocks.values())
-    for table in tables.values():
-        if table.ranks is not None:
-            # This rank holds some of what it writes.
-            total += sum(table.saving.whole_nbytes(block) - block.parameter.nbytes for block in table.block_records)
     numbers = numbers_of_files(tables)
     is_short = total < PROGRESS_BYTES
     with logging.tqdm(total=total, desc="Writing tables", unit="B", unit_scale=True, disable=is_short) as progress:
@@ -160,7 +157,7 @@ def write_tables(
                 if source is not None:
                     left += group if by_rows else []
                     written.digests[filename] = link_file(source, stage / filename)
-                    progress.update(source.stat().st_size)
+                    progress.update(sum(nbytes[block] for block in group))
                 else:
                     contents = {names[block]: _content(table, block, given[block]) for block in group}
                     written.digests[filename] = write_file(stage / filename, contents, progress.update)

@@ -334,7 +334,7 @@ def write_file(
     Args:
         path: the file.
         contents: name to content.
-        on_bytes: called with the number of bytes after each piece, for a progress bar.
+        on_bytes: called with the number of bytes after each piece of a tensor, for a progress bar.
 
     Returns:
         SHA-256 of the file, in hexadecimal.
@@ -354,15 +354,18 @@ def write_file(
     def pieces() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(LENGTH_BYTES, "little") + text
         for content in contents.values():
-            yield from content.pieces()
+            for piece in content.pieces():
+                yield piece
+                # Whoever asks for the next piece has written this one.
+                if on_bytes is not None:
+                    on_bytes(len(piece))
 
-    return write_pieces(path, pieces(), on_bytes, LENGTH_BYTES + len(text) + offset)
+    return write_pieces(path, pieces(), LENGTH_BYTES + len(text) + offset)
 
 
 def write_pieces(
     path: str | Path,
     pieces: Iterable[bytes | bytearray | memoryview],
-    on_bytes: Callable[[int], object] | None = None,
     nbytes: int | None = None,
 ) -> str:
     """Write bytes under a temporary name, make them durable, then give them the name.
@@ -370,7 +373,6 @@ def write_pieces(
     Args:
         path: the file.
         pieces: its bytes.
-        on_bytes: called with the number of bytes after each piece.
         nbytes: how many bytes there are in all, for the message of an error; None where nobody knows.
 
     Returns:
@@ -393,8 +395,6 @@ def write_pieces(
                         written, left = written + count, left[count:]
                 except OSError as error:
                     raise _not_written(path, error, written, nbytes) from error
-                if on_bytes is not None:
-                    on_bytes(len(piece))
             try:
                 os.fsync(file.fileno())
             except OSError as error:
