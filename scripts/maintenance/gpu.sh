@@ -84,7 +84,7 @@ else
 fi
 echo "bench_gpu.py took $((SECONDS - started)) s"
 [ "$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ] ||
-  echo "make gpu: not proved here: layers on two GPUs, which needs two"
+  echo "make gpu: not proved here: layers on two GPUs, and FSDP2 over two ranks, which need two"
 [ ${#undone[@]} -eq 0 ] || {
   printf 'make gpu: not done: %s\n' "${undone[@]}" >&2
   exit 1

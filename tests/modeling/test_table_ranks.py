@@ -77,6 +77,36 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fsdp2_that_would_shard_tables_or_convert_their_rows_is_refused(dtype, tmp_path, monkeypatch):
+    model = tiny_model(tiny_config(engram_table_dtype=dtype)).train()
+    factory, options = engram_optimizers(TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
+
+    def make(ignored, mixed_precision="no"):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, ignored_modules=ignored, cpu_ram_efficient_loading=False, reshard_after_forward=True
+        )
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", mixed_precision)
+        return factory()(model, **options)
+
+    layers = model.model.layers
+    for ignored in (None, "engram.table", ".*0.engram.table", [layers[0].engram.table]):
+        with pytest.raises(NotImplementedError, match="shard the rows of model.layers.*FSDP_IGNORED_MODULES"):
+            make(ignored)
+    # A module that is left out takes all below it along.
+    for ignored in (".*engram.table", ".*engram", list(layers)):
+        assert make(ignored).rows
+    if dtype == "bfloat16":
+        with pytest.raises(NotImplementedError, match=r"precision \(bf16\).*0.engram.table are bfloat16"):
+            make(".*engram.table", "bf16")
+        for table in model.named_tables().values():
+            table.requires_grad_(False)
+        assert not make(".*engram.table", "bf16").rows
+    else:
+        assert make(".*engram.table", "bf16").rows
+
+
 def test_the_file_of_a_table_is_read_once_for_its_digest_however_many_checkpoints_follow(folder, tmp_path, monkeypatch):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

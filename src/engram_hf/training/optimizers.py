@@ -9,6 +9,7 @@ row_rules.py, where its state lives in row_updates.py; the dense optimizers are 
 """
 
 import hashlib
+import re
 from collections import ChainMap
 from collections.abc import Callable
 from itertools import chain
@@ -149,6 +150,7 @@ class EngramOptimizerFactory:
             )
         if any(table.ranks is not None for table in tables.values()):
             refuse_whole_tables(args)
+        refuse_tables_in_fsdp(model, tables)
         frozen = [name for name, table in tables.items() if table.row_format is not None]
         if frozen:
             logger.warning(f"Rows of {', '.join(frozen)} are quantized, so this run leaves them as they are.")
@@ -270,6 +272,34 @@ def refuse_whole_tables(args: "TrainingArguments") -> None:
             "FSDP's cpu_ram_efficient_loading copies what the first rank holds to all, and tables are cut over ranks. "
             "Launch with --fsdp_cpu_ram_efficient_loading false."
         )
+
+
+def refuse_tables_in_fsdp(model: nn.Module, tables: dict[str, EngramTable]) -> None:
+    """
+    Raises:
+        NotImplementedError: accelerate's FSDP2 would shard a table, or convert its rows.
+    """
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is None or plugin.fsdp_version != 2:
+        return
+    ignored = plugin.ignored_modules or []
+    if isinstance(ignored, str):
+        # As accelerate reads it.
+        ignored = [module for name, module in model.named_modules() if re.fullmatch(ignored, name)]
+    left_out = {id(module) for each in ignored for module in each.modules()}
+    mixed = AcceleratorState._shared_state.get("_mixed_precision")
+    for name, table in tables.items():
+        if id(table) not in left_out:
+            raise NotImplementedError(
+                f"FSDP2 would shard the rows of {name}, and only row updates may change them. Set the environment "
+                'variable FSDP_IGNORED_MODULES=".*engram.table" where you call `accelerate launch`.'
+            )
+        if mixed not in (None, "no") and table.is_trainable and table.dtype != torch.float32:
+            raise NotImplementedError(
+                f"Under mixed precision ({mixed}) accelerate's FSDP2 converts all that is trained to float32, and rows "
+                f"of {name} are {str(table.dtype).removeprefix('torch.')}. Launch with --mixed_precision no and load "
+                "the model with dtype=torch.float32, freeze the table, or use a table of float32 rows."
+            )
 
 
 def refuse_several_memories(model: nn.Module) -> None:
