@@ -58,6 +58,12 @@ def train(accelerator: Accelerator, model, optimizer, steps: range) -> list[dict
     return found
 
 
+def rows_of(model) -> dict[str, torch.Tensor]:
+    """All rows of each table, on the CPU."""
+    tables = model.named_tables().items()
+    return {name: table.gather_rows(torch.arange(table.num_rows)).cpu() for name, table in tables}
+
+
 def kinds_of_parameters(model) -> dict[str, list[bool]]:
     """Whether parameters are sharded: those of tables, and all others."""
     tables = {id(parameter) for table in model.named_tables().values() for parameter in table.parameters()}
@@ -76,7 +82,7 @@ def main(folder: Path, tier: str, out: Path) -> None:
     first = train(accelerator, model, optimizer, range(SAVED_AT))
     accelerator.save_state(str(out / "saved"))
     then = train(accelerator, model, optimizer, range(SAVED_AT, STEPS))
-    rows = {name: table.gather_rows(torch.arange(table.num_rows)).cpu() for name, table in model.named_tables().items()}
+    rows = rows_of(model)
     accelerator.load_state(str(out / "saved"))
     again = train(accelerator, model, optimizer, range(SAVED_AT, STEPS))
     result = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from devices import needs_gpu
 from processes import run_processes
-from run_fsdp import BATCH, HIGHEST_NORM, SAVED_AT, STEPS, arguments_of, batch, loaded, made_optimizer
+from run_fsdp import BATCH, HIGHEST_NORM, SAVED_AT, STEPS, arguments_of, batch, loaded, made_optimizer, rows_of
 from tiny import tiny_config, tiny_model
 
 
@@ -40,18 +40,13 @@ def train_whole(folder: Path, device: str, tier: str, work: Path, ranks: int) ->
         optimizer.step()
         optimizer.zero_grad()
         steps.append({"losses": losses, "norm": float(norm)})
-    return steps, {
-        name: table.gather_rows(torch.arange(table.num_rows)).cpu() for name, table in model.named_tables().items()
-    }
+    return steps, rows_of(model)
 
 
 def check_equal(folder: Path, device: str, tier: str, out: Path, ranks: int) -> None:
     """Compare what the ranks have left with one process without FSDP."""
     expected, rows = train_whole(folder, device, tier, out / "whole", ranks)
-    before = {
-        name: table.gather_rows(torch.arange(table.num_rows)).cpu()
-        for name, table in loaded(folder, device, tier).named_tables().items()
-    }
+    before = rows_of(loaded(folder, device, tier))
     for rank in range(ranks):
         result = torch.load(out / f"result{rank}.pt")
         # A run without FSDP would give the same losses.

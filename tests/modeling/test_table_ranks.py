@@ -78,16 +78,17 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_fsdp2_that_would_shard_tables_or_convert_their_rows_is_refused(dtype, tmp_path, monkeypatch):
+def test_fsdp2_that_would_shard_tables_convert_their_rows_or_move_them_is_refused(dtype, tmp_path, monkeypatch):
     model = tiny_model(tiny_config(engram_table_dtype=dtype)).train()
     factory, options = engram_optimizers(TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
 
-    def make(ignored, mixed_precision="no"):
+    def make(ignored, mixed_precision="no", device="cpu"):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, ignored_modules=ignored, cpu_ram_efficient_loading=False, reshard_after_forward=True
         )
         monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
         monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", mixed_precision)
+        monkeypatch.setitem(AcceleratorState._shared_state, "device", torch.device(device))
         return factory()(model, **options)
 
     layers = model.model.layers
@@ -97,6 +98,10 @@ def test_fsdp2_that_would_shard_tables_or_convert_their_rows_is_refused(dtype, t
     # A module that is left out takes all below it along.
     for ignored in (".*engram.table", ".*engram", list(layers)):
         assert make(ignored).rows
+    with pytest.raises(NotImplementedError, match='move model.layers.0.engram.table to cuda:1.*"": "cuda:1"'):
+        make(".*engram.table", device="cuda:1")
+    model.place_tables({"...table": "host"})
+    assert make(".*engram.table", device="cuda:1").rows
     if dtype == "bfloat16":
         with pytest.raises(NotImplementedError, match=r"precision \(bf16\).*0.engram.table are bfloat16"):
             make(".*engram.table", "bf16")

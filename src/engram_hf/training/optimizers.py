@@ -277,14 +277,16 @@ def refuse_whole_tables(args: "TrainingArguments") -> None:
 def refuse_tables_in_fsdp(model: nn.Module, tables: dict[str, EngramTable]) -> None:
     """
     Raises:
-        NotImplementedError: accelerate's FSDP2 would shard a table, or convert its rows.
+        NotImplementedError: accelerate's FSDP2 would shard a table, convert its rows, or move it from the state of its
+            rows.
     """
     plugin = AcceleratorState._shared_state.get("fsdp_plugin")
     if plugin is None or plugin.fsdp_version != 2:
         return
-    ignored = plugin.ignored_modules or []
+    ignored, device = plugin.ignored_modules or [], None
     if isinstance(ignored, str):
-        # As accelerate reads it.
+        # As accelerate reads it, which moves these modules to its device.
+        device = AcceleratorState._shared_state.get("device")
         ignored = [module for name, module in model.named_modules() if re.fullmatch(ignored, name)]
     left_out = {id(module) for each in ignored for module in each.modules()}
     mixed = AcceleratorState._shared_state.get("_mixed_precision")
@@ -293,6 +295,12 @@ def refuse_tables_in_fsdp(model: nn.Module, tables: dict[str, EngramTable]) -> N
             raise NotImplementedError(
                 f"FSDP2 would shard the rows of {name}, and only row updates may change them. Set the environment "
                 'variable FSDP_IGNORED_MODULES=".*engram.table" where you call `accelerate launch`.'
+            )
+        resident = {block.parameter.device.type for block in table.block_records if block.is_resident}
+        if device is not None and table.is_trainable and resident - {device.type}:
+            raise NotImplementedError(
+                f"accelerate's FSDP2 would move {name} to {device}, and the state of its rows is made where it is now. "
+                f'Load the model there, with device_map={{"": "{device}"}}, or place the table in host memory.'
             )
         if mixed not in (None, "no") and table.is_trainable and table.dtype != torch.float32:
             raise NotImplementedError(
