@@ -315,3 +315,22 @@ def test_gradient_checkpointing_fetches_no_row_twice(results):
         assert found["None"]["fetched"] == found["False"]["fetched"] == found["True"]["fetched"] > 0
         for way in ("False", "True"):
             torch.testing.assert_close(found[way]["rows"], found["None"]["rows"], rtol=1e-9, atol=1e-12)
+
+
+WITHOUT_DRIVER = """
+import torch
+import torch.distributed as dist
+
+torch.accelerator.current_accelerator = lambda check_available=False: None if check_available else torch.device("cuda")
+dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+from engram_hf.modeling.table_ranks import start_ranks
+from engram_hf.training.row_exchange import device_of_collectives
+
+print(sorted(start_ranks().meshes), device_of_collectives())
+dist.destroy_process_group()
+"""
+
+
+def test_torch_for_gpus_on_a_machine_without_one_stays_on_the_cpu(tmp_path):
+    ran = run_processes([sys.executable, "-c", WITHOUT_DRIVER.format(store=tmp_path / "store")])
+    assert ran.stdout == "['cpu'] cpu\n", ran.stderr[-3000:]

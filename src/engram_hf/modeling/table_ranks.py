@@ -158,7 +158,7 @@ class RowService:
         # Not in every build of torch.
         from torch.distributed.device_mesh import init_device_mesh
 
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
         # By kind of device: of all processes. torch may make groups for them, for which all have to be here.
         self.meshes = {kind: init_device_mesh(kind, (self.ranks,)) for kind in kinds}

@@ -268,7 +268,7 @@ def gather(values: torch.Tensor, counts: Sequence[int], group: Any = None) -> li
 
 def device_of_collectives(group: Any = None) -> torch.device:
     """Where tensors must be to be sent: on this process's accelerator, or on the CPU with gloo and MPI."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or dist.get_backend(group) in ("gloo", "mpi"):
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
