@@ -423,6 +423,8 @@ class RowService:
             # Nothing tells a handler of atexit whether a program ends by `sys.exit(1)`. Others know that they wait for
             # a rank in vain.
             self._say_leaving(has_failed, set(self._others))
+        # Python ends a thread that comes back to it too late, and the process aborts.
+        self._thread.join(LEAVE_SECONDS)
         del tables
 
     def _say_leaving(self, has_failed: bool, others: set[int]) -> None:
