@@ -49,8 +49,7 @@ from helpers.tiny_recipe import SEQ_LENGTH, make_config, make_model, prepare_tex
 
 from engram_hf import EngramMoEConfig, NgramHash, engram_optimizers
 from engram_hf.modeling.table_blocks import split_into_blocks
-from engram_hf.modeling.table_cut import RowCut
-from engram_hf.modeling.table_traffic import NAMED_NBYTES, ROW_ID_NBYTES
+from engram_hf.modeling.table_cut import ID_BYTES, NAMED_NBYTES, RowCut
 
 
 RANKS = (2, 4)
@@ -171,7 +170,7 @@ def count_bytes(way: Way, ids: torch.Tensor) -> dict[str, float]:
         "gradients": sent.nbytes["all to all", torch.uint8],
         "bound": foreign * table.row_nbytes,
         "ids": sent.nbytes["send", torch.uint8],
-        "bound of ids": foreign * ROW_ID_NBYTES,
+        "bound of ids": foreign * ID_BYTES,
         "bound of gradients": foreign * (table.row_nbytes + NAMED_NBYTES),
     }
 

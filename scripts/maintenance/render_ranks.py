@@ -11,10 +11,10 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from engram_hf.modeling.table_traffic import (
+from engram_hf.modeling.table_cut import (
     DISTINCT_SHARE,
     GRADIENT_NBYTES,
-    ROW_ID_NBYTES,
+    ID_BYTES,
     TOKENS_OF_A_STEP,
     nbytes_of_step,
     rows_of_step,
@@ -62,7 +62,7 @@ def rendered() -> str:
     assumed = (
         f"Assumed: {TOKENS_OF_A_STEP:,} tokens a rank and step, of whose rows {DISTINCT_SHARE:.0%} are distinct; rows "
         f"in bfloat16, gradients in float32 ({GRADIENT_NBYTES} bytes a number), "
-        f"{ROW_ID_NBYTES} bytes and a bit of row id; links at "
+        f"{ID_BYTES} bytes and a bit of row id; links at "
         + ", ".join(f"{rate} GB/s ({name})" for name, rate in LINKS.items())
         + f"; {SECONDS_OF_A_QUESTION * 1e6:.0f} us for each rank that is asked, one after another; "
         f"{DISK_READS_OF_A_SECOND:,} random reads of a disk in a second."

@@ -36,7 +36,7 @@ from .modeling.configuration_engram_moe import PRESETS, EngramMoEConfig
 from .modeling.disk_safetensors import read_json
 from .modeling.table import EngramTable, tables_without_blocks
 from .modeling.table_blocks import BLOCK_KEY, DISK, HOST, Block
-from .modeling.table_cut import RowCut
+from .modeling.table_cut import DISTINCT_SHARE, RowCut, nbytes_of_step, rows_of_step
 from .modeling.table_placement import (
     AUTOMATIC,
     Place,
@@ -51,7 +51,6 @@ from .modeling.table_placement import (
     resolve_entries,
     split_device_map,
 )
-from .modeling.table_traffic import DISTINCT_SHARE, nbytes_of_step, rows_of_step
 
 
 @dataclass(frozen=True)

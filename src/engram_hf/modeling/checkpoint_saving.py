@@ -71,9 +71,7 @@ CODE_FILES = (
     "table_patches.py",
     "table_placement.py",
     "table_ranks.py",
-    "table_requests.py",
     "table_saving.py",
-    "table_traffic.py",
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26

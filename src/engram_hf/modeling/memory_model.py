@@ -60,7 +60,7 @@ from .table import EngramTable, tables_without_blocks
 from .table_blocks import block_name, is_of_table
 from .table_cut import open_parts
 from .table_nodes import HostNodes
-from .table_overlay import RowsInTraining
+from .table_overlay import RowsInTraining, count_copies, generating
 from .table_patches import (
     PATCH_DTYPES,
     PatchedRows,
@@ -90,7 +90,6 @@ from .table_placement import (
     split_device_map,
 )
 from .table_ranks import RowService, start_ranks
-from .table_requests import count_copies, generating
 
 
 logger = logging.get_logger(__name__)

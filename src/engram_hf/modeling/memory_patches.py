@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 
 from .table_formats import RowFormat
-from .table_overlay import Names, RowsInTraining, TablePatches, patched_rows, widened
+from .table_overlay import Names, RowsInTraining, TablePatches, asked_of, asking, patched_rows, widened
 from .table_patches import REPLACE, RowPatch, check_scale
-from .table_requests import asked_of, asking
 
 
 class PatchableTable(Protocol):

@@ -17,9 +17,9 @@ from transformers.utils import is_accelerate_available
 
 from .table import EngramTable
 from .table_blocks import DISK, HOST, RESIDENT, block_name
+from .table_cut import nbytes_of_step, rows_of_step
 from .table_hot_rows import HotRows
 from .table_nodes import HostNodes
-from .table_traffic import nbytes_of_step, rows_of_step
 
 
 if is_accelerate_available():
@@ -368,7 +368,7 @@ class TableInfo:
 
     ranks: over which it is cut. Bytes, and blocks with their rows, are then those that this process holds.
     moved_per_step: bytes that a rank then moves in a training step of 16,384 tokens, if half of their rows are
-        distinct; computed by table_traffic.py. `engram-hf plan --ranks` does it for other steps.
+        distinct; computed by table_cut.py. `engram-hf plan --ranks` does it for other steps.
     """
 
     name: str
