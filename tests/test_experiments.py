@@ -292,6 +292,18 @@ def test_every_arm_reads_the_same_tokens_and_a_second_call_reads_what_was_kept(t
     assert text.train.ids.shape[1] == 128
 
 
+def test_every_arm_makes_a_model_that_reads_the_text(text, tmp_path):
+    from helpers.experiment_runs import Run, build
+    from helpers.experiments import EXPERIMENTS
+
+    arms = {arm.name: arm for experiment in EXPERIMENTS for arm, _ in experiment.runs}
+    ids = torch.as_tensor(text.train.ids[:1], dtype=torch.int64)
+    for arm in arms.values():
+        with torch.no_grad():
+            loss = build(Run(arm, 0), text, tmp_path / arm.name)(ids, labels=ids).loss
+        assert 0 < float(loss) < 20, arm.name
+
+
 def score_of(model, tokenizer, question: dict) -> int:
     """The place of the likeliest choice by its letters, token by token."""
     found = []

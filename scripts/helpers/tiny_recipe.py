@@ -134,7 +134,8 @@ def freeze_tables(model: EngramMoEForCausalLM, at_zero: bool) -> None:
 def make_model(config: EngramMoEConfig, tokenizer, seed: int) -> EngramMoEForCausalLM:
     set_seed(seed)
     model = EngramMoEForCausalLM(config)
-    if config.engram_layer_ids:
+    # Raw token ids need no map.
+    if config.engram_layer_ids and config.engram_compressed_vocab_size is not None:
         model.bind_tokenizer(tokenizer)
     return model
 
