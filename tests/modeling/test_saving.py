@@ -167,7 +167,8 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, delay
     assert not list(tmp_path.glob(".saving*")) and len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_the_index_comes_last_into_a_new_folder_and_before_the_config_of_an_old_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("old", ["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", None])
+def test_the_index_comes_last_into_a_new_folder_and_before_the_config_of_an_old_one(tmp_path, monkeypatch, old):
     moved, model = [], tiny_model()
     replace = os.replace
 
@@ -176,9 +177,14 @@ def test_the_index_comes_last_into_a_new_folder_and_before_the_config_of_an_old_
         replace(source, target)
 
     monkeypatch.setattr(checkpoint_saving.os, "replace", note)
-    model.save_pretrained(tmp_path)
-    assert [name for name in moved if name][-1] == "model.safetensors.index.json" and "config.json" in moved
-    moved.clear()
+    # What a killed first save has left is no model.
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"")
+    if old is None:
+        model.save_pretrained(tmp_path)
+        assert [name for name in moved if name][-1] == "model.safetensors.index.json" and "config.json" in moved
+        moved.clear()
+    else:
+        (tmp_path / old).write_bytes(b"")
     model.save_pretrained(tmp_path)
     assert moved.index("model.safetensors.index.json") < moved.index("config.json")
 

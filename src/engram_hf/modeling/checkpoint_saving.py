@@ -384,7 +384,8 @@ def publish(
         content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
         (stage / index).write_text(content)
 
-    is_new = not any(folder.glob("model.safetensors*"))
+    # What an interrupted first save has left is not looked at: numbered files without an index.
+    is_new = not [*folder.glob("model.*"), *folder.glob("pytorch_model.*")]
     names = _free_names(folder, sorted({*file_of.values()}))
     write_index(names)
     # Some libraries write files that only their owner may read.

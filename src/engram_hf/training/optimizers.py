@@ -296,8 +296,11 @@ def refuse_tables_in_fsdp(model: nn.Module, tables: dict[str, EngramTable]) -> N
                 f"FSDP2 would shard the rows of {name}, and only row updates may change them. Set the environment "
                 'variable FSDP_IGNORED_MODULES=".*engram.table" where you call `accelerate launch`.'
             )
-        resident = {block.parameter.device.type for block in table.block_records if block.is_resident}
-        if device is not None and table.is_trainable and resident - {device.type}:
+        resident = [block.parameter.device for block in table.block_records if block.is_resident]
+        is_here = device is None or all(
+            each.type == device.type and device.index in (None, each.index) for each in resident
+        )
+        if table.is_trainable and not is_here:
             raise NotImplementedError(
                 f"accelerate's FSDP2 would move {name} to {device}, and the state of its rows is made where it is now. "
                 f'Load the model there, with device_map={{"": "{device}"}}, or place the table in host memory.'
