@@ -90,9 +90,17 @@ def allocation(scale: str, results: Results) -> Section:
     places, runs = [share for share, _ in done], [run for _, run in done]
     bend = bootstrap(runs, lambda losses: curvature(places, losses))
     lowest = bootstrap(runs, lambda losses: minimum(places, losses))
-    is_u = bend.low > 0 and min(places) < lowest.low and lowest.high < max(places)
+    losses_of = {share: [run["loss"] for place, run in done if place == share] for share in places}
+    best = min(losses_of, key=lambda share: np.mean(losses_of[share]))
+    # A parabola bends back by itself: only runs on both sides of the lowest ones show that the loss rises again.
+    is_inside = min(places) < best < max(places)
+    is_u = bend.low > 0 and min(places) < lowest.low and lowest.high < max(places) and is_inside
     here = f"minimum at {lowest.value:.0%} ({lowest.low:.0%} to {lowest.high:.0%}) in experts, " + (
-        "a U" if is_u else "which cannot be told from a line"
+        "a U"
+        if is_u
+        else "which cannot be told from a line"
+        if is_inside
+        else f"but the lowest loss is at {best:.0%}, the last share that was tried, so no U is seen"
     )
     parts = [
         loss_table(ALLOCATIONS, MOE, scale, results).markdown(),
