@@ -398,14 +398,14 @@ def publish(
     for name, final in names.items():
         os.replace(stage / name, folder / final)
     beside = sorted(path.name for path in stage.iterdir() if path.name != index)
-    if is_new:
-        while beside:
-            os.replace(stage / beside[-1], folder / beside.pop())
+    before, after = (beside, []) if is_new else ([], beside)
+    for name in before:
+        os.replace(stage / name, folder / name)
     sync_folder(folder)
     os.replace(stage / index, folder / index)
     # While a single file is there, it is what a loader takes.
     (folder / single).unlink(missing_ok=True)
-    for name in beside:
+    for name in after:
         os.replace(stage / name, folder / name)
     sync_folder(folder)
     remove_stale_weights(folder, {*names.values(), *written.row_state}, variant)
