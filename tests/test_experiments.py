@@ -649,8 +649,13 @@ def test_extending_changes_positions_and_no_weight(short_recall, tmp_path):
 # Pages.
 
 
-def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[str, dict]:
-    """Results of all experiments: EngramMoE is better by `gain`, more rows are better, and shares make a U."""
+def made_results(
+    seeds: int = 3, gain: float = 0.02, bend: float = 1.0, best: float = 0.77, bend_of_rows: float = 0.0
+) -> dict[str, dict]:
+    """Results of all experiments: EngramMoE is better by `gain`, more rows are better, and shares make a U.
+
+    bend, best: how deep the U is, and the share where it is lowest. bend_of_rows: less is gained with each further row.
+    """
     from helpers.experiment_measures import ON, SILENT, name_of
     from helpers.experiment_runs import Run
     from helpers.experiments import ALLOCATIONS, ENGRAM, EXPERIMENTS, MEMORY_SIZES, MOE, ROW_FACTORS, SHARES
@@ -665,10 +670,11 @@ def made_results(seeds: int = 3, gain: float = 0.02, bend: float = 1.0) -> dict[
                 continue
             loss = 0.01 * seed + (0 if arm is ENGRAM else gain)
             if arm in MEMORY_SIZES:
-                loss = 0.01 * seed - 0.03 * np.log10(ROW_FACTORS[MEMORY_SIZES.index(arm)])
+                place = np.log10(ROW_FACTORS[MEMORY_SIZES.index(arm)])
+                loss = 0.01 * seed - 0.03 * place + bend_of_rows * place**2
             elif arm in ALLOCATIONS:
                 # As high as the MoE at a share of 1.
-                loss += bend * ((SHARES[ALLOCATIONS.index(arm)] - 0.77) ** 2 - 0.23**2)
+                loss += bend * ((SHARES[ALLOCATIONS.index(arm)] - best) ** 2 - (1 - best) ** 2)
             nats = of_articles + tokens * loss + draw.normal(0, 0.05, 60)
             run = Run(arm, seed)
             found[run.name] = {
@@ -700,22 +706,33 @@ def uneven(results: dict[str, dict]) -> dict[str, dict]:
 
 def test_verdicts_follow_the_figures():
     from helpers.evidence_page import section_of
-    from helpers.evidence_sections import FAILS, HOLDS, NOT_RUN, OPEN, TOO_FEW
+    from helpers.evidence_sections import FAILS, HOLDS, HOLDS_BENT, NOT_RUN, OPEN, TOO_FEW
     from helpers.experiments import EXPERIMENTS
 
     experiments = {experiment.name: experiment for experiment in EXPERIMENTS}
+
+    def here(name: str, results: dict) -> str:
+        return section_of(experiments[name], "tiny", results).here
 
     def verdict(name: str, results: dict) -> str:
         return section_of(experiments[name], "tiny", results).verdict
 
     good = made_results()
     assert [verdict(name, good) for name in ("controls", "facts", "rows", "allocation")] == [HOLDS] * 4
-    assert "-0.03" in section_of(experiments["rows"], "tiny", good).here
+    assert "-0.03" in here("rows", good) and "bends" not in here("rows", good)
+    bent = made_results(bend_of_rows=0.01)
+    assert verdict("rows", bent) == HOLDS_BENT and "bends up: -0.040 from 0.1 to 1 times, -0.020" in here("rows", bent)
     assert verdict("controls", made_results(gain=-0.02)) == FAILS
     assert verdict("controls", uneven(made_results())) == OPEN
     assert verdict("controls", made_results(seeds=1)) == verdict("facts", made_results(seeds=1)) == TOO_FEW
     assert verdict("allocation", made_results(bend=0.0)) == OPEN
     assert verdict("allocation", made_results(bend=-1.0)) == FAILS
+    assert "a U with its minimum at 77%" in here("allocation", good)
+    # A U that is lowest elsewhere, one that goes on falling, and one whose lowest runs are hardly lower.
+    assert verdict("allocation", made_results(best=0.5)) == verdict("allocation", made_results(best=0.1)) == FAILS
+    falling = here("allocation", made_results(best=0.1))
+    assert falling.startswith("no U: the loss is lowest at 20%") and falling.endswith("lower than at 80% and 70%")
+    assert verdict("allocation", made_results(best=0.5, bend=0.001)) == OPEN
     swapped = made_results()
     for content in swapped.values():
         if "answers" in content:
@@ -933,4 +950,4 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else():
     names = [(arm.name, seed) for experiment in EXPERIMENTS for arm, seed in experiment.runs]
     arms = {arm.name: arm for experiment in EXPERIMENTS for arm, _ in experiment.runs}
     assert all(arms[arm.name] is arm for experiment in EXPERIMENTS for arm, _ in experiment.runs)
-    assert len(set(names)) == 18 + 9 + 10 + 9
+    assert len(set(names)) == 18 + 9 + 12 + 9

@@ -1,5 +1,6 @@
 """Sections that fit a curve: the loss over rows per head, and over the experts' share of the sparse budget."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,19 +8,25 @@ import numpy as np
 from helpers.evidence_sections import (
     FAILS,
     HOLDS,
+    HOLDS_BENT,
     NOT_RUN,
     OPEN,
     Results,
     Section,
     loss_table,
+    paired,
     runs_with,
     seeds_of,
     verdict_of,
 )
-from helpers.evidence_statistics import bootstrap, curvature, minimum, slope
+from helpers.evidence_statistics import bootstrap, curvature, difference, minimum, slope
 from helpers.experiment_runs import Run
-from helpers.experiments import ALLOCATIONS, ENGRAM, MEMORY_SIZES, MOE, ON_DISK, ROW_FACTORS, SHARES
+from helpers.experiments import ALLOCATIONS, ENGRAM, MEMORY_SIZES, MOE, ON_DISK, PAPER_SHARES, ROW_FACTORS, SHARES
 from helpers.results import wrap
+
+
+# The smallest, the reference and the largest: a decade lies between two of them.
+ENDS = (ROW_FACTORS[0], 1, ROW_FACTORS[-1])
 
 
 def memory_sizes(scale: str, results: Results) -> Section:
@@ -34,22 +41,44 @@ def memory_sizes(scale: str, results: Results) -> Section:
     if len(factors) < 3:
         return Section(NOT_RUN, files=[] if factors <= {1} else files)
     places = [float(np.log10(factor)) for factor, _ in done]
-    found = bootstrap([run for _, run in done], lambda losses: slope(places, losses))
-    each = []
+    runs = [run for _, run in done]
+    found = bootstrap(runs, lambda losses: slope(places, losses))
+    bend = bootstrap(runs, lambda losses: curvature(places, losses))
+    each, bends = [], []
     for seed in (0, 1):
         own = [(place, run["loss"]) for place, (_, run) in zip(places, done) if run["seed"] == seed]
-        if len({place for place, _ in own}) >= 3:
-            each.append(slope([place for place, _ in own], np.array([loss for _, loss in own])))
+        own_places, own_losses = [place for place, _ in own], np.array([loss for _, loss in own])
+        if len(set(own_places)) >= 3:
+            each.append(slope(own_places, own_losses))
+            bends.append(curvature(own_places, own_losses))
+    verdict = verdict_of(found, each, lambda value: value < 0)
+    is_bent = bend.is_clear and all(value * bend.value > 0 for value in bends)
     here = f"{found} nats for ten times the rows (paper: -0.028), {seeds_of(len(each))}"
+    if is_bent:
+        here += f"; the line bends {'up' if bend.value > 0 else 'down'}: {steps_of(done, ENDS)}"
+        verdict = HOLDS_BENT if verdict == HOLDS else verdict
     by_seed = ", ".join(f"{value:+.4f}" for value in each)
+    bends_by_seed = ", ".join(f"{value:+.4f}" for value in bends)
     parts = [
         loss_table(arms, ENGRAM, scale, results).markdown(),
-        wrap(f"The slope of the straight line of least squares is {here}; seed by seed {by_seed}."),
+        wrap(
+            f"The slope of the straight line of least squares is {found} nats for ten times the rows, seed by seed "
+            f"{by_seed}. The quadratic term of a parabola is {bend}, seed by seed {bends_by_seed}: a straight line has "
+            f"0, and above it each further row gives less. From size to size: {steps_of(done, ROW_FACTORS)}."
+        ),
         *beside_disk(scale, results),
         wrap("The backbone is the same, so larger tables are more parameters. This is no comparison at equal size."),
     ]
-    verdict = verdict_of(found, each, lambda value: value < 0)
     return Section(verdict, here, parts, files, lambda path: draw_line(path, places, done))
+
+
+def steps_of(done: list[tuple[float, dict]], sizes: Sequence[float]) -> str:
+    """What the mean loss changes by from one of these sizes to the next, as far as they are tried."""
+    losses = {size: [run["loss"] for factor, run in done if factor == size] for size in sizes}
+    means = {size: float(np.mean(own)) for size, own in losses.items() if own}
+    tried = list(means)
+    steps = zip(tried, tried[1:])
+    return ", ".join(f"{means[more] - means[less]:+.3f} from {less:g} to {more:g} times" for less, more in steps)
 
 
 def beside_disk(scale: str, results: Results) -> list[str]:
@@ -95,26 +124,46 @@ def allocation(scale: str, results: Results) -> Section:
     # A parabola bends back by itself: only runs on both sides of the lowest ones show that the loss rises again.
     is_inside = min(places) < best < max(places)
     is_u = bend.low > 0 and min(places) < lowest.low and lowest.high < max(places) and is_inside
-    here = f"minimum at {lowest.value:.0%} ({lowest.low:.0%} to {lowest.high:.0%}) in experts, " + (
-        "a U"
-        if is_u
-        else "which cannot be told from a line"
-        if is_inside
-        else f"but the lowest loss is at {best:.0%}, the last share that was tried, so no U is seen"
-    )
+    beside = shares_beside(set(places))
+    is_elsewhere = best not in beside and all(is_lower(best, share, scale, results) for share in beside)
+    of_parabola = f"minimum at {lowest.value:.0%} ({lowest.low:.0%} to {lowest.high:.0%}) in experts"
+    if is_u:
+        here = f"a U with its {of_parabola}"
+    elif is_inside:
+        here = f"{of_parabola}, which cannot be told from a line"
+    else:
+        here = f"no U: the loss is lowest at {best:.0%} in experts, the last share that was tried"
+    if is_elsewhere:
+        here += f"; at {best:.0%} it is clearly lower than at {' and '.join(f'{share:.0%}' for share in beside)}"
     parts = [
         loss_table(ALLOCATIONS, MOE, scale, results).markdown(),
-        wrap(f"A parabola has its {here}. Its quadratic term is {bend}: a line has 0 and a U is above it."),
-        wrap("A parabola is a choice: the paper's own points are none. Its ends weigh as much as its middle."),
+        wrap(f"{here[0].upper()}{here[1:]}."),
+        wrap(
+            f"A parabola of least squares has its {of_parabola}. Its quadratic term is {bend}: a line has 0 and a U is "
+            "above it. A parabola is a choice: the paper's own points are none. Its ends weigh as much as its middle."
+        ),
     ]
     verdict = OPEN
     if min(sum(run["seed"] == seed for run in runs) for seed in (0, 1)) >= 4:
-        paper = (0.75, 0.8)
-        if is_u and lowest.low <= paper[1] and lowest.high >= paper[0]:
+        if is_u and lowest.low <= PAPER_SHARES[1] and lowest.high >= PAPER_SHARES[0]:
             verdict = HOLDS
-        elif bend.high < 0 or (is_u and (lowest.low > paper[1] or lowest.high < paper[0])):
+        elif bend.high < 0 or is_elsewhere:
             verdict = FAILS
     return Section(verdict, here, parts, files, lambda path: draw_u(path, places, runs))
+
+
+def shares_beside(tried: set[float]) -> list[float]:
+    """The shares that were tried next to the paper's lowest, from both sides."""
+    above, below = [share for share in tried if share >= PAPER_SHARES[1]], [s for s in tried if s <= PAPER_SHARES[0]]
+    return [*([min(above)] if above else []), *([max(below)] if below else [])]
+
+
+def is_lower(share: float, other: float, scale: str, results: Results) -> bool:
+    """Whether the loss at one share is clearly lower than at another, and with each seed."""
+    arms = [ALLOCATIONS[SHARES.index(each)] for each in (share, other)]
+    own, others = paired(*arms, scale, results)
+    is_each = all(run["loss"] < beside["loss"] for run, beside in zip(own, others))
+    return len(own) > 1 and is_each and difference(own, others).high < 0
 
 
 def draw_u(path: Path, places: list[float], runs: list[dict]) -> Path:
