@@ -8,10 +8,11 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
+from peft import get_peft_model
 from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from engram_hf import engram_optimizers
+from engram_hf import engram_optimizers, lora_config
 from engram_hf.modeling.table_cut import RankFile
 
 
@@ -53,6 +54,13 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
             model.train()(ids, labels=ids)
         args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
         factory, options = engram_optimizers(args)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, engram_ranks="shard"), lora_config(r=2))
+        # Its tables are frozen, until somebody trains them beside it.
+        assert not factory()(adapted, **options).rows
+        for table in adapted.get_base_model().named_tables().values():
+            table.requires_grad_(True)
+        with pytest.raises(NotImplementedError, match="tables that are cut over ranks do not write"):
+            factory()(adapted, **options)
         args.save_on_each_node = True
         with pytest.raises(NotImplementedError, match="got save_on_each_node=True"):
             factory()(model, **options)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from joining import join
+from peft import get_peft_model
 from tiny import tiny_config, tiny_model
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import logging
 
-from engram_hf import engram_optimizers
+from engram_hf import engram_optimizers, lora_config
 from engram_hf.modeling.table import EngramTable
 
 
@@ -108,7 +109,10 @@ def run(rank: int, out: Path, name: str) -> None:
 
     train(model, optimizer, range(0 if last is None else SAVED_AT, STEPS), rank, ranks, save)
     if name == "two":
-        torch.save(wrapped(model), out / f"wrapped{rank}.pt")
+        found = [wrapped(model)]
+        adapted = AutoModelForCausalLM.from_pretrained(out / "base", engram_ranks="shard").train()
+        found.append(wrapped(adapted, get_peft_model(adapted, lora_config(r=2))))
+        torch.save(found, out / f"wrapped{rank}.pt")
         save_without_training(out, rank)
     if ranks > 1:
         # A fork ends without the handlers by which a rank goes on answering.
@@ -148,14 +152,19 @@ def seen_bars(path: Path) -> Iterator[None]:
     torch.save([(bar.total, bar.n) for bar in bars], path)
 
 
-def wrapped(model) -> list[bool]:
-    """Whether each block is what it was, after torch's wrapper has made the parameters of all processes equal."""
+def wrapped(model, around=None) -> list[bool]:
+    """Whether each block is what it was, after torch's wrapper has made the parameters of all processes equal.
+
+    Args:
+        model: with the tables.
+        around: what is wrapped, where that is a model around this one.
+    """
     for parameter in model.lm_head.parameters():
         parameter.requires_grad_(True)
         # Whoever is not the first process has something else.
         parameter.data.fill_(dist.get_rank())
     before = [block.detach().clone() for table in model.named_tables().values() for block in table.blocks]
-    DistributedDataParallel(model)
+    DistributedDataParallel(model if around is None else around)
     after = [block.detach() for table in model.named_tables().values() for block in table.blocks]
     has_head_of_first = bool((model.lm_head.weight == 0).all())
     return [has_head_of_first, *(torch.equal(*pair) for pair in zip(before, after, strict=True))]

@@ -419,6 +419,38 @@ def ask_who_has_deleted(path: Path, service) -> str:
     return message
 
 
+def gather_what_cannot_be_read(path: Path) -> str:
+    """What is raised on the first process, behind a forward in training, where the last one cannot read its rows."""
+    task, message = task_over_ranks(path), ""
+    own = task.table.ranks
+    task(*batch(1, 1 + dist.get_rank(), own.cut.ranks))
+    if dist.get_rank() == own.cut.ranks - 1:
+        own.read = fail_to_read
+    own.service.meet()
+    if dist.get_rank() == 0:
+        try:
+            task.table.gather_rows(torch.arange(task.table.num_rows))
+        except RuntimeError as error:
+            message = str(error)
+    own.service.meet()
+    return message
+
+
+def fail_to_read(held: torch.Tensor) -> torch.Tensor:
+    raise OSError("The disk is gone.")
+
+
+def load_on_one_rank(path: Path, ranks: int) -> torch.Tensor:
+    """What a process looks up when the first one alone has loaded a weight that is not of the table."""
+    task = task_over_ranks(path).eval()
+    if dist.get_rank() == 0:
+        task.load_state_dict({"scale": torch.full((), 3.0, dtype=torch.float64)}, strict=False)
+    with torch.no_grad():
+        found = task.table(batch(1, 1 + dist.get_rank(), ranks)[0])
+    task.table.ranks.service.meet()
+    return found
+
+
 def use_model(base: Path, out: Path, ranks: int) -> dict:
     """What a model over ranks computes, generates and saves; each process reads and writes another number of tokens."""
     rank = dist.get_rank()
@@ -474,6 +506,8 @@ def run(rank: int, out: Path, ranks: int) -> None:
         result[error] = err(path, ranks, error)
     result["without a step"] = look_up_without_a_step(path, ranks)
     result["deleted"] = ask_who_has_deleted(path, service)
+    result["unreadable"] = gather_what_cannot_be_read(path)
+    result["loaded alone"] = load_on_one_rank(path, ranks)
     for name, heads in HEADS.items():
         make = partial(batch, heads=heads)
         case = ("adam", "disk" if name == "few" else "host", "float64")

@@ -20,6 +20,7 @@ from run_ranks import (
     WIDTH,
     batch,
     batch_after,
+    open_table,
     rows_of_one_owner,
     share_of_tokens,
     train,
@@ -239,6 +240,18 @@ def test_rows_that_come_to_a_wrong_rank_raise_on_every_rank(results, error):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_rank_that_has_deleted_its_model_says_so(results, ranks):
     assert f"has asked rank {ranks - 1} for rows, and that rank has deleted the model" in results[0]["deleted"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_rows_that_their_owner_cannot_read_are_not_zeros_for_the_rank_that_saves(results, ranks):
+    assert "could not read rows that another rank has asked for: The disk is gone." in results[0]["unreadable"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_rank_that_alone_loads_what_is_not_of_a_table_is_still_answered(folder, results, ranks):
+    table = open_table(folder / "float64.safetensors", "resident", "float64").eval()
+    for rank, result in enumerate(results):
+        assert torch.equal(result["loaded alone"], table(batch(1, 1 + rank, ranks)[0]))
 
 
 @pytest.mark.parametrize("ranks", RANKS)

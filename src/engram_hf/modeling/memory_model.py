@@ -95,6 +95,8 @@ from .table_ranks import RowService, start_ranks
 logger = logging.get_logger(__name__)
 # Read by torch's DistributedDataParallel.
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+# What names of parameters begin with in a model of PEFT, with a tuner in between and without one.
+PEFT_PREFIXES = ("base_model.model.", "base_model.")
 # An attribute of base models.
 ROW_PATCHES = "_engram_row_patches"
 # Of an accelerator's free memory that an automatic map leaves to activations.
@@ -337,6 +339,10 @@ class ModelWithTables:
                 # Each process has other rows.
                 blocks = set()
             off_device |= {each for each in ours if each.startswith(f"{name}.")} - blocks
+        # A model of PEFT around this one passes the list on, and names parameters in its own way.
+        ours, off_device = (
+            {*names, *(f"{p}{n}" for p in PEFT_PREFIXES for n in names)} for names in (ours, off_device)
+        )
         named: set[str] = set(getattr(self, DDP_IGNORES, []))
         ignored = (named - ours) | off_device
         if ignored or named:

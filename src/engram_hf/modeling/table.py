@@ -101,6 +101,7 @@ class EngramTable(nn.Module):
         self.head_rows = torch.tensor(self._rows_on_cpu, device="cpu")
         self.patches = TablePatches(self._row_ids_in_table(torch.zeros_like(self.head_rows)))
         self._loaded: list[Block] = []
+        self._has_loaded_rows = False
         self.register_load_state_dict_post_hook(_write_arrived_rows)
 
     @property
@@ -473,9 +474,14 @@ class EngramTable(nn.Module):
 
         Returns:
             (n, row width) in the type of the table, on `home`; a copy.
+
+        Raises:
+            RuntimeError: another rank could not read its rows.
         """
         if self.ranks is None:
             return self.gather_held(row_ids, are_read)
+        # Nobody else may come to where a failure of training is raised: one rank saves alone.
+        self.ranks.meets_later = False
         groups = group(row_ids.cpu())
         rows = self.ranks.begin(groups.distinct).result()
         return rows.index_select(0, groups.back).to(self.home)
@@ -699,7 +705,7 @@ class EngramTable(nn.Module):
             self.changes.forget_stamp(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
         # The blocks themselves are loaded after this, by their ParameterList.
-        self._loaded = loaded
+        self._loaded, self._has_loaded_rows = loaded, bool(loaded or found)
 
     def _apply(self, fn, recurse=True):
         """Move resident blocks, never convert them; leave the others where they are."""
@@ -789,9 +795,10 @@ def prefetch_rows(tables: Sequence[EngramTable], row_ids: Sequence[torch.Tensor]
 def _write_arrived_rows(table: EngramTable, incompatible_keys) -> None:
     """After a state dict was loaded, with the blocks in it: write the rows that are changes of blocks."""
     table.changes.follow_load(table, table._loaded)
-    table._loaded = []
-    if table.ranks is not None:
-        # All ranks load the same, and one that is done must not get rows of one that is not.
+    has_rows, table._loaded, table._has_loaded_rows = table._has_loaded_rows, [], False
+    if table.ranks is not None and has_rows:
+        # All ranks load the same rows, and one that is done must not get rows of one that is not. What is not of this
+        # table one rank may load alone.
         table.ranks.service.after_step(table.ranks)
 
 

@@ -168,7 +168,7 @@ class EngramOptimizerFactory:
         saves_rows = hasattr(model, "peft_config")
         if saves_rows and any(table.is_trainable for table in tables.values()):
             refuse_checkpoints_without_rows(args)
-        if saves_rows and any(table.ranks is not None for table in tables.values()):
+        if saves_rows and any(table.ranks is not None and table.is_trainable for table in tables.values()):
             raise NotImplementedError(
                 "An adapter's checkpoint holds rows in its optimizer's state, which tables that are cut over ranks do "
                 'not write. Load the base model without engram_ranks="shard", or train without the adapter.'

@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from ..modeling.table import EngramTable
 from ..modeling.table_cut import RowCut
 from ..modeling.table_gradients import RowGradients, Rows, sum_rows
+from ..modeling.table_ranks import timeout_of_run
 from .row_naming import find_named, list_rows, name_rows
 
 
@@ -28,7 +29,8 @@ class RowExchange:
     """
 
     def __init__(self):
-        self.group = dist.new_group()
+        # A group of its own would otherwise give up after torch's default, whatever the run allows for a save.
+        self.group = dist.new_group(timeout=timeout_of_run())
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.tables: list[tuple[EngramTable, RowCut]] = []
         self._is_expected = False
