@@ -14,12 +14,14 @@ from engram_hf import (
     active_patches,
     add_engram,
     add_patch,
+    disable_patches,
     forget,
     load_patch,
     memorize,
     memorize_many,
     remove_patch,
     save_patch,
+    use_patches,
 )
 from engram_hf.insight import silenced
 
@@ -320,6 +322,18 @@ def test_a_file_of_facts_names_the_line_that_is_wrong(model, tokenizer, tmp_path
     file.write_text('{"prompt": "Velspar is", "target": " red"}\n\n{"prompt": \n')
     with pytest.raises(ValueError, match=r"Line 3 of .*facts.jsonl is no JSON"):
         memorize_many(model, tokenizer, file, **GIVEN)
+
+
+def test_contexts_that_hide_the_patch_are_refused(model, tokenizer):
+    for context in (disable_patches(model), use_patches(model, [None])):
+        with context:
+            with pytest.raises(ValueError, match="memorize lays patches over .* Call it outside"):
+                memorize(model, tokenizer, PROMPT, TARGET, **GIVEN)
+            with pytest.raises(ValueError, match="forget lays patches over .* Call it outside"):
+                forget(model, PROMPT, tokenizer, counted=TEXT)
+    # Contexts of another model hide nothing.
+    with disable_patches(with_memory(tokenizer)):
+        assert memorize(model, tokenizer, PROMPT, TARGET, **GIVEN)[1].recalled == 1
 
 
 def test_options_and_models_that_cannot_be_are_refused(model, tokenizer):

@@ -147,6 +147,18 @@ def test_a_patch_is_merged_at_the_scale_that_the_overlay_has(tmp_path, table_dty
         merge_patch(model, patch, tmp_path / "x", scale="1")
 
 
+def test_a_merge_refuses_rows_that_the_type_of_the_table_cannot_hold(tmp_path):
+    model = tiny_model(tiny_config(engram_table_dtype="float16"))
+    model.save_pretrained(tmp_path / "model")
+    patch = make_patch(model, "big", {FIRST: (torch.tensor([3]), torch.full((1, 8), 1e5))})
+    for source in (model, tmp_path / "model"):
+        with pytest.raises(ValueError, match="would be infinite: lookups are float16"):
+            merge_patch(source, patch, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merged = load(merge_patch(model, patch, tmp_path / "merged", scale=1e-4))
+    assert torch.isfinite(merged.named_tables()[FIRST].gather_rows(torch.tensor([3]))).all()
+
+
 def test_tables_that_cannot_be_merged_are_refused_and_rows_are_written_instead(tmp_path):
     publish(gemma3n_text(), tmp_path / "gemma")
     model = load_with_tables(tmp_path / "gemma").eval()
@@ -369,6 +381,19 @@ def test_wrong_arguments_of_patches_are_named(tmp_path):
         save_patch(tiny_model().trained_patch(), tmp_path / "p.safetensors")
     with pytest.raises(TypeError, match="the text is a list"):
         forget(tiny_model(), ["a tokenizer"], "a text")
+    model = tiny_model()
+    patch = whole_patch(model)
+    for call in (
+        lambda: add_patch(model, (patch, "report")),
+        lambda: merge_patch(model, (patch,), tmp_path / "merged"),
+    ):
+        with pytest.raises(TypeError, match="A patch is a RowPatch.* got tuple.*patch, report = memorize"):
+            call()
+    add_patch(model, patch)
+    for call in (lambda: remove_patch(model, ["alice"]), lambda: set_patches(model, [["alice"]])):
+        with pytest.raises(ValueError, match=r"has no patch \['alice'\]; it has 'alice'"):
+            call()
+    assert active_patches(model) == ["alice"]
 
 
 def test_verifying_a_model_reads_the_patch_beside_it(tmp_path):

@@ -256,6 +256,17 @@ def test_a_forward_that_reads_one_patched_row_among_many_others_reads_it(heads_o
         remove_patch(model, "one")
 
 
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_an_empty_lookup_under_a_patch_is_empty(is_on_cpu):
+    model = tiny_model()
+    table = model.named_tables()[FIRST]
+    add_patch(model, make_patch(model, "x", {FIRST: (torch.arange(3), torch.ones(3, table.head_dim))}))
+    row_ids = torch.zeros(0, 5, len(table.head_rows), dtype=torch.int64)
+    # An accelerator gives no numbers to look at.
+    found = table.patches.lay_over(row_ids, table.look_up(row_ids), row_ids.numpy() if is_on_cpu else None)
+    assert found.shape == (0, 5, len(table.head_rows) * table.head_dim)
+
+
 def test_patches_that_are_switched_are_looked_for_anew():
     model = tiny_model()
     plain = logits(model)

@@ -26,6 +26,7 @@ from ..insight.row_use import hash_rows
 from ..insight.silencing import refuse_compiled
 from ..insight.text_rows import BATCH_TOKENS, TextRow, batches, progress, rows_for, run
 from ..insight.tracing import evaluating
+from ..modeling.table_overlay import asked_of
 from ..modeling.table_patches import ADD, REPLACE, RowPatch
 from .fact_reports import (
     Asked,
@@ -282,10 +283,15 @@ class _Memory:
     def __init__(self, model: nn.Module, who: str):
         """
         Raises:
-            ValueError: the model has no memory, or is compiled.
+            ValueError: the model has no memory, or is compiled; a context hides the patches that are tried.
         """
         self.model = model
         self.layers = find_memory_layers(model, who)
+        if any(asked_of(layer.table.patches) is not None for layer in self.layers.values()):
+            raise ValueError(
+                f"{who} lays patches over the tables, and use_patches or disable_patches hides them. Call it outside "
+                "of these contexts. Choose the patches that count with set_patches(model, names)."
+            )
         refuse_compiled(model)
         self.hash = memory_of(model)[0]
         names = {id(table): name for name, table in with_tables(model).named_tables().items()}

@@ -28,7 +28,7 @@ from ..modeling.checkpoint_saving import STAGE_PREFIX
 from ..modeling.disk_files import BlockSource, TableFile
 from ..modeling.disk_safetensors import TensorContent
 from ..modeling.ids_hashing import check_fingerprint, differing_parts
-from ..modeling.memory_patches import check_patch
+from ..modeling.memory_patches import check_patch, refuse_overflow
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import RESIDENT, Block
 from ..modeling.table_changes import rows_of_pieces
@@ -258,7 +258,7 @@ def merge_patch(
 
     Raises:
         ValueError: the patch is one of another model; the folder is damaged, or a checkpoint with changed rows; the
-            target holds weights.
+            target holds weights; the type of the table cannot hold the patched rows.
         OSError: no space or no permission. What was in the target stays.
 
     Example:
@@ -303,6 +303,7 @@ def _merge_folder(source: Path, patch: RowPatch, target: Path, scale: float) -> 
             f"{source} is a checkpoint of a run, with changed rows beside its blocks. Merge these first: "
             "engram_hf.merge_changed_rows(source, folder)."
         )
+    refuse_overflow(patch, scale, opened.tables)
     for name, each in patch.tables.items():
         if each.base_digest and each.base_digest != base_digest(opened.tables[name], each.row_ids):
             logger.warning(

@@ -41,8 +41,14 @@ ROWS_AT_ONCE = 2**16
 def check_patch(patch: RowPatch, tables: Tables) -> None:
     """
     Raises:
+        TypeError: it is no patch.
         ValueError: the patch is not sound, or is one of other tables.
     """
+    if not isinstance(patch, RowPatch):
+        raise TypeError(
+            f"A patch is a RowPatch, as load_patch and make_patch give it, or its file; got {type(patch).__name__}. "
+            "memorize and forget give two: patch, report = memorize(...)."
+        )
     patch.check(f"The patch {patch.name!r}")
     for name, each in patch.tables.items():
         table = tables.get(name)
@@ -203,7 +209,7 @@ class ModelPatches:
     def _refuse_unknown(self, names: Sequence[str]) -> None:
         if isinstance(names, str):
             raise ValueError(f"Patches are given as a list of names, got the text {names!r}. Write [{names!r}].")
-        if unknown := [name for name in names if name not in self.known]:
+        if unknown := [name for name in names if not isinstance(name, str) or name not in self.known]:
             raise ValueError(
                 f"The model has no patch {unknown[0]!r}; it has {', '.join(map(repr, self.known)) or 'none'}. Add it "
                 "with add_patch(model, patch)."

@@ -310,7 +310,8 @@ class TablePatches:
     ) -> torch.Tensor:
         if numbers is None:
             in_table = row_ids.long() + self._first_on(row_ids.device)
-            found = rows.view(*row_ids.shape, -1)
+            # A view with -1 could not be of no rows.
+            found = rows.unflatten(-1, (row_ids.shape[-1], -1))  # (..., heads, head_dim)
             for layer in overlay:
                 found = layer.lay_over_all(in_table, found)
             return found.view(rows.shape)
