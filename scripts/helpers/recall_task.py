@@ -19,8 +19,10 @@ KEYS, VALUES = range(8, 40), range(40, 72)
 PHRASES, PHRASE_TOKENS = 46, 4
 VOCAB_SIZE = VALUES.stop + PHRASES * PHRASE_TOKENS  # 256
 KINDS = ("needles", "variables")
-# Assignments in a row. Variables stand in chains of a value and names that take it over.
+# Assignments in a row. Variables stand in chains of a value and names that take it over. Rows to learn from have fewer,
+# too: among few assignments it is sooner learned that the one with the same key counts.
 ASSIGNMENTS, CHAIN = 12, 3
+FEWER = range(CHAIN, ASSIGNMENTS + 1, CHAIN)
 # Of a row to learn from, in questions.
 ASKED_SHARE = 15 / 32
 # A label that does not count, as in every model of Transformers.
@@ -43,20 +45,25 @@ def make_row(kind: str, length: int, draw: random.Random, is_asked_at_end: bool)
     """
     if kind not in KINDS:
         raise ValueError(f"There is no task {kind!r}. Tasks are {', '.join(KINDS)}.")
-    questions = ASSIGNMENTS if is_asked_at_end else int(ASKED_SHARE * length / 3)
-    phrases, rest = divmod(length - 3 * (ASSIGNMENTS + questions), PHRASE_TOKENS)
+    count = ASSIGNMENTS if is_asked_at_end else draw.choice(FEWER)
+    questions = count
+    if not is_asked_at_end:
+        questions = int(ASKED_SHARE * length / 3)
+        # So many that whole phrases are left.
+        questions += -(count + questions) % PHRASE_TOKENS
+    phrases, rest = divmod(length - 3 * (count + questions), PHRASE_TOKENS)
     if phrases < 0 or rest:
         raise ValueError(
-            f"A row of {length} tokens has no room for {ASSIGNMENTS} assignments and {questions} questions of 3 tokens "
-            f"and whole phrases of {PHRASE_TOKENS}. Take a length of 256 times a whole number."
+            f"A row of {length} tokens has no room for {count} assignments and {questions} questions of 3 tokens and "
+            f"whole phrases of {PHRASE_TOKENS}. Take a length of 256 times a whole number."
         )
-    statements = ["set"] * (ASSIGNMENTS - 1) + ["phrase"] * phrases + ["ask"] * (0 if is_asked_at_end else questions)
+    statements = ["set"] * (count - 1) + ["phrase"] * phrases + ["ask"] * (0 if is_asked_at_end else questions)
     draw.shuffle(statements)
     # The first is set at the beginning, so that there is always something to ask for.
     statements = ["set", *statements] + ["ask"] * (questions if is_asked_at_end else 0)
-    unsaid = assignments(kind, draw)
+    unsaid = assignments(kind, count, draw)
     said: list[tuple[int, int, int]] = []
-    last = draw.sample(range(ASSIGNMENTS), ASSIGNMENTS)
+    last = draw.sample(range(count), count)
     ids, labels, hops = [], [], []
     for statement in statements:
         if statement == "phrase":
@@ -76,14 +83,14 @@ def make_row(kind: str, length: int, draw: random.Random, is_asked_at_end: bool)
     return RecallRow(torch.tensor(ids), torch.tensor(labels), hops)
 
 
-def assignments(kind: str, draw: random.Random) -> list[tuple[int, int, int, int]]:
+def assignments(kind: str, count: int, draw: random.Random) -> list[tuple[int, int, int, int]]:
     """What is said of each key, its value, and how many names lie between. A name stands before those that take it
     over, and chains run into each other.
     """
-    keys, values = draw.sample(KEYS, ASSIGNMENTS), draw.sample(VALUES, ASSIGNMENTS)
+    keys, values = draw.sample(KEYS, count), draw.sample(VALUES, count)
     length = CHAIN if kind == "variables" else 1
     chains = []
-    for start in range(0, ASSIGNMENTS, length):
+    for start in range(0, count, length):
         names, value = keys[start : start + length], values[start]
         chains.append([(name, ([value, *names])[hop], value, hop) for hop, name in enumerate(names)])
     turns = [number for number, chain in enumerate(chains) for _ in chain]
