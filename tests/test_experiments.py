@@ -525,7 +525,7 @@ def answers_by_reading(ids: list[int]) -> list[tuple[int, int, int]]:
 def test_a_row_of_the_made_up_language_asks_what_it_has_said(kind, hops, length, is_asked_at_end):
     from helpers.recall_task import make_row
 
-    seen = set()
+    seen, counts = set(), set()
     for seed in range(20):
         row = make_row(kind, length, random.Random(seed), is_asked_at_end)
         ids, labels = row.ids.tolist(), row.labels.tolist()
@@ -541,14 +541,16 @@ def test_a_row_of_the_made_up_language_asks_what_it_has_said(kind, hops, length,
             asked = ids[-36:]
             assert asked[::3] == [2] * 12 and len(set(asked[1::3])) == 12 and len(found) == 12
         else:
-            assert len(found) == length * 40 // 256
+            # As many as are left beside whole phrases.
+            assert 0 <= len(found) - length * 40 // 256 < 4
         again = make_row(kind, length, random.Random(seed), is_asked_at_end)
         assert torch.equal(row.ids, again.ids)
         seen.add(tuple(ids))
         # They lie anywhere in the row, not at its beginning.
         said = [place for place, word in enumerate(ids) if word == 1]
-        assert len(said) == 12 and said[0] == 0 and said[-1] > length / 4
-    assert len(seen) == 20
+        assert said[0] == 0 and said[-1] > length / 4
+        counts.add(len(said))
+    assert len(seen) == 20 and counts == ({12} if is_asked_at_end else {3, 6, 9, 12})
 
 
 def test_rows_of_other_kinds_and_lengths_are_refused():
