@@ -820,6 +820,37 @@ def test_long_rows_say_something_of_models_that_have_learned_short_ones():
     assert "| needles | 1,024 | YaRN, trained on long rows |" in table
 
 
+def test_a_task_that_no_rate_teaches_is_not_run_and_the_page_says_why():
+    from helpers.evidence_page import rendered_section
+    from helpers.evidence_recall import recall
+    from helpers.evidence_sections import NOT_AT_THIS_SIZE, NOT_RUN
+    from helpers.experiment_plan import runs_of
+    from helpers.experiments import EXPERIMENTS
+    from helpers.recall_runs import guessing_loss, tuning_runs
+
+    long = next(experiment for experiment in EXPERIMENTS if experiment.name == "long")
+    guessed = {run.name: {"name": run.name, "loss": guessing_loss(), "cpu_hours": 0.5} for run in tuning_runs()}
+    assert {run.name for run in runs_of(long, "tiny", guessed)} == set(guessed)
+    section = recall("tiny", guessed)
+    assert section.verdict == NOT_AT_THIS_SIZE and section.files == list(guessed)
+    assert f"{guessing_loss():.2f}" in section.here and "3.00 CPU hours" in rendered_section(long, "tiny", guessed)
+    # One rate that teaches it, and one that is not tried yet.
+    last = guessed.pop(tuning_runs()[-1].name)
+    assert len(runs_of(long, "tiny", guessed)) == 10 and recall("tiny", guessed).verdict == NOT_RUN
+    guessed[last["name"]] = {**last, "loss": 0.1}
+    assert len(runs_of(long, "tiny", guessed)) == 10 and recall("tiny", guessed).verdict == NOT_RUN
+
+
+def test_a_guess_costs_what_is_left_to_choose_from():
+    from helpers.recall_task import make_row
+
+    row = make_row("variables", 256, random.Random(1), False)
+    ids = row.ids.tolist()
+    # Words of values stand in assignments and in answers, and nowhere else.
+    expected = [len({word for word in ids[:place] if 40 <= word < 72}) for place, _, _ in answers_by_reading(ids)]
+    assert row.choices == expected and min(expected) == 1 < max(expected)
+
+
 def test_an_interval_of_answers_is_that_of_questions_drawn_anew():
     from helpers.evidence_statistics import share_difference
 

@@ -8,7 +8,7 @@ from helpers.evidence_arms import ablations, controls
 from helpers.evidence_depth import depth
 from helpers.evidence_pretrained import pretrained
 from helpers.evidence_recall import recall
-from helpers.evidence_sections import NOT_RUN, Results, Section
+from helpers.evidence_sections import NOT_AT_THIS_SIZE, NOT_RUN, Results, Section
 from helpers.evidence_sizes import allocation, memory_sizes
 from helpers.experiment_files import best_rate
 from helpers.experiment_measures import MEASURES, measured_runs, name_of
@@ -80,7 +80,8 @@ def rendered_section(experiment: Experiment, scale: str, results: Results) -> st
     parts = [f"## {experiment.number}. {experiment.title}", wrap(f"The paper's claim: {experiment.claim}")]
     if section.verdict == NOT_RUN:
         parts.append("**Not finished.**" if section.files else "**Not run yet.**")
-    parts.append(wrap(progress_of(experiment, scale, results)))
+    if section.verdict != NOT_AT_THIS_SIZE:
+        parts.append(wrap(progress_of(experiment, scale, results)))
     parts += section.parts
     if section.draw is not None:
         parts.append(f"![{experiment.title}]({picture_of(experiment)})")

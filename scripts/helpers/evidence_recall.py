@@ -2,7 +2,18 @@
 
 from pathlib import Path
 
-from helpers.evidence_sections import FAILS, FEWEST_SEEDS, HOLDS, NOT_RUN, OPEN, TOO_FEW, Results, Section, seeds_of
+from helpers.evidence_sections import (
+    FAILS,
+    FEWEST_SEEDS,
+    HOLDS,
+    NOT_AT_THIS_SIZE,
+    NOT_RUN,
+    OPEN,
+    TOO_FEW,
+    Results,
+    Section,
+    seeds_of,
+)
 from helpers.evidence_statistics import share_difference, share_interval, share_right
 from helpers.experiments import ENGRAM, MOE
 from helpers.recall_runs import (
@@ -12,13 +23,16 @@ from helpers.recall_runs import (
     EXTENDED,
     LENGTHS,
     LONG_STEPS,
+    ROWS,
     SEEDS,
     STEPS,
     TRAINED,
     YARN_ALONE,
     YARN_TRAINED,
     RecallRun,
+    guessing_loss,
     recall_runs,
+    tuning_runs,
 )
 from helpers.recall_task import ASSIGNMENTS, KINDS
 from helpers.results import Table, wrap
@@ -30,7 +44,10 @@ WAYS = (AS_TRAINED, YARN_ALONE, YARN_TRAINED)
 
 
 def recall(scale: str, results: Results) -> Section:
-    files = [run.name for run in recall_runs() if run.name in results and not run.is_tuning]
+    runs = recall_runs(results)
+    if all(run.is_tuning for run in runs):
+        return not_learned(results)
+    files = [run.name for run in runs if run.name in results and not run.is_tuning]
     seeds = [seed for seed in SEEDS if all(RecallRun(arm, seed).name in files for arm in ARMS)]
     if not seeds:
         return Section(NOT_RUN, files=files)
@@ -72,6 +89,33 @@ def recall(scale: str, results: Results) -> Section:
         ),
     ]
     return Section(verdict, here, parts, files, lambda path: draw_recall(path, found))
+
+
+def not_learned(results: Results) -> Section:
+    """Why nothing is compared where no tuning run has learned the task."""
+    tuning = tuning_runs()
+    rows = [[run.arm.title, run.rate, results[run.name]["loss"]] for run in tuning]
+    hours = sum(results[run.name]["cpu_hours"] for run in tuning)
+    best = min(loss for *_, loss in rows)
+    here = (
+        f"after {STEPS * ROWS * TRAINED:,} tokens answers cost {best:.2f} nats at the best of {len(rows)} rates and "
+        f"models, and guessing among the values of a row {guessing_loss():.2f}"
+    )
+    parts = [
+        wrap(
+            f"Rows of a made-up language hold up to {ASSIGNMENTS} assignments between phrases, and ask for them "
+            f"(`scripts/helpers/recall_task.py`). {here[0].upper()}{here[1:]}: these models learn which values there "
+            "are, and not which one belongs to a key. A model that does not find an answer among "
+            f"{TRAINED} tokens says nothing of {EXTENDED:,}, so the runs that would compare models are not made."
+        ),
+        Table({"model": "", "learning rate": "g", "loss of answers": ".3f"}, rows).markdown(),
+        wrap(f"This took {hours:.2f} CPU hours: `python scripts/experiments/run.py long`."),
+        wrap(
+            "YaRN itself is tested exactly: DeepSeek's formula, and the same logits for whole, chunked and single "
+            "tokens on both sides of the trained length (`tests/modeling/test_yarn.py`)."
+        ),
+    ]
+    return Section(NOT_AT_THIS_SIZE, here, parts, [run.name for run in tuning])
 
 
 def digits(runs: list[dict], kind: str, way: str = YARN_TRAINED, length: int = EXTENDED) -> str:

@@ -12,6 +12,7 @@ from helpers.results import Table
 
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot be told at this size", "not run yet"
+NOT_AT_THIS_SIZE = "not run at this size"
 HOLDS_BENT = "holds, but not on a straight line"
 TOO_FEW, UNFINISHED = "cannot be told yet: one seed", "cannot be told yet: runs are missing"
 # A verdict needs so many seeds: one alone may be luck.

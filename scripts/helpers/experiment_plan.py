@@ -6,9 +6,9 @@ from helpers.experiment_runs import reported_runs, tuning_runs
 from helpers.experiments import SCALES, Experiment
 
 
-# Experiments of models of their own, which are the same at every scale: their runs, and CPU hours of a run.
+# Experiments of models of their own, which are the same at every scale: their runs, of results, and CPU hours of a run.
 OF_OTHER_MODELS = {
-    "pretrained": (pretrained_runs.pretrained_runs, pretrained_runs.HOURS_PER_RUN),
+    "pretrained": (lambda _: pretrained_runs.pretrained_runs(), pretrained_runs.HOURS_PER_RUN),
     "long": (recall_runs.recall_runs, recall_runs.HOURS_PER_RUN),
 }
 
@@ -16,7 +16,7 @@ OF_OTHER_MODELS = {
 def runs_of(experiment: Experiment, scale: str, results: dict[str, dict]) -> list[AnyRun]:
     """Tuning first, then reported runs, as far as they are known: which arms are repeated depends on results."""
     if experiment.name in OF_OTHER_MODELS:
-        return list(OF_OTHER_MODELS[experiment.name][0]())
+        return list(OF_OTHER_MODELS[experiment.name][0](results))
     families = list(dict.fromkeys(arm.family for arm, _ in experiment.runs))
     tuning = [run for family in families for run in tuning_runs(family, scale)]
     return [*tuning, *reported_runs(experiment, scale, results)]

@@ -30,11 +30,14 @@ IGNORED = -100
 
 
 class RecallRow(NamedTuple):
-    """ids, labels: (seq,), not shifted. hops: of each question in turn, how many names lie between it and its value."""
+    """ids, labels: (seq,), not shifted. hops: of each question in turn, how many names lie between it and its value.
+    choices: how many values the row has said before it.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
     hops: list[int]
+    choices: list[int]
 
 
 def make_row(kind: str, length: int, draw: random.Random, is_asked_at_end: bool) -> RecallRow:
@@ -64,7 +67,7 @@ def make_row(kind: str, length: int, draw: random.Random, is_asked_at_end: bool)
     unsaid = assignments(kind, count, draw)
     said: list[tuple[int, int, int]] = []
     last = draw.sample(range(count), count)
-    ids, labels, hops = [], [], []
+    ids, labels, hops, choices = [], [], [], []
     for statement in statements:
         if statement == "phrase":
             start = VALUES.stop + draw.randrange(PHRASES) * PHRASE_TOKENS
@@ -77,10 +80,11 @@ def make_row(kind: str, length: int, draw: random.Random, is_asked_at_end: bool)
             key, value, hop = said[last.pop()] if is_asked_at_end else draw.choice(said)
             ids += [ASK, key, value]
             hops.append(hop)
+            choices.append(len({value for _, value, _ in said}))
         labels += [IGNORED] * (len(ids) - len(labels))
         if statement == "ask":
             labels[-1] = value
-    return RecallRow(torch.tensor(ids), torch.tensor(labels), hops)
+    return RecallRow(torch.tensor(ids), torch.tensor(labels), hops, choices)
 
 
 def assignments(kind: str, count: int, draw: random.Random) -> list[tuple[int, int, int, int]]:
