@@ -278,10 +278,21 @@ def refuse_tables_in_fsdp(model: nn.Module, tables: dict[str, EngramTable]) -> N
     """
     Raises:
         NotImplementedError: accelerate's FSDP2 would shard a table, convert its rows, or move it from the state of its
-            rows.
+            rows; or a table that is trained, or cut over ranks, is in a run of FSDP version 1.
     """
     plugin = AcceleratorState._shared_state.get("fsdp_plugin")
-    if plugin is None or plugin.fsdp_version != 2:
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        # Rows that it shards do not move any more. Left out, they move, but not every rank finds their state again in
+        # a sharded checkpoint.
+        for name, table in tables.items():
+            if table.is_trainable or table.ranks is not None:
+                raise NotImplementedError(
+                    f"FSDP version 1 would shard the rows of {name}, or not resume their state. Set the environment "
+                    'variable FSDP_IGNORED_MODULES=".*engram.table" where you call `accelerate launch --fsdp_version '
+                    "2`."
+                )
         return
     ignored, device = plugin.ignored_modules or [], None
     if isinstance(ignored, str):
