@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from joining import join
 from run_ranks import Task, batch, open_table, rows_of_one_owner, write_table
+from tiny import tiny_config, tiny_model
 from torch.multiprocessing import start_processes
+from transformers import AutoModelForCausalLM
 
 from engram_hf import RowSGD
 from engram_hf.modeling.table_ranks import RowService, start_ranks
@@ -44,6 +46,28 @@ READS = {
 }
 
 
+# What each process loads: the model, and its tables where they are elsewhere.
+LOADS = {
+    "another": [("base", None), ("another", None)],
+    "tables of another": [("base", None), ("base", "another")],
+    "same": [("base", None), ("same", None)],
+    "tables of same": [("base", "same"), ("base", None)],
+}
+
+
+def load(folder: Path, name: str) -> str:
+    """What is raised where a model is loaded over ranks; nothing where the rows of all ranks are those of one model."""
+    model, tables = LOADS[name][dist.get_rank()]
+    options = {} if tables is None else {"tables_from": str(folder / tables)}
+    try:
+        AutoModelForCausalLM.from_pretrained(folder / model, engram_ranks="shard", **options)
+    except ValueError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return ""
+
+
 def warn(path: Path, service: RowService, name: str) -> list[str]:
     """What a process is warned of in its first steps."""
     make, lr = READS[name]
@@ -71,6 +95,7 @@ def run(rank: int, out: Path) -> None:
     join(rank, RANKS, out / "store")
     service = start_ranks()
     result = {name: warn(out / "table.safetensors", service, name) for name in READS}
+    result |= {name: load(out, name) for name in LOADS}
     torch.save(result, out / f"result{rank}.pt")
     # A fork ends without the handlers by which a rank goes on answering.
     dist.barrier()
@@ -80,5 +105,7 @@ def run(rank: int, out: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     write_table(folder / "table.safetensors", "float64")
+    for seed, name in ((0, "base"), (0, "same"), (1, "another")):
+        tiny_model(tiny_config(), seed).save_pretrained(folder / name)
     # A fork has imported everything already.
     start_processes(run, (folder,), nprocs=RANKS, start_method="fork")
