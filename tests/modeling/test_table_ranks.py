@@ -81,8 +81,28 @@ def test_a_run_of_one_process_holds_all_rows_and_refuses_what_would_lose_some(fo
             monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
             with pytest.raises(NotImplementedError, match=words):
                 factory()(model, **options)
+        for table in model.named_tables().values():
+            table.requires_grad_(False)
+        left_out = {"ignored_modules": ".*engram.table", "cpu_ram_efficient_loading": False}
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=1, state_dict_type="SHARDED_STATE_DICT", **left_out)
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+        with pytest.raises(NotImplementedError, match="FSDP version 1.*0.engram.table"):
+            factory()(model, **options)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ignored", [None, ".*engram.table"])
+def test_fsdp1_is_refused_where_rows_are_trained(ignored, tmp_path, monkeypatch):
+    model = tiny_model(tiny_config()).train()
+    factory, options = engram_optimizers(TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, ignored_modules=ignored, cpu_ram_efficient_loading=False)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    with pytest.raises(NotImplementedError, match="FSDP version 1.*FSDP_IGNORED_MODULES=.*--fsdp_version 2"):
+        factory()(model, **options)
+    for table in model.named_tables().values():
+        table.requires_grad_(False)
+    assert not factory()(model, **options).rows
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

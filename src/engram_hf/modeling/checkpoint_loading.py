@@ -4,6 +4,8 @@ Everything that files say is checked here, before anything is allocated or loade
 files of tables are only opened.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -524,6 +526,19 @@ def check_changes(tables: Iterable[str], checkpoint: Checkpoint, places: Mapping
             f"(changed_rows), and its files hold {found.get(table, 'none')}. Copy the whole folder of the checkpoint "
             "again."
         )
+
+
+def digest_of_tables(checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> bytes:
+    """SHA-256 of what tells the tables of one checkpoint from those of another, without reading them: names, types and
+    shapes of their tensors, and what the index promises of their files. Paths have no part in it."""
+    promised = checkpoint.metadata.get("sha256", {})
+    tensors = [
+        [name, str(places[name].dtype), list(places[name].shape), promised.get(path.name)]
+        for name, path in sorted(checkpoint.file_of.items())
+        if is_of_table(name)
+    ]
+    facts = [tensors, checkpoint.metadata.get("engram_fingerprint")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def open_changes(table_name: str, checkpoint: Checkpoint, places: Mapping[str, TensorPlace]) -> list[ChangedRows]:

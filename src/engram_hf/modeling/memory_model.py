@@ -26,6 +26,7 @@ from .checkpoint_loading import (
     check_generation_config,
     check_model,
     check_sizes,
+    digest_of_tables,
     find_checkpoint,
     find_file,
     match_blocks,
@@ -321,8 +322,12 @@ class ModelWithTables:
             if hot_rows and not table.is_resident:
                 table.keep_hot_rows(hot_rows, self._layer_device(name, main_device))
         self._name_ignored_by_ddp()
-        if service is not None:
-            service.meet()
+        if service is not None and (others := service.meet(digest_of_tables(checkpoint, places))):
+            raise ValueError(
+                f"Rank {others[0]} has loaded other tables than rank {service.rank}, which has those of "
+                f"{checkpoint.where}, and each would read rows of the other. Load the same checkpoint on every rank; "
+                "where ranks do not share a disk, copy its folder to every machine."
+            )
 
     def _name_ignored_by_ddp(self) -> None:
         """Tell torch's DistributedDataParallel to leave out blocks off the device: it takes one kind of device only."""

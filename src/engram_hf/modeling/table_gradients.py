@@ -181,6 +181,10 @@ class RowGradients(nn.Module):
         is_cleared = self.norm.grad is None or not bool(self.norm.grad[2])
         return None if is_cleared else self._rows
 
+    def are_nonzero(self) -> bool:
+        """Whether any row of the table, on any rank, has a gradient other than zero."""
+        return self.rows is not None and bool(self._measured[0] != 0)
+
     def rows_to_exchange(self) -> Rows | None:
         """As `rows`, before processes make a mean of them."""
         rows = self.rows

@@ -27,6 +27,7 @@ from torch.distributed.constants import default_pg_timeout
 from transformers.utils import logging
 
 from .disk_safetensors import TensorContent
+from .table_changes import DIGEST_BYTES
 from .table_cut import RowCut, check_number
 from .table_gradients import Grouping
 
@@ -180,10 +181,22 @@ class RowService:
         self._tables.append(weakref.ref(table))
         return len(self._tables) - 1
 
-    def meet(self) -> None:
-        """Wait until every rank has come here: before it, a rank may be asked for tables that it has not opened yet."""
-        if self.ranks > 1:
-            self._group.barrier().wait()
+    def meet(self, digest: bytes = bytes(DIGEST_BYTES)) -> list[int]:
+        """Wait until every rank has come here: before it, a rank may be asked for tables that it has not opened yet.
+
+        Args:
+            digest: of what this rank has opened.
+
+        Returns:
+            The ranks that have come with another digest.
+        """
+        if self.ranks == 1:
+            return []
+        own = torch.tensor(list(digest), dtype=torch.uint8, device="cpu")
+        digests = [torch.empty_like(own) for _ in range(self.ranks)]
+        # No rank has all of them before every rank is here.
+        self._group.allgather([digests], [own]).wait()
+        return [rank for rank, each in enumerate(digests) if not torch.equal(each, own)]
 
     def _next_tag(self) -> int:
         """Of an answer; what is sent with the question has the next one. A rank may be asked with the same tags."""

@@ -278,10 +278,21 @@ def refuse_tables_in_fsdp(model: nn.Module, tables: dict[str, EngramTable]) -> N
     """
     Raises:
         NotImplementedError: accelerate's FSDP2 would shard a table, convert its rows, or move it from the state of its
-            rows.
+            rows; or a table that is trained, or cut over ranks, is in a run of FSDP version 1.
     """
     plugin = AcceleratorState._shared_state.get("fsdp_plugin")
-    if plugin is None or plugin.fsdp_version != 2:
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        # Rows that it shards do not move any more. Left out, they move, but not every rank finds their state again in
+        # a sharded checkpoint.
+        for name, table in tables.items():
+            if table.is_trainable or table.ranks is not None:
+                raise NotImplementedError(
+                    f"FSDP version 1 would shard the rows of {name}, or not resume their state. Set the environment "
+                    'variable FSDP_IGNORED_MODULES=".*engram.table" where you call `accelerate launch --fsdp_version '
+                    "2`."
+                )
         return
     ignored, device = plugin.ignored_modules or [], None
     if isinstance(ignored, str):
@@ -434,7 +445,8 @@ class EngramOptimizer(torch.optim.Optimizer):
         self.parts, self.rows = parts, rows
         self.patience, self.steps_here = patience, 0
         self.run = TrainingRun() if run is None else run
-        self.rows_moved = dict.fromkeys(rows, 0)
+        # By table: whether a row has moved, on any rank.
+        self.has_moved = dict.fromkeys(rows, False)
         self.row_states: dict[nn.Parameter, dict[str, int]] = {}
         self.row_groups: dict[str, dict[str, Any]] = {
             name: {
@@ -508,11 +520,12 @@ class EngramOptimizer(torch.optim.Optimizer):
             part.step()
         for name, updates in self.rows.items():
             lr = float(self.row_groups[name]["lr"]) * self.row_groups[name]["lr_scale"]
-            rows_with_gradient = updates.step(lr)
+            has_gradient = updates.gradients.are_nonzero()
+            updates.step(lr)
             self._show_steps(updates)
-            self.rows_moved[name] += rows_with_gradient if lr else 0
-            if self.steps_here == self.patience and not self.rows_moved[name]:
-                why = "its learning rate was 0" if rows_with_gradient else "no gradient has reached it"
+            self.has_moved[name] |= has_gradient and bool(lr)
+            if self.steps_here == self.patience and not self.has_moved[name]:
+                why = "its learning rate was 0" if has_gradient else "no gradient has reached it"
                 logger.warning(
                     f"{name} can be trained, but it has not moved in {self.patience} steps: {why}. If it is not meant "
                     "to learn, freeze it: table.requires_grad_(False)."
