@@ -27,7 +27,6 @@ from torch.distributed.constants import default_pg_timeout
 from transformers.utils import logging
 
 from .disk_safetensors import TensorContent
-from .table_changes import DIGEST_BYTES
 from .table_cut import RowCut, check_number
 from .table_gradients import Grouping
 
@@ -181,7 +180,7 @@ class RowService:
         self._tables.append(weakref.ref(table))
         return len(self._tables) - 1
 
-    def meet(self, digest: bytes = bytes(DIGEST_BYTES)) -> list[int]:
+    def meet(self, digest: bytes = b"\0") -> list[int]:
         """Wait until every rank has come here: before it, a rank may be asked for tables that it has not opened yet.
 
         Args:
