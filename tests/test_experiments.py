@@ -766,15 +766,16 @@ def test_the_order_of_ablations_needs_all_of_them_and_a_second_seed_of_the_large
     assert verdict([0.05, 0.04, 0.03, 0.02]) == UNFINISHED
 
 
-def test_the_arm_that_differs_most_gets_a_second_seed_when_all_others_are_finished():
+def test_the_arms_that_differ_most_get_a_second_seed_when_all_others_are_finished():
     from helpers.experiment_plan import count_reported, runs_of
     from helpers.experiments import EXPERIMENTS
 
     ablations = next(experiment for experiment in EXPERIMENTS if experiment.name == "ablations")
     results = made_results()
     results["tiny-layer-2-seed0"]["loss"] -= 0.3
+    results["tiny-no-gate-seed0"]["loss"] += 0.2
     reported = [run.name for run in runs_of(ablations, "tiny", results) if not run.is_tuning]
-    assert reported[9:] == ["tiny-layer-2-seed1"] and count_reported(ablations, "tiny") == 10
+    assert reported[9:] == ["tiny-layer-2-seed1", "tiny-no-gate-seed1"] and count_reported(ablations, "tiny") == 11
     for missing in ("tiny-engram-seed0", "tiny-no-gate-seed0"):
         left = {name: content for name, content in results.items() if name != missing}
         assert sum(not run.is_tuning for run in runs_of(ablations, "tiny", left)) == 9

@@ -105,8 +105,10 @@ def ablations(scale: str, results: Results) -> Section:
         for arm, (own, _) in sorted(done.items(), key=lambda item: -lost[item[0].name].value)
     ]
     table = Table({"without": "", "seeds": "", "loss it adds here": "", "in the paper": "+.4f"}, rows)
-    tried = sum(name in lost for name in PAPER_ABLATIONS)
-    here = f"{tried} of the paper's {len(PAPER_ABLATIONS)} were tried, largest here: {rows[0][0]}"
+    of_paper = sorted(PAPER_ABLATIONS.keys() & lost.keys(), key=lambda name: -lost[name].value)
+    titles = {arm.name: arm.title for arm in ABLATIONS}
+    order = ", ".join(f"{titles[name]} {lost[name].value:+.3f}" for name in of_paper)
+    here = f"{len(of_paper)} of the paper's {len(PAPER_ABLATIONS)} were tried: {order}"
     seeds = {arm.name: len(own) for arm, (own, _) in done.items()}
     verdict = verdict_of_order(lost, seeds)
     limits = (

@@ -21,7 +21,7 @@ from helpers.evidence_sections import (
 )
 from helpers.evidence_statistics import bootstrap, curvature, difference, minimum, slope
 from helpers.experiment_runs import Run
-from helpers.experiments import ALLOCATIONS, ENGRAM, MEMORY_SIZES, MOE, ON_DISK, PAPER_SHARES, ROW_FACTORS, SHARES
+from helpers.experiments import ALLOCATIONS, ENGRAM, LOWEST_SHARES, MEMORY_SIZES, MOE, ON_DISK, ROW_FACTORS, SHARES
 from helpers.results import wrap
 
 
@@ -52,7 +52,7 @@ def memory_sizes(scale: str, results: Results) -> Section:
             each.append(slope(own_places, own_losses))
             bends.append(curvature(own_places, own_losses))
     verdict = verdict_of(found, each, lambda value: value < 0)
-    is_bent = bend.is_clear and all(value * bend.value > 0 for value in bends)
+    is_bent = bool(bends) and bend.is_clear and all(value * bend.value > 0 for value in bends)
     here = f"{found} nats for ten times the rows (paper: -0.028), {seeds_of(len(each))}"
     if is_bent:
         here += f"; the line bends {'up' if bend.value > 0 else 'down'}: {steps_of(done, ENDS)}"
@@ -145,7 +145,7 @@ def allocation(scale: str, results: Results) -> Section:
     ]
     verdict = OPEN
     if min(sum(run["seed"] == seed for run in runs) for seed in (0, 1)) >= 4:
-        if is_u and lowest.low <= PAPER_SHARES[1] and lowest.high >= PAPER_SHARES[0]:
+        if is_u and lowest.low <= LOWEST_SHARES[1] and lowest.high >= LOWEST_SHARES[0]:
             verdict = HOLDS
         elif bend.high < 0 or is_elsewhere:
             verdict = FAILS
@@ -154,7 +154,7 @@ def allocation(scale: str, results: Results) -> Section:
 
 def shares_beside(tried: set[float]) -> list[float]:
     """The shares that were tried next to the paper's lowest, from both sides."""
-    above, below = [share for share in tried if share >= PAPER_SHARES[1]], [s for s in tried if s <= PAPER_SHARES[0]]
+    above, below = [share for share in tried if share >= LOWEST_SHARES[1]], [s for s in tried if s <= LOWEST_SHARES[0]]
     return [*([min(above)] if above else []), *([max(below)] if below else [])]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engram_hf import EngramMoEConfig, count_parameters
-from engram_hf.planning import allocate
+from engram_hf.planning import PAPER_SHARES, allocate
 from helpers.tiny_recipe import PRESETS, make_config, without_memory
 
 
@@ -141,8 +141,8 @@ MEMORY_SIZES = [
 ON_DISK = replace(MEMORY_SIZES[-1], name="rows-10x-disk", title="10 times the rows, on disk", is_on_disk=True)
 # The last one shows whether the loss rises again: it still falls at 40 %.
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.2)
-# Where the paper's U is lowest.
-PAPER_SHARES = (0.75, 0.8)
+# Where the paper's U is lowest: what its tables leave to experts.
+LOWEST_SHARES = (1 - max(PAPER_SHARES), 1 - min(PAPER_SHARES))
 ALLOCATIONS = [
     Arm(
         f"experts-{share:.0%}".replace("%", ""),
@@ -212,7 +212,7 @@ EXPERIMENTS = [
         "Most to least: one stream +0.0065, no compression +0.0057, no gate +0.0046, 4-grams +0.0017, no convolution "
         "+0.0005; layer 1 is best.",
         of_seeds(ABLATIONS, (0,)),
-        repeats=1,
+        repeats=2,
     ),
     Experiment(
         "pretrained",
