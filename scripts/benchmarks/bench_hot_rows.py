@@ -37,9 +37,9 @@ from helpers.text import gather_documents, train_tokenizer
 from helpers.turns import run_in_turns, wait_for_turn
 
 from engram_hf import EngramMoEConfig, NgramHash, build_token_map
+from engram_hf.modeling.disk_reading import HotRows
 from engram_hf.modeling.table import EngramTable
 from engram_hf.modeling.table_blocks import DISK
-from engram_hf.modeling.table_hot_rows import HotRows
 
 
 LIMIT_BYTES = 2_000_000_000

@@ -29,7 +29,7 @@ from engram_hf import (
     use_patches,
 )
 from engram_hf.modeling.memory_layer import find_rows
-from engram_hf.modeling.table_overlay import has_requests
+from engram_hf.modeling.table_patches import has_requests
 
 
 FIRST, SECOND = "layers.0.engram.table", "layers.2.engram.table"

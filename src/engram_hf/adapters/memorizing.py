@@ -26,8 +26,7 @@ from ..insight.row_use import hash_rows
 from ..insight.silencing import refuse_compiled
 from ..insight.text_rows import BATCH_TOKENS, TextRow, batches, progress, rows_for, run
 from ..insight.tracing import evaluating
-from ..modeling.table_overlay import asked_of
-from ..modeling.table_patches import ADD, REPLACE, RowPatch
+from ..modeling.table_patches import ADD, REPLACE, RowPatch, asked_of
 from .fact_reports import (
     Asked,
     FactReport,

@@ -32,7 +32,6 @@ from ..modeling.memory_patches import check_patch, refuse_overflow
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import RESIDENT, Block
 from ..modeling.table_changes import rows_of_pieces
-from ..modeling.table_overlay import patched_rows
 from ..modeling.table_patches import (
     PATCH_DTYPES,
     PATCH_FILE,
@@ -42,6 +41,7 @@ from ..modeling.table_patches import (
     base_digest,
     check_scale,
     describe_patch_in,
+    patched_rows,
 )
 from .memory_files import MemoryFiles
 from .row_patches import load_patch, save_patch, with_tables

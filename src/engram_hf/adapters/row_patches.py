@@ -1,8 +1,7 @@
 """Row patches: adapters made of changed rows, for every model with tables.
 
-The file is in modeling/table_patches.py and the overlay in modeling/table_overlay.py, so that a checkpoint's own code
-runs with a patch. Here are the functions that a stock model with an added memory has no methods for. They behave as the
-adapters of PEFT.
+The file and the overlay are in modeling/table_patches.py, so that a checkpoint's own code runs with a patch. Here are
+the functions that a stock model with an added memory has no methods for. They behave as the adapters of PEFT.
 """
 
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ from torch import nn
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import BlockSource
 from ..modeling.table_formats import FloatRows
-from ..modeling.table_overlay import numbers_of
+from ..modeling.table_patches import numbers_of
 from .rows_in_memory import RowsInMemory, addresses_of
 from .same_name import class_of_same_name, without_attributes
 from .table_parts import SCALED, TABLE_CHILD

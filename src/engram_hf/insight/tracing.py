@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from ..counting import STATISTICS_FILE
 from ..modeling.memory_layer import MemoryCacheLayer
 from ..modeling.modeling_engram_moe import CACHE_NAME
-from ..modeling.table_overlay import has_requests
+from ..modeling.table_patches import has_requests
 from .memory_layers import device_of, find_memory_layers
 from .silencing import refuse_compiled, silenced
 

@@ -65,13 +65,9 @@ CODE_FILES = (
     "table_cut.py",
     "table_formats.py",
     "table_gradients.py",
-    "table_hot_rows.py",
-    "table_nodes.py",
-    "table_overlay.py",
     "table_patches.py",
     "table_placement.py",
     "table_ranks.py",
-    "table_saving.py",
 )
 # Tables below this size are written too fast to need a progress bar.
 PROGRESS_BYTES = 2**26

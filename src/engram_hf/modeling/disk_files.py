@@ -1,6 +1,6 @@
 """Files with tables in them, mapped and left open: the tensors of a checkpoint, or of a run that trains them.
 
-What is read of them when is the reader's business (engram_reader.py).
+What is read of them when is the reader's business (disk_reading.py).
 """
 
 import ctypes

@@ -58,16 +58,17 @@ from .ids_reach import check_token_ids
 from .memory_layer import EngramLayer
 from .memory_patches import ModelPatches, check_patch
 from .table import EngramTable, tables_without_blocks
-from .table_blocks import block_name, is_of_table
+from .table_blocks import HostNodes, block_name, is_of_table
 from .table_cut import open_parts
-from .table_nodes import HostNodes
-from .table_overlay import RowsInTraining, count_copies, generating
 from .table_patches import (
     PATCH_DTYPES,
     PatchedRows,
     RowPatch,
+    RowsInTraining,
     base_digest,
+    count_copies,
     describe_patch_in,
+    generating,
     read_patch,
     save_trained_patch,
 )

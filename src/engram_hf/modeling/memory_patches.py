@@ -1,6 +1,6 @@
 """The row patches of a model: their names and order, over all of its tables.
 
-What a patch says of one table is in table_overlay.py.
+What a patch says of one table is in table_patches.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,18 @@ from typing import Protocol
 import torch
 
 from .table_formats import RowFormat
-from .table_overlay import Names, RowsInTraining, TablePatches, asked_of, asking, patched_rows, widened
-from .table_patches import REPLACE, RowPatch, check_scale
+from .table_patches import (
+    REPLACE,
+    Names,
+    RowPatch,
+    RowsInTraining,
+    TablePatches,
+    asked_of,
+    asking,
+    check_scale,
+    patched_rows,
+    widened,
+)
 
 
 class PatchableTable(Protocol):

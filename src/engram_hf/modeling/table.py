@@ -17,16 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .disk_files import BlockSource, MappedFile, source_behind
-from .disk_reading import PageReader, Prefetches, pages_of_rows
+from .disk_reading import HotRows, PageReader, Prefetches, pages_of_rows
 from .table_blocks import RESIDENT, Block, RowBlocks, block_name, make_blocks, parse_changed_name
-from .table_changes import ChangedRows, RowChanges, TrainingRun, digest_of, digest_of_content
+from .table_changes import ChangedRows, RowChanges, TableSaving, TrainingRun, digest_of, digest_of_content
 from .table_cut import RowCut, local_part
 from .table_formats import RowFormat, row_format
 from .table_gradients import Exchange, Grouping, RowGradients, group
-from .table_hot_rows import HotRows
-from .table_overlay import TablePatches, is_traced, numbers_of
+from .table_patches import TablePatches, is_traced, numbers_of
 from .table_ranks import PendingRows, RowService, TableRanks
-from .table_saving import TableSaving
 
 
 Watch = Callable[[torch.Tensor], AbstractContextManager]

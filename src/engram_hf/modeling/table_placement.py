@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import is_accelerate_available
 
+from .disk_reading import HotRows
 from .table import EngramTable
-from .table_blocks import DISK, HOST, RESIDENT, block_name
+from .table_blocks import DISK, HOST, RESIDENT, HostNodes, block_name
 from .table_cut import nbytes_of_step, rows_of_step
-from .table_hot_rows import HotRows
-from .table_nodes import HostNodes
 
 
 if is_accelerate_available():

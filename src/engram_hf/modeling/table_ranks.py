@@ -51,7 +51,7 @@ ANNOUNCED_KEPT = 64
 # Nobody may ask a rank for anything all day. A rank that asks waits as long as the process group of the run allows.
 QUIET = timedelta(days=365)
 # Of rows that travel while one rank saves.
-PIECE_BYTES = 2**20
+SENT_BYTES = 2**20
 # How long a rank that has come to its end goes on answering without being asked.
 LINGER_SECONDS = 600.0
 # How often it says meanwhile that it has come to its end.
@@ -729,7 +729,7 @@ class TableRanks:
             dtype, shape: of the whole tensor.
         """
         held, nbytes = sum(self.cut.rows_of(rank)), math.prod(shape) * dtype.itemsize
-        at_once = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+        at_once = max(1, SENT_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
 
         def pieces() -> Iterator[bytes]:
             arrived = 0

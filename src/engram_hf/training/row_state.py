@@ -18,7 +18,7 @@ import torch
 from ..modeling.disk_files import TableFile
 from ..modeling.disk_safetensors import TensorContent
 from ..modeling.table import EngramTable
-from ..modeling.table_ranks import PIECE_BYTES
+from ..modeling.table_ranks import SENT_BYTES
 
 
 ROW_IDS, STAMP = "row_ids", "stamp"
@@ -114,7 +114,7 @@ def _spans(file: TableFile) -> Iterator[tuple[int, int]]:
     """Runs of rows that are read at once."""
     rows = file.places[ROW_IDS].shape[0]
     nbytes = max(place.nbytes // max(1, rows) for name, place in file.places.items() if name != STAMP)
-    at_once = max(1, PIECE_BYTES // max(1, nbytes))
+    at_once = max(1, SENT_BYTES // max(1, nbytes))
     yield from ((start, min(start + at_once, rows)) for start in range(0, rows, at_once))
 
 

@@ -19,11 +19,10 @@ from ..modeling.disk_reading import PageReader, pages_of_rows
 from ..modeling.disk_safetensors import write_file
 from ..modeling.table import EngramTable
 from ..modeling.table_blocks import put_rows
-from ..modeling.table_changes import TrainingRun
+from ..modeling.table_changes import TrainingRun, bytes_of
 from ..modeling.table_cut import local_part
 from ..modeling.table_gradients import Exchange
 from ..modeling.table_ranks import STATE, TableRanks
-from ..modeling.table_saving import bytes_of
 from .row_rules import RowRule, draws_of_rows, round_stochastically
 from .row_state import ROW_IDS, STAMP, check_state, find_state, rows_held, stamp_content
 from .work_files import WorkFile, open_training_copy

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 
 from ..modeling.table import EngramTable
-from ..modeling.table_overlay import Layer, find_rows_among
-from ..modeling.table_patches import REPLACE, PatchedRows
+from ..modeling.table_patches import REPLACE, Layer, PatchedRows, find_rows_among
 
 
 class TrainedRows:

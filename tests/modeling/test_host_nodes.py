@@ -12,8 +12,8 @@ from tiny import tiny_config, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from engram_hf import engram_optimizers
-from engram_hf.modeling import table_nodes
-from engram_hf.modeling.table_nodes import SYSCALLS, HostNodes, nodes_with_memory, policy_at
+from engram_hf.modeling import table_blocks
+from engram_hf.modeling.table_blocks import SYSCALLS, HostNodes, nodes_with_memory, policy_at
 
 
 pytestmark = pytest.mark.skipif(
@@ -158,7 +158,7 @@ def test_nodes_without_a_table_in_host_memory_are_refused(folder):
 
 
 def test_other_systems_refuse_in_a_sentence(folder, monkeypatch):
-    monkeypatch.setattr(table_nodes.sys, "platform", "win32")
+    monkeypatch.setattr(table_blocks.sys, "platform", "win32")
     with pytest.raises(NotImplementedError, match="Linux's mbind .* and this is win32 on .*Leave host_nodes out"):
         load(folder, host_nodes=[0])
 
@@ -170,5 +170,5 @@ def test_a_refusal_of_the_kernel_is_said_in_a_sentence():
 
 
 def test_lists_of_nodes_are_read_as_linux_writes_them():
-    assert table_nodes._numbers("0-1,4\n") == {0, 1, 4} and table_nodes._numbers("3") == {3}
-    assert table_nodes._numbers("\n") == set()
+    assert table_blocks._numbers_in("0-1,4\n") == {0, 1, 4} and table_blocks._numbers_in("3") == {3}
+    assert table_blocks._numbers_in("\n") == set()

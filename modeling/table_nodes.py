@@ -1,1 +1,0 @@
-../src/engram_hf/modeling/table_nodes.py
