@@ -55,6 +55,9 @@ def sentences(as_json: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Who reads the output, such as `head`, has read enough. Typer ends without a word.
+        raise
     except (ValueError, OSError, NotImplementedError, ImportError, HTTPError) as error:
         if as_json:
             typer.echo(json.dumps({"error": str(error)}, indent=2))

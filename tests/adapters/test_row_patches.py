@@ -576,7 +576,7 @@ def test_the_commands_say_what_the_functions_say(tmp_path, tokenizer):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     patch = random_patch(model)
-    file = save_patch(patch, tmp_path / "alice.safetensors")
+    file = save_patch(patch, tmp_path / "patches" / "of users" / "alice.safetensors")
     ran = run("patch", "merge", tmp_path / "model", file, tmp_path / "merged")
     assert ran.exit_code == 0 and "wrote" in ran.stdout
     shutil.copytree(tmp_path / "model", tmp_path / "with-patch")

@@ -143,6 +143,21 @@ def test_what_is_documented_to_fail_ends_with_one(error, capsys):
         raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(folder, command):
+    """As `| head` does. Nothing is printed before the pipe has no reader any more."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engram_hf_command", command, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    with process.stderr:
+        said = process.stderr.read()
+    assert (process.wait(), said) == (1, "")
+
+
 def test_an_interrupted_command_prints_one_line():
     """The process waits for a Hub that does not answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:

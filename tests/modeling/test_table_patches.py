@@ -502,6 +502,7 @@ def test_names_are_checked():
         (lambda: set_patches(model, ["alice", "alice"]), "can be laid over the tables once"),
         (lambda: remove_patch(model, "bob"), "no patch 'bob'"),
         (lambda: add_patch(model, some_patch(model, "b"), scale=float("nan")), "finite number"),
+        (lambda: add_patch(model, some_patch(model, "b"), scale=10**400), "finite number"),
         (lambda: make_patch(model, "x", {"layers.1.engram.table": (torch.arange(2), torch.zeros(2, 8))}), "no table"),
         (lambda: make_patch(model, "x", {FIRST: (torch.tensor([2, 1]), torch.zeros(2, 8))}), "not ascending"),
         (lambda: make_patch(model, "x", {FIRST: (torch.arange(2), torch.zeros(2, 8).half())}), "torch.bfloat16"),

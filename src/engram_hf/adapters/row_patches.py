@@ -116,7 +116,6 @@ def save_patch(patch: RowPatch, file: str | Path) -> Path:
             raise ValueError(
                 f"{path} is a file, and a patch is written to a folder or to a file *.safetensors. Name one of these."
             )
-        path.mkdir(parents=True, exist_ok=True)
         path = path / PATCH_FILE
     write_patch(patch, path)
     return path

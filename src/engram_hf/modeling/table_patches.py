@@ -180,7 +180,11 @@ def check_scale(scale: Any) -> None:
     Raises:
         ValueError: a patch cannot be multiplied by it.
     """
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    try:
+        is_finite = isinstance(scale, int | float) and math.isfinite(scale)
+    except OverflowError:
+        is_finite = False
+    if not is_finite:
         raise ValueError(f"The scale of a patch must be a finite number, got {scale!r:.80}.")
 
 
@@ -188,7 +192,7 @@ def check_scale(scale: Any) -> None:
 
 
 def write_patch(patch: RowPatch, file: str | Path) -> str:
-    """Write a patch to a file. What was there under this name stays if that fails.
+    """Write a patch to a file, and make the folder for it. What was there under this name stays if that fails.
 
     Returns:
         SHA-256 of the file, in hexadecimal.
@@ -217,6 +221,7 @@ def write_patch(patch: RowPatch, file: str | Path) -> str:
     }
     facts["sha256"] = _digest(facts, tensors)
     metadata = {"format": "pt", METADATA: json.dumps(facts, sort_keys=True, allow_nan=False)}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     return write_pieces(file, [save(tensors, metadata)])
 
 

@@ -68,5 +68,4 @@ class EngramBestPatchCallback(TrainerCallback, ExportableState):
         self.best = float(value)
         if state.is_world_process_zero:
             patch.provenance |= {"steps": state.global_step, self.metric: self.best}
-            self.target.parent.mkdir(parents=True, exist_ok=True)
             write_patch(patch, self.target)
