@@ -334,6 +334,21 @@ def test_a_question_is_answered_by_the_likeliest_letters(tokenizer):
     assert {digit for digits in expected.values() for digit in digits} == {"0", "1"}
 
 
+@torch.no_grad()
+def test_choices_have_the_losses_of_rows_that_are_read_whole(tokenizer):
+    from helpers.known_answers import losses_of_choices, rows_of_question
+
+    from engram_hf.insight.text_rows import losses_of_rows
+
+    model = tiny_model(tiny_config(vocab_size=len(tokenizer)))
+    draw = random.Random(4)
+    # Tokens of a choice may have the first ones of all choices in common, and be one alone.
+    for choices in ([" a b c", " a b", " a d", " a"], [" x", " y", " z", " w"]):
+        question = {"kind": "k", "prompt": words(draw, 5), "choices": choices, "answer": 0}
+        rows = rows_of_question(tokenizer, question)
+        torch.testing.assert_close(losses_of_choices(model, rows), losses_of_rows(model, rows)[0], rtol=1e-5, atol=1e-5)
+
+
 def train_in(folder: Path, text, arm_name: str, dies_at: int | None = None, monkeypatch=None, best: float = 4e-3):
     """Train an arm in a folder of its own; optionally stop it at a step, as a kill does."""
     from helpers import experiment_runs
