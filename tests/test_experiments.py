@@ -505,8 +505,13 @@ def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, note
     ) == {"on"}
     from helpers.evidence_page import SECTIONS
 
-    section = SECTIONS["pretrained"]("tiny", {content["name"]: content for content in found.values()})
+    tuning = {PretrainedRun("lora", 1000, rate).name: {"loss": loss} for rate, loss in zip(RATES["lora"], (3, 2, 4))}
+    tuning[PretrainedRun("full", 1000, RATES["full"][0]).name] = {"loss": 5}
+    section = SECTIONS["pretrained"]("tiny", {**tuning, **{content["name"]: content for content in found.values()}})
     assert f"{found['lora']['loss']:.4f}" in section.parts[0] and len(section.files) == 4
+    said = section.parts[1].replace("\n", " ")
+    assert "all projections: 3.000 at 0.001, 2.000 at 0.002, 4.000 at 0.004;" in said
+    assert "all parameters: 5.000 at 2e-05 (the best is at the edge)." in said and "none yet" in said
 
 
 # Long context.

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from helpers.evidence_sections import NOT_RUN, OPEN, Results, Section, spread
 from helpers.evidence_statistics import Interval, difference, share_right
+from helpers.experiments import TUNING_SEED
 from helpers.known_answers import TASKS
-from helpers.pretrained_runs import RATES, TITLES, pretrained_runs
+from helpers.pretrained_runs import RATES, TITLES, PretrainedRun, pretrained_runs
 from helpers.results import Table, wrap
 
 
@@ -56,7 +57,7 @@ def pretrained(scale: str, results: Results) -> Section:
         f"{TITLES[way]} {interval.value:+.3f}, on code {forgotten[way].value:+.3f}" for way, interval in learned.items()
     )
     silent = [answers_of_way(found["memory"], "silenced")] if "memory" in found else []
-    parts = [Table(columns, rows).markdown()]
+    parts = [Table(columns, rows).markdown(), tuning_line(results)]
     parts += [
         wrap(
             f"With its memory silenced the model answers {a:.1%} of trained facts, {b:.1%} of held-out ones and "
@@ -71,6 +72,24 @@ def pretrained(scale: str, results: Results) -> Section:
         )
     )
     return Section(OPEN, here, parts, files, lambda path: draw_pretrained(path, learned, forgotten))
+
+
+def tuning_line(results: Results) -> str:
+    """Which learning rates were tried, and what came of them."""
+    tried = []
+    for way, rates in RATES.items():
+        names = {rate: PretrainedRun(way, TUNING_SEED, rate).name for rate in rates}
+        losses = {rate: results[name]["loss"] for rate, name in names.items() if name in results}
+        is_at_edge = losses and min(losses, key=losses.__getitem__) in (rates[0], rates[-1])
+        tried.append(
+            f"{TITLES[way]}: "
+            + (", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in losses.items()) or "none yet")
+            + (" (the best is at the edge)" if is_at_edge else "")
+        )
+    return wrap(
+        f"Learning rates that were tried with seed {TUNING_SEED}, which is not reported, and the loss on articles that "
+        f"are held out for this. {'; '.join(tried)}."
+    )
 
 
 def names_of_way(way: str) -> list[str]:
