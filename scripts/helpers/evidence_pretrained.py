@@ -16,7 +16,7 @@ def pretrained(scale: str, results: Results) -> Section:
     found = {way: [results[name] for name in names_of_way(way) if name in results] for way in RATES}
     found = {way: runs for way, runs in found.items() if runs}
     files = [run["name"] for run in [*([base] if base else []), *(run for runs in found.values() for run in runs)]]
-    if base is None or not found:
+    if base is None or len(found) < len(RATES):
         return Section(NOT_RUN, files=files)
     rows, forgotten = [], {}
     for way, runs in {"base": [base], **found}.items():
@@ -88,7 +88,7 @@ def tuning_line(results: Results) -> str:
         )
     return wrap(
         f"Learning rates that were tried with seed {TUNING_SEED}, which is not reported, and the loss on articles that "
-        f"are held out for this. {'; '.join(tried)}."
+        f"are held out for this: {'; '.join(tried)}."
     )
 
 

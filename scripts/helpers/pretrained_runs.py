@@ -32,8 +32,8 @@ TITLES = {
     FULL: "all parameters",
 }
 RATES = {MEMORY: (4e-3, 8e-3, 1.6e-2), LORA: (1e-3, 2e-3, 4e-3), FULL: (2e-5, 5e-5, 1e-4)}
-# CPU hours on one thread, by the time of a tuning run and of a few questions.
-HOURS_PER_RUN = 0.4
+# CPU hours on one thread, by the first run that was finished.
+HOURS_PER_RUN = 0.55
 TOKENS = 100_000
 STEPS = TOKENS // (ROWS_PER_STEP * SEQ_LENGTH)
 # Articles that are asked about are read so often, which is three quarters of the tokens.
