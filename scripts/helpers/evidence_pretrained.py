@@ -7,7 +7,7 @@ from helpers.evidence_sections import NOT_RUN, OPEN, Results, Section, spread
 from helpers.evidence_statistics import Interval, difference, share_right
 from helpers.experiments import TUNING_SEED
 from helpers.known_answers import TASKS
-from helpers.pretrained_runs import RATES, TITLES, PretrainedRun, pretrained_runs
+from helpers.pretrained_runs import RATES, TITLES, names_of_tuning, pretrained_runs
 from helpers.results import Table, wrap
 
 
@@ -56,15 +56,14 @@ def pretrained(scale: str, results: Results) -> Section:
     here = "; ".join(
         f"{TITLES[way]} {interval.value:+.3f}, on code {forgotten[way].value:+.3f}" for way, interval in learned.items()
     )
-    silent = [answers_of_way(found["memory"], "silenced")] if "memory" in found else []
+    trained, held_out, reading = answers_of_way(found["memory"], "silenced")
     parts = [Table(columns, rows).markdown(), tuning_line(results)]
-    parts += [
+    parts.append(
         wrap(
-            f"With its memory silenced the model answers {a:.1%} of trained facts, {b:.1%} of held-out ones and "
-            f"{c:.1%} of reading."
+            f"With its memory silenced the model answers {trained:.1%} of trained facts, {held_out:.1%} of held-out "
+            f"ones and {reading:.1%} of reading."
         )
-        for a, b, c in silent
-    ]
+    )
     parts.append(
         wrap(
             "The base has read far more text than any run here gives it, so most of its facts are its own. Ways were "
@@ -78,8 +77,7 @@ def tuning_line(results: Results) -> str:
     """Which learning rates were tried, and what came of them."""
     tried = []
     for way, rates in RATES.items():
-        names = {rate: PretrainedRun(way, TUNING_SEED, rate).name for rate in rates}
-        losses = {rate: results[name]["loss"] for rate, name in names.items() if name in results}
+        losses = {rate: results[name]["loss"] for rate, name in names_of_tuning(way).items() if name in results}
         is_at_edge = losses and min(losses, key=losses.__getitem__) in (rates[0], rates[-1])
         tried.append(
             f"{TITLES[way]}: "

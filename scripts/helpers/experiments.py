@@ -139,7 +139,7 @@ MEMORY_SIZES = [
 ]
 # The largest table once more. Its loss must be that of the table in memory, bit by bit.
 ON_DISK = replace(MEMORY_SIZES[-1], name="rows-10x-disk", title="10 times the rows, on disk", is_on_disk=True)
-# The last one shows whether the loss rises again: it still falls at 40 %.
+# The last two show whether the loss rises again.
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.2)
 # Where the paper's U is lowest: what its tables leave to experts.
 LOWEST_SHARES = (1 - max(PAPER_SHARES), 1 - min(PAPER_SHARES))

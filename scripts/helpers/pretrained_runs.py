@@ -71,6 +71,11 @@ def pretrained_runs() -> list[PretrainedRun]:
     return [*tuning, PretrainedRun(BASE, 0), *(PretrainedRun(way, seed) for seed in SEEDS for way in RATES)]
 
 
+def names_of_tuning(way: str) -> dict[float, str]:
+    """Learning rate to the name of the run that tries it."""
+    return {rate: PretrainedRun(way, TUNING_SEED, rate).name for rate in RATES[way]}
+
+
 def change(model: nn.Module, way: str, tokenizer, seed: int) -> nn.Module:
     """Make the base what a way trains."""
     if way == MEMORY:
@@ -114,8 +119,7 @@ def trained(
     text = text_for(source, knowledge)
     rate, steps = 0.0, 0
     if run.way != BASE:
-        tuning = {rate: PretrainedRun(run.way, TUNING_SEED, rate).name for rate in RATES[run.way]}
-        rate = run.rate or best_rate(tuning, read_results(results))
+        rate = run.rate or best_rate(names_of_tuning(run.way), read_results(results))
         steps = STEPS
     start = time.process_time()
     set_seed(run.seed)
