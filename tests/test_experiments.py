@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -469,8 +470,51 @@ def test_a_table_on_disk_learns_what_a_table_in_memory_learns_also_after_a_kill(
     train_in(tmp_path / "disk", text, "rows-10x-disk", 3, monkeypatch)
     disk = train_in(tmp_path / "disk", text, "rows-10x-disk")
     assert disk["loss"] == memory["loss"] and disk["curve"] == memory["curve"]
+    assert disk["memory"]["own_bytes"] > 10**8 and "memory" not in memory
     left = {path.name for path in (tmp_path / "disk" / "runs").rglob("*")}
     assert not left & {"start", "work", "checkpoint-2"}
+
+
+# Takes so many bytes, and says what it was given.
+TAKES_MEMORY = """
+import sys
+from helpers.memory_limit import MemoryWatch, own_limits
+
+with MemoryWatch() as memory:
+    taken = b"1" * int(sys.argv[1])
+    memory.ended.wait(0.1)
+print(min(limit for limit, _ in own_limits()), memory.most_bytes)
+"""
+
+
+def test_a_process_within_a_limit_knows_it_and_is_killed_beyond_it():
+    from helpers.memory_limit import kilobytes, memory_cgroup
+
+    if kilobytes("/proc/meminfo", "SwapTotal"):
+        pytest.skip("what is beyond the limit would be swapped")
+    limit, environment = 2**28, {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    with memory_cgroup(limit) as before:
+        if not before:
+            pytest.skip("no memory cgroup can be made here")
+        command = [*before, sys.executable, "-c", TAKES_MEMORY]
+        ran = subprocess.run([*command, f"{limit // 2}"], env=environment, check=True, capture_output=True, text=True)
+        known, most = map(int, ran.stdout.split())
+        assert known == limit and limit // 2 < most < limit
+        assert subprocess.run([*command, f"{2 * limit}"], env=environment).returncode == -signal.SIGKILL
+
+
+def test_the_page_says_what_of_a_table_on_disk_could_be_in_memory():
+    from helpers.evidence_sizes import beside_disk
+
+    twin = {"loss": 4.0, "parameters": {"tables": 10_000_000}}
+    memory = {"limit_bytes": 2_000_000_000, "own_bytes": 1_940_000_000}
+    results = {"tiny-rows-10x-seed0": twin, "tiny-rows-10x-disk-seed0": {**twin, "memory": memory}}
+    (said,) = beside_disk("tiny", results)
+    assert "the same to the last digit" in said
+    assert "state, 120 MB, at most 60 MB" in said.replace("\n", " ")
+    memory["limit_bytes"] = None
+    (said,) = beside_disk("tiny", results)
+    assert said.replace("\n", " ").endswith("No limit of memory could be set.")
 
 
 def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, notes, tmp_path, monkeypatch):

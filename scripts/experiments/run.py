@@ -11,6 +11,7 @@ The learning rate of a family of models is chosen first, on a seed that is not r
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from helpers.experiment_plan import count_reported, hours_of_run, runs_of
 from helpers.experiment_runs import text_of
 from helpers.experiments import EXPERIMENTS, SCALES, TUNING_SEED, Experiment
 from helpers.experiments_text import KNOWLEDGE
+from helpers.memory_limit import memory_cgroup
 
 
 def train_here(run: AnyRun, knowledge: Path) -> None:
@@ -55,11 +57,12 @@ def train_all(runs: list[AnyRun], scale: str, processes: int, knowledge: Path) -
         waiting = [run for run in runs if run.is_tuning == is_tuning]
         running: dict[str, subprocess.Popen] = {}
         failed: list[str] = []
+        limits = contextlib.ExitStack()
         try:
             while waiting or running:
                 while waiting and len(running) < processes and not failed:
                     run = waiting.pop(0)
-                    running[run.name] = start(run, scale, knowledge)
+                    running[run.name] = start(run, scale, knowledge, limits)
                 for name in [name for name, process in running.items() if process.poll() is not None]:
                     if running.pop(name).returncode:
                         failed.append(name)
@@ -69,14 +72,16 @@ def train_all(runs: list[AnyRun], scale: str, processes: int, knowledge: Path) -
         finally:
             for process in running.values():
                 process.terminate()
+            for process in running.values():
+                process.wait()
+            limits.close()
 
 
-# One thread each. glibc keeps the memory of freed tensors: without it, every step asks the system for pages anew, which
-# takes a sixth of the time. oneDNN keeps a kernel for each number of tokens that an expert got: with its default of
-# 1,024 kernels a step takes a quarter longer, and these need 5 GB.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Memory for speed. glibc keeps the memory of freed tensors: without it, every step asks the system for pages anew,
+# which takes a sixth of the time. oneDNN keeps a kernel for each number of tokens that an expert got: with its default
+# of 1,024 kernels a step takes a quarter longer, and these need 5 GB.
+MUCH_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(10**11),
     "MALLOC_TOP_PAD_": str(2**28),
@@ -84,9 +89,13 @@ ENVIRONMENT = {
 }
 
 
-def start(run: AnyRun, scale: str, knowledge: Path) -> subprocess.Popen:
+def start(run: AnyRun, scale: str, knowledge: Path, limits: contextlib.ExitStack) -> subprocess.Popen:
+    """In a process of its own, within its limit of memory where it has one."""
     command = [sys.executable, __file__, "--scale", scale, "--knowledge", str(knowledge), "--one", run.name]
-    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT})
+    if run.memory_limit_bytes is None:
+        return subprocess.Popen(command, env={**os.environ, **ONE_THREAD, **MUCH_MEMORY})
+    before = limits.enter_context(memory_cgroup(run.memory_limit_bytes))
+    return subprocess.Popen([*before, *command], env={**os.environ, **ONE_THREAD})
 
 
 def measure_all(name: str, scale: str, knowledge: Path) -> None:

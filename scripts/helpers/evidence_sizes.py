@@ -27,6 +27,8 @@ from helpers.results import wrap
 
 # The smallest, the reference and the largest: a decade lies between two of them.
 ENDS = (ROW_FACTORS[0], 1, ROW_FACTORS[-1])
+# Of a table in float32 with the two numbers that lazy Adam keeps for each weight.
+BYTES_PER_WEIGHT = 12
 
 
 def memory_sizes(scale: str, results: Results) -> Section:
@@ -82,17 +84,24 @@ def steps_of(done: list[tuple[float, dict]], sizes: Sequence[float]) -> str:
 
 
 def beside_disk(scale: str, results: Results) -> list[str]:
-    """A sentence on the run whose table lies on disk, where it and its twin are finished."""
+    """What the run showed whose table lies on disk, where it and its twin are finished."""
     twins = [results.get(Run(arm, 0, scale).name) for arm in (ON_DISK, MEMORY_SIZES[-1])]
     if None in twins:
         return []
     disk, memory = (twin["loss"] for twin in twins)
     same = "the same to the last digit" if disk == memory else f"which differs by {disk - memory:+.2e}"
-    limit = (
-        "Table and optimizer state of this size fit into any memory, so no limit was set: "
-        "`scripts/experiments/train_beyond_memory.py` trains with less memory than a table needs."
-    )
-    return [wrap(f"With the largest table on disk the loss is {disk:.6f}, and in memory {memory:.6f}, {same}. {limit}")]
+    loss = f"With the largest table on disk the loss is {disk:.6f}, and in memory {memory:.6f}, {same}."
+    limit, own = (twins[0]["memory"][name] for name in ("limit_bytes", "own_bytes"))
+    if limit is None:
+        return [wrap(f"{loss} No limit of memory could be set.")]
+    needed = BYTES_PER_WEIGHT * twins[0]["parameters"]["tables"]
+    return [
+        wrap(
+            f"{loss} The run on disk had a memory cgroup of {limit / 1e6:,.0f} MB, which counts cached files too. At "
+            f"its peak it took {own / 1e6:,.0f} MB besides files, so that of the table and its optimizer state, "
+            f"{needed / 1e6:,.0f} MB, at most {(limit - own) / 1e6:,.0f} MB could be in memory then."
+        )
+    ]
 
 
 def draw_line(path: Path, places: list[float], done: list[tuple[float, dict]]) -> Path:

@@ -30,6 +30,11 @@ class AnyRun(ABC):
     rate: float | None
 
     @property
+    def memory_limit_bytes(self) -> int | None:
+        """What its process gets where memory can be limited."""
+        return None
+
+    @property
     def is_tuning(self) -> bool:
         """Whether it only chooses a learning rate, before all others."""
         return self.rate is not None

@@ -23,6 +23,7 @@ from engram_hf.insight.text_rows import TextRow, losses_of_rows
 from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
 from helpers.experiments import CONTROLS, ENGRAM, SCALES, TUNING_SEED, Arm, Experiment, maker
 from helpers.experiments_text import ExperimentText, prepare
+from helpers.memory_limit import MemoryWatch, own_limits
 from helpers.recipe import row_trainer
 from helpers.tiny_recipe import ROWS_PER_STEP, SEQ_LENGTH, freeze_tables, make_model
 
@@ -47,6 +48,10 @@ class Run(AnyRun):
         if self.is_tuning:
             return f"{self.scale}-tuning-{self.arm.family}-{self.rate:g}"
         return f"{self.scale}-{self.arm.name}-seed{self.seed}"
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        return SCALES[self.scale].disk_limit_bytes if self.arm.is_on_disk else None
 
     def prepare(self, knowledge: Path) -> ExperimentText:
         return text_of(self.scale, knowledge)
@@ -193,7 +198,8 @@ def trained(run: Run, text: ExperimentText, rate: float, folder: Path, work: Pat
     trainer, cpu = make_trainer(model, text.train, folder, steps, rate, run.seed, work_folder=work_folder)
     if run.arm.tables == "shuffled":
         trainer.add_callback(ShuffledRows(model, run.seed))
-    curve = go_on(trainer, folder)
+    with MemoryWatch() as memory:
+        curve = go_on(trainer, folder)
     measured = held_out_losses(model, text.tuning if run.is_tuning else text.held_out)
     count = count_parameters(model.config)
     content = {
@@ -211,6 +217,9 @@ def trained(run: Run, text: ExperimentText, rate: float, folder: Path, work: Pat
         "cpu_hours": round(cpu.total() / 3600, 4),
         "config": model.config.to_diff_dict(),
     }
+    if run.arm.is_on_disk:
+        limits = [limit for limit, _ in own_limits()]
+        content["memory"] = {"limit_bytes": min(limits, default=None), "own_bytes": memory.most_bytes}
     if not run.is_tuning:
         content["documents"] = {"nats": measured["nats"], "tokens": measured["tokens"]}
         kept = work / "models" / run.name

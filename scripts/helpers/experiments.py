@@ -18,16 +18,18 @@ class Scale:
     """preset: of tiny_recipe.py, or of the package. fields: of the config, over the preset's. tokens: of one run.
 
     hours_per_run: CPU hours that a run was measured to take on one thread; None where it was not measured.
+    disk_limit_bytes: of memory for a run whose tables lie on disk; None where it is not limited.
     """
 
     preset: str
     tokens: int
     fields: dict[str, Any] = field(default_factory=dict)
     hours_per_run: float | None = None
+    disk_limit_bytes: int | None = None
 
 
 SCALES = {
-    "tiny": Scale("tiny", 3_000_000, hours_per_run=0.12),
+    "tiny": Scale("tiny", 3_000_000, hours_per_run=0.12, disk_limit_bytes=2_000_000_000),
     # For a GPU: the package's preset. It reads the default text several times, or a larger --dataset once.
     "100m": Scale("100m", 300_000_000),
 }
@@ -44,7 +46,7 @@ class Arm:
     tables: what is done to the tables: "" (they learn), "zero", "random" (as they were drawn; neither learns) or
         "shuffled" (rows change places at each step).
     is_without_gate: the gate is 0.5 for every token.
-    is_on_disk: the tables lie and train on disk.
+    is_on_disk: the tables lie and train on disk, within the memory of their scale where a limit can be set.
     """
 
     name: str
