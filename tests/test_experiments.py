@@ -529,7 +529,7 @@ def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, note
     question = {"kind": "given", "prompt": "abc", "choices": [" a", " b", " c", " d"], "answer": 1}
     for task in ("facts_trained", "facts_held_out", "reading"):
         (tmp_path / "knowledge" / f"{task}.jsonl").write_text(json.dumps(question) + "\n")
-    monkeypatch.setattr(pretrained_runs, "LAYERS", [1])
+    monkeypatch.setitem(pretrained_runs.ADDED["memory"], "layer_ids", [1])
     monkeypatch.setattr(pretrained_runs, "STEPS", 3)
     found = {}
     for way in (BASE, *RATES):
@@ -542,6 +542,8 @@ def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, note
     losses = {way: (content["loss"], content["other"]["loss"]) for way, content in found.items()}
     assert len(set(losses.values())) == 4
     assert found["base"]["steps"] == 0 and found["memory"]["learning_rate"] == RATES["memory"][0]
+    assert [step for step, _ in found["lora"]["curve"]] == [1, 2, 3] and found["base"]["curve"] == []
+    assert found["memory"]["config"]["added"]["layer_ids"] == [1] and found["full"]["config"]["added"] == {}
     learning = {way: content["learning"] for way, content in found.items()}
     assert learning["lora"] < learning["full"] == learning["base"]
     assert set(found["memory"]["answers"]["reading"]) == {"on", "silenced"} and set(
@@ -885,7 +887,7 @@ def test_long_rows_say_something_of_models_that_have_learned_short_ones():
     assert "| needles | 1,024 | YaRN, trained on long rows |" in table
 
 
-def test_a_task_that_no_rate_teaches_is_not_run_and_the_page_says_why():
+def test_a_task_that_no_rate_teaches_is_not_run_and_the_page_says_why(tmp_path):
     from helpers.evidence_page import rendered_section
     from helpers.evidence_recall import recall
     from helpers.evidence_sections import NOT_AT_THIS_SIZE, NOT_RUN
@@ -894,10 +896,14 @@ def test_a_task_that_no_rate_teaches_is_not_run_and_the_page_says_why():
     from helpers.recall_runs import guessing_loss, tuning_runs
 
     long = next(experiment for experiment in EXPERIMENTS if experiment.name == "long")
-    guessed = {run.name: {"name": run.name, "loss": guessing_loss(), "cpu_hours": 0.5} for run in tuning_runs()}
+    curve = [[40, 4.0], [80, guessing_loss()]]
+    guessed = {
+        run.name: {"name": run.name, "loss": guessing_loss(), "curve": curve, "cpu_hours": 0.5} for run in tuning_runs()
+    }
     assert {run.name for run in runs_of(long, "tiny", guessed)} == set(guessed)
     section = recall("tiny", guessed)
     assert section.verdict == NOT_AT_THIS_SIZE and section.files == list(guessed)
+    assert section.draw(tmp_path / "long.png").stat().st_size > 10_000
     assert f"{guessing_loss():.2f}" in section.here and "3.00 CPU hours" in rendered_section(long, "tiny", guessed)
     # One rate that teaches it, and one that is not tried yet.
     last = guessed.pop(tuning_runs()[-1].name)

@@ -23,6 +23,7 @@ from helpers.recall_runs import (
     EXTENDED,
     LENGTHS,
     LONG_STEPS,
+    RATES,
     ROWS,
     SEEDS,
     STEPS,
@@ -115,7 +116,7 @@ def not_learned(results: Results) -> Section:
             "tokens on both sides of the trained length (`tests/modeling/test_yarn.py`)."
         ),
     ]
-    return Section(NOT_AT_THIS_SIZE, here, parts, [run.name for run in tuning])
+    return Section(NOT_AT_THIS_SIZE, here, parts, [run.name for run in tuning], lambda path: draw_tuning(path, results))
 
 
 def digits(runs: list[dict], kind: str, way: str = YARN_TRAINED, length: int = EXTENDED) -> str:
@@ -135,6 +136,21 @@ def gain_of(found: dict, kind: str, place: int) -> float:
 
 def learned(runs: list[dict], kind: str) -> bool:
     return all(share_right(digits([run], kind, AS_TRAINED, TRAINED)) >= LEARNED for run in runs)
+
+
+def draw_tuning(path: Path, results: Results) -> Path:
+    """Losses of runs that did not learn, beside what guessing costs."""
+    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
+
+    figure, (axis,) = new_figure("Recall is not learned", 1, 1, (6.5, 4.2))
+    for run in tuning_runs():
+        color, style = COLORS[ARMS.index(run.arm)], ("-", "--", ":")[RATES.index(run.rate)]
+        label = f"{run.arm.title.split(',')[0]}, rate {run.rate:g}"
+        axis.plot(*zip(*results[run.name]["curve"]), color=color, linestyle=style, label=label)
+    axis.axhline(guessing_loss(), color=COLORS[len(ARMS)], label="guessing among a row's values")
+    axis.set(xlabel="steps", ylabel="loss of answers, nats")
+    axis.legend(fontsize=7)
+    return save_figure(figure, path)
 
 
 def draw_recall(path: Path, found: dict) -> Path:

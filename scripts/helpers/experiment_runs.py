@@ -270,4 +270,9 @@ def make_trainer(
 def go_on(trainer, folder: Path) -> list[list[float]]:
     """Train to the end from the newest checkpoint in a folder, or from the beginning. Returns the loss curve."""
     trainer.train(resume_from_checkpoint=found) if (found := newest_checkpoint(folder)) else trainer.train()
+    return loss_curve(trainer)
+
+
+def loss_curve(trainer) -> list[list[float]]:
+    """Steps, and the mean loss since the one before."""
     return [[line["step"], round(line["loss"], 4)] for line in trainer.state.log_history if "loss" in line]

@@ -17,7 +17,7 @@ from engram_hf import EngramConfig, add_engram, freeze_backbone
 from engram_hf.insight import silenced
 from helpers.added_recipe import HEAD_DIM, HEADS, LAYERS, ROWS_OF_HEAD, ROWS_PER_STEP, SEQ_LENGTH, make_trainer
 from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
-from helpers.experiment_runs import held_out_losses
+from helpers.experiment_runs import held_out_losses, loss_curve
 from helpers.experiments import SEEDS, TUNING_SEED
 from helpers.experiments_text import KNOWLEDGE, ExperimentText, prepare_with
 from helpers.known_answers import TASKS, read_questions, score
@@ -42,6 +42,13 @@ TIMES_ASKED = 2
 DOCUMENTS, QUESTIONS_OF_A_TASK, CODE_DOCUMENTS = 300, 300, 40
 RANK = 8
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+# What a way adds to the base: fields of EngramConfig, and of PEFT's LoraConfig.
+ADDED: dict[str, dict[str, Any]] = {
+    MEMORY: {"layer_ids": LAYERS, "vocab_size": ROWS_OF_HEAD, "n_heads": HEADS, "head_dim": HEAD_DIM},
+    LORA: {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": PROJECTIONS},
+}
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,11 @@ def names_of_tuning(way: str) -> dict[float, str]:
 def change(model: nn.Module, way: str, tokenizer, seed: int) -> nn.Module:
     """Make the base what a way trains."""
     if way == MEMORY:
-        fields = {"layer_ids": LAYERS, "vocab_size": ROWS_OF_HEAD, "n_heads": HEADS, "head_dim": HEAD_DIM}
-        return freeze_backbone(add_engram(model, EngramConfig(**fields, seed=seed), tokenizer))
+        return freeze_backbone(add_engram(model, EngramConfig(**ADDED[MEMORY], seed=seed), tokenizer))
     if way == LORA:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-        return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(**ADDED[LORA], task_type="CAUSAL_LM"))
     return model
 
 
@@ -117,7 +122,7 @@ def trained(
     """Train from the beginning to the end, and measure."""
     source = source or fetch_smollm()
     text = text_for(source, knowledge)
-    rate, steps = 0.0, 0
+    rate, steps, curve = 0.0, 0, []
     if run.way != BASE:
         rate = run.rate or best_rate(names_of_tuning(run.way), read_results(results))
         steps = STEPS
@@ -126,7 +131,9 @@ def trained(
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = change(base, run.way, text.tokenizer, run.seed)
     if steps:
-        make_trainer(model, text.train, folder, steps, learning_rate=rate, seed=run.seed).train()
+        trainer = make_trainer(model, text.train, folder, steps, learning_rate=rate, seed=run.seed)
+        trainer.train()
+        curve = loss_curve(trainer)
     return {
         "way": run.way,
         "seed": run.seed,
@@ -135,6 +142,8 @@ def trained(
         "tokens": steps * ROWS_PER_STEP * SEQ_LENGTH,
         "text": text.digest,
         "learning": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "config": {**base.config.to_diff_dict(), "added": ADDED.get(run.way, {})},
+        "curve": curve,
         **measured(model, run, text, knowledge),
         "cpu_hours": round((time.process_time() - start) / 3600, 4),
     }

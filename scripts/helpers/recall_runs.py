@@ -161,6 +161,8 @@ def train_recall(run: RecallRun, work: Path = WORK, results: Path = RESULTS) -> 
 def trained(run: RecallRun, rate: float, folder: Path) -> dict[str, Any]:
     """Train at both lengths, each from its newest checkpoint, and ask after each."""
     set_seed(run.seed)
+    # A save adds to the config of a model.
+    config = config_of(run.arm).to_diff_dict()
     model = EngramMoEForCausalLM(config_of(run.arm))
     rows = RecallRows(f"seed {run.seed}", STEPS * ROWS, TRAINED)
     trainer, cpu = make_trainer(model, rows, folder / "short", STEPS, rate, run.seed, ROWS)
@@ -172,6 +174,7 @@ def trained(run: RecallRun, rate: float, folder: Path) -> dict[str, Any]:
         "steps": STEPS,
         "tokens": STEPS * ROWS * TRAINED,
         "parameters": {"total": count.total, "active": count.active, "tables": count.tables},
+        "config": config,
         "curve": curve,
     }
     if run.is_tuning:
