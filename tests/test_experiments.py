@@ -555,7 +555,14 @@ def test_a_pretrained_model_learns_in_three_ways_and_each_is_measured(base, note
     tuning[PretrainedRun("full", 1000, RATES["full"][0]).name] = {"loss": 5}
     section = SECTIONS["pretrained"]("tiny", {**tuning, **{content["name"]: content for content in found.values()}})
     assert f"{found['lora']['loss']:.4f}" in section.parts[0] and len(section.files) == 4
-    said = section.parts[1].replace("\n", " ")
+    compared = section.parts[1].replace("\n", " ")
+    for name, key in (("on held-out articles", "documents"), ("on code", "other")):
+        loss = {
+            way: sum(found[way][key]["nats"]) / sum(found[way][key]["tokens"]) for way in ("memory", "lora", "full")
+        }
+        for way in ("lora", "full"):
+            assert f"{name} {loss['memory'] - loss[way]:+.4f} (" in compared
+    said = section.parts[2].replace("\n", " ")
     assert "all projections: 3.000 at 0.001, 2.000 at 0.002, 4.000 at 0.004;" in said
     assert "all parameters: 5.000 at 2e-05 (the best is at the edge)." in said and "none yet" in said
 
@@ -752,6 +759,8 @@ def made_results(
                 "loss": float(nats.sum() / tokens.sum()), "cpu_hours": 0.25, "hardware": "h", "commit": "c",
                 "versions": {"torch": "2"}, "documents": {"nats": nats.tolist(), "tokens": tokens.tolist()},
             }  # fmt: skip
+            if arm.is_on_disk:
+                found[run.name]["memory"] = {"limit_bytes": None, "own_bytes": 1}
             if arm in (ENGRAM, MOE):
                 shares = {ON: {"facts_trained": "1110" * 50, "reading": "1010" * 50, "facts_held_out": "1000" * 50}}
                 if arm is ENGRAM:

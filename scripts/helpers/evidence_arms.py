@@ -20,6 +20,7 @@ from helpers.evidence_sections import (
     paired,
     runs_with,
     seeds_of,
+    told,
     verdict_of,
 )
 from helpers.evidence_statistics import Interval, difference
@@ -56,11 +57,6 @@ def controls(scale: str, results: Results) -> Section:
     return Section(
         verdict, here, [table.markdown(), *says, wrap(limits)], files, lambda p: draw_curves(p, results, scale)
     )
-
-
-def told(interval: Interval, seeds: int) -> str:
-    clear = "clearly" if interval.is_clear else "not clearly"
-    return f"{interval}, {clear} {'above' if interval.value > 0 else 'below'} 0 ({seeds_of(seeds)})"
 
 
 def draw_curves(path: Path, results: Results, scale: str) -> Path:

@@ -3,11 +3,11 @@
 import statistics
 from pathlib import Path
 
-from helpers.evidence_sections import NOT_RUN, OPEN, Results, Section, spread
+from helpers.evidence_sections import NO_CLAIM, NOT_RUN, Results, Section, seeds_of, spread, told
 from helpers.evidence_statistics import Interval, difference, share_right
 from helpers.experiments import TUNING_SEED
 from helpers.known_answers import TASKS
-from helpers.pretrained_runs import RATES, TITLES, names_of_tuning, pretrained_runs
+from helpers.pretrained_runs import FULL, LORA, MEMORY, RATES, TITLES, names_of_tuning, pretrained_runs
 from helpers.results import Table, wrap
 
 
@@ -22,10 +22,9 @@ def pretrained(scale: str, results: Results) -> Section:
     for way, runs in {"base": [base], **found}.items():
         losses = [run["loss"] for run in runs]
         twins = [base] * len(runs)
-        others = [[{**run, "documents": run["other"]} for run in each] for each in (runs, twins)]
         cells = ["", ""]
         if way != "base":
-            forgotten[way] = difference(*others)
+            forgotten[way] = difference(on_code(runs), on_code(twins))
             cells = [str(difference(runs, twins)), str(forgotten[way])]
         rows.append(
             [
@@ -56,8 +55,9 @@ def pretrained(scale: str, results: Results) -> Section:
     here = "; ".join(
         f"{TITLES[way]} {interval.value:+.3f}, on code {forgotten[way].value:+.3f}" for way, interval in learned.items()
     )
-    trained, held_out, reading = answers_of_way(found["memory"], "silenced")
-    parts = [Table(columns, rows).markdown(), tuning_line(results)]
+    here += f", {seeds_of(min(map(len, found.values())))}"
+    trained, held_out, reading = answers_of_way(found[MEMORY], "silenced")
+    parts = [Table(columns, rows).markdown(), beside_others(found), tuning_line(results)]
     parts.append(
         wrap(
             f"With its memory silenced the model answers {trained:.1%} of trained facts, {held_out:.1%} of held-out "
@@ -70,7 +70,29 @@ def pretrained(scale: str, results: Results) -> Section:
             "tuned by the loss on held-out articles and not by what they forget."
         )
     )
-    return Section(OPEN, here, parts, files, lambda path: draw_pretrained(path, learned, forgotten))
+    return Section(NO_CLAIM, here, parts, files, lambda path: draw_pretrained(path, learned, forgotten))
+
+
+def beside_others(found: dict[str, list[dict]]) -> str:
+    """How the memory compares with each other way, by runs with the same seeds."""
+    sentences = []
+    for way in (LORA, FULL):
+        seeds = {run["seed"] for run in found[MEMORY]} & {run["seed"] for run in found[way]}
+        own, others = ([run for run in found[each] if run["seed"] in seeds] for each in (MEMORY, way))
+        if seeds:
+            sentences.append(
+                f"Minus {TITLES[way]}: on held-out articles {told(difference(own, others), len(seeds))}, on code "
+                f"{told(difference(on_code(own), on_code(others)), len(seeds))}."
+            )
+    return wrap(
+        "The loss of the model with a memory minus that of the other ways. Above 0 it has learned less of the "
+        f"articles, or forgotten more of the code. {' '.join(sentences)}"
+    )
+
+
+def on_code(runs: list[dict]) -> list[dict]:
+    """The same runs with their losses on code in place of those on articles."""
+    return [{**run, "documents": run["other"]} for run in runs]
 
 
 def tuning_line(results: Results) -> str:

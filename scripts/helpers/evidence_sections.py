@@ -12,7 +12,7 @@ from helpers.results import Table
 
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot be told at this size", "not run yet"
-NOT_AT_THIS_SIZE = "not run at this size"
+NOT_AT_THIS_SIZE, NO_CLAIM = "not run at this size", "no claim"
 HOLDS_BENT = "holds, but not on a straight line"
 TOO_FEW, UNFINISHED = "cannot be told yet: one seed", "cannot be told yet: runs are missing"
 # A verdict needs so many seeds: one alone may be luck.
@@ -49,6 +49,11 @@ def paired(arm: Arm, other: Arm, scale: str, results: Results) -> tuple[list[dic
 
 def seeds_of(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def told(interval: Interval, seeds: int) -> str:
+    clear = "clearly" if interval.is_clear else "not clearly"
+    return f"{interval}, {clear} {'above' if interval.value > 0 else 'below'} 0 ({seeds_of(seeds)})"
 
 
 def spread(losses: list[float]) -> str:
