@@ -660,16 +660,16 @@ def test_an_answer_counts_where_the_likeliest_token_before_it_is_the_answer(monk
 
 @pytest.fixture
 def short_recall(monkeypatch, tmp_path):
-    """A run of few steps, for a small model; three tuning runs are there already."""
-    from helpers import experiments, recall_runs
+    """A run of few steps, for a small model, whose family is tuned already."""
+    from helpers import experiment_runs, experiments, recall_runs
 
     monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale("tiny", 0, FIELDS))
     sizes = {"STEPS": 4, "LONG_STEPS": 4, "ROWS": 2, "LONG_ROWS": 1, "ASKED_ROWS": 2}
     for name, value in {**sizes, "EXTENDED": 512, "LENGTHS": (256, 512)}.items():
         monkeypatch.setattr(recall_runs, name, value)
     (tmp_path / "results").mkdir()
-    for rate in recall_runs.RATES[1:]:
-        (tmp_path / "results" / f"recall-tuning-engram-{rate:g}.json").write_text(json.dumps({"loss": 99 + rate}))
+    for rate in experiment_runs.RATES:
+        (tmp_path / "results" / f"tiny-tuning-engram-{rate:g}.json").write_text(json.dumps({"loss": rate}))
     return recall_runs
 
 
@@ -678,8 +678,6 @@ def test_a_run_on_long_context_goes_on_after_a_kill_in_its_long_rows(short_recal
     from helpers.experiments import ENGRAM
 
     results = tmp_path / "results"
-    tuned = short_recall.train_recall(short_recall.RecallRun(ENGRAM, 1000, 1e-3), tmp_path / "a", results)
-    assert tuned["loss"] < 99 and "right" not in tuned
     run = short_recall.RecallRun(ENGRAM, 0)
     whole = short_recall.train_recall(run, tmp_path / "a", results)
     assert whole["learning_rate"] == 1e-3 and len(whole["curve"]) == len(whole["long_curve"]) == 4
@@ -896,29 +894,26 @@ def test_long_rows_say_something_of_models_that_have_learned_short_ones():
     assert "| needles | 1,024 | YaRN, trained on long rows |" in table
 
 
-def test_a_task_that_no_rate_teaches_is_not_run_and_the_page_says_why(tmp_path):
+def test_a_task_that_is_not_learned_gets_no_second_seed_and_the_page_says_why():
     from helpers.evidence_page import rendered_section
     from helpers.evidence_recall import recall
-    from helpers.evidence_sections import NOT_AT_THIS_SIZE, NOT_RUN
+    from helpers.evidence_sections import NOT_AT_THIS_SIZE, OPEN
     from helpers.experiment_plan import runs_of
     from helpers.experiments import EXPERIMENTS
-    from helpers.recall_runs import guessing_loss, tuning_runs
 
     long = next(experiment for experiment in EXPERIMENTS if experiment.name == "long")
-    curve = [[40, 4.0], [80, guessing_loss()]]
-    guessed = {
-        run.name: {"name": run.name, "loss": guessing_loss(), "curve": curve, "cpu_hours": 0.5} for run in tuning_runs()
-    }
-    assert {run.name for run in runs_of(long, "tiny", guessed)} == set(guessed)
+    first = {"recall-engram-seed0", "recall-moe-seed0"}
+    guessed = recall_results({"engram": (0.2, 0.1), "moe": (0.3, 0.1)}, seeds=1)
+    assert {run.name for run in runs_of(long, "tiny", guessed)} == first
     section = recall("tiny", guessed)
-    assert section.verdict == NOT_AT_THIS_SIZE and section.files == list(guessed)
-    assert section.draw(tmp_path / "long.png").stat().st_size > 10_000
-    assert f"{guessing_loss():.2f}" in section.here and "3.00 CPU hours" in rendered_section(long, "tiny", guessed)
-    # One rate that teaches it, and one that is not tried yet.
-    last = guessed.pop(tuning_runs()[-1].name)
-    assert len(runs_of(long, "tiny", guessed)) == 10 and recall("tiny", guessed).verdict == NOT_RUN
-    guessed[last["name"]] = {**last, "loss": 0.1}
-    assert len(runs_of(long, "tiny", guessed)) == 10 and recall("tiny", guessed).verdict == NOT_RUN
+    assert section.verdict == NOT_AT_THIS_SIZE and set(section.files) == first
+    # Each of twelve needles has a value of its own, and variables are four chains of three names.
+    assert "and a guess 8%" in section.here and "and a guess 25%" in section.here
+    assert "2 of 2 runs are finished in 0.40 CPU hours" in rendered_section(long, "tiny", guessed)
+    # One that has not ended, and one that has learned.
+    assert len(runs_of(long, "tiny", {"recall-moe-seed0": guessed["recall-moe-seed0"]})) == 4
+    learned = recall_results({"engram": (0.2, 0.1), "moe": (0.9, 0.1)}, seeds=1)
+    assert len(runs_of(long, "tiny", learned)) == 4 and recall("tiny", learned).verdict == OPEN
 
 
 def test_a_guess_costs_what_is_left_to_choose_from():

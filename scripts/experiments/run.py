@@ -123,7 +123,7 @@ def show_state(scale: str) -> None:
     results = read_results()
     for experiment in EXPERIMENTS:
         runs = [run for run in runs_of(experiment, scale, results) if not run.is_tuning]
-        finished, count = sum(run.name in results for run in runs), count_reported(experiment, scale)
+        finished, count = sum(run.name in results for run in runs), count_reported(experiment, scale, results)
         state = f"{finished:>3} of {count:>2} runs" if count else "   no own runs"
         hours = hours_of_run(experiment, scale)
         costs = f", about {hours:.2f} CPU hours each" if count and hours is not None else ""

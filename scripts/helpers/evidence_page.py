@@ -8,7 +8,7 @@ from helpers.evidence_arms import ablations, controls
 from helpers.evidence_depth import depth
 from helpers.evidence_pretrained import pretrained
 from helpers.evidence_recall import recall
-from helpers.evidence_sections import NOT_AT_THIS_SIZE, NOT_RUN, Results, Section
+from helpers.evidence_sections import NOT_RUN, Results, Section
 from helpers.evidence_sizes import allocation, memory_sizes
 from helpers.experiment_files import best_rate
 from helpers.experiment_measures import MEASURES, measured_runs, name_of
@@ -68,7 +68,7 @@ def progress_of(experiment: Experiment, scale: str, results: Results) -> str:
         return f"{done} of {len(names)} models are measured, each after its run of `controls`: {command}."
     names = [run.name for run in runs_of(experiment, scale, results) if not run.is_tuning]
     done = [results[name] for name in names if name in results]
-    count, hours = count_reported(experiment, scale), hours_of_run(experiment, scale)
+    count, hours = count_reported(experiment, scale, results), hours_of_run(experiment, scale)
     left = count - len(done)
     costs = f"; the other {left} take about {left * hours:.1f} CPU hours" if left and hours is not None else ""
     spent = f" in {sum(run['cpu_hours'] for run in done):.2f} CPU hours" if done else ""
@@ -80,8 +80,7 @@ def rendered_section(experiment: Experiment, scale: str, results: Results) -> st
     parts = [f"## {experiment.number}. {experiment.title}", wrap(f"The paper's claim: {experiment.claim}")]
     if section.verdict == NOT_RUN:
         parts.append("**Not finished.**" if section.files else "**Not run yet.**")
-    if section.verdict != NOT_AT_THIS_SIZE:
-        parts.append(wrap(progress_of(experiment, scale, results)))
+    parts.append(wrap(progress_of(experiment, scale, results)))
     parts += section.parts
     if section.draw is not None:
         parts.append(f"![{experiment.title}]({picture_of(experiment)})")

@@ -15,7 +15,7 @@ from helpers.evidence_sections import (
     seeds_of,
 )
 from helpers.evidence_statistics import share_difference, share_interval, share_right
-from helpers.experiments import ENGRAM, MOE
+from helpers.experiments import ENGRAM, MOE, Arm
 from helpers.recall_runs import (
     ARMS,
     AS_TRAINED,
@@ -23,32 +23,26 @@ from helpers.recall_runs import (
     EXTENDED,
     LENGTHS,
     LONG_STEPS,
-    RATES,
-    ROWS,
     SEEDS,
     STEPS,
     TRAINED,
     YARN_ALONE,
     YARN_TRAINED,
     RecallRun,
-    guessing_loss,
+    guessed_share,
+    has_learned,
     recall_runs,
-    tuning_runs,
 )
 from helpers.recall_task import ASSIGNMENTS, KINDS
 from helpers.results import Table, wrap
 
 
-# A model that answers fewer at the trained length has not learned the task, and says nothing of longer rows.
-LEARNED = 0.5
 WAYS = (AS_TRAINED, YARN_ALONE, YARN_TRAINED)
 
 
 def recall(scale: str, results: Results) -> Section:
     runs = recall_runs(results)
-    if all(run.is_tuning for run in runs):
-        return not_learned(results)
-    files = [run.name for run in runs if run.name in results and not run.is_tuning]
+    files = [run.name for run in runs if run.name in results]
     seeds = [seed for seed in SEEDS if all(RecallRun(arm, seed).name in files for arm in ARMS)]
     if not seeds:
         return Section(NOT_RUN, files=files)
@@ -67,23 +61,31 @@ def recall(scale: str, results: Results) -> Section:
     here = f"EngramMoE minus MoE in rows of {EXTENDED:,} tokens: {told}, {seeds_of(count)}"
     values = [*each, *(bound for gain in gains.values() for bound in (gain.low, gain.high))]
     verdict = OPEN
-    if all(learned(found[arm], kind) for arm in ARMS for kind in KINDS):
-        if count < FEWEST_SEEDS:
-            verdict = TOO_FEW
-        elif min(values) > 0:
-            verdict = HOLDS
-        elif max(values) < 0:
-            verdict = FAILS
-    else:
+    if len(runs) == len(ARMS):
+        verdict, here = NOT_AT_THIS_SIZE, not_learned(found)
+    elif not all(has_learned(run, kind) for own in found.values() for run in own for kind in KINDS):
         here += "; a model that has not learned a task at its trained length says nothing of longer rows"
+    elif count < FEWEST_SEEDS:
+        verdict = TOO_FEW
+    elif min(values) > 0:
+        verdict = HOLDS
+    elif max(values) < 0:
+        verdict = FAILS
     parts = [
         wrap(
             f"Rows of a made-up language hold {ASSIGNMENTS} assignments between phrases, and end with a question for "
             f"each (`scripts/helpers/recall_task.py`). A model reads {STEPS:,} steps of rows of {TRAINED} tokens, then "
-            f"{LONG_STEPS} of rows of {EXTENDED:,} with YaRN. The loss counts answers alone."
+            f"{LONG_STEPS} of rows of {EXTENDED:,} with YaRN, at the rate that was tuned for its family on text. The "
+            "loss counts answers alone."
         ),
         Table(columns, rows).markdown(),
-        wrap(f"Each share is of {ASKED_ROWS // len(KINDS) * ASSIGNMENTS} questions a seed. {here}."),
+        wrap(
+            f"Each share is of {ASKED_ROWS // len(KINDS) * ASSIGNMENTS} questions a seed. {here[0].upper()}{here[1:]}."
+        ),
+        wrap(
+            "YaRN itself is tested exactly: DeepSeek's formula, and the same logits for whole, chunked and single "
+            "tokens on both sides of the trained length (`tests/modeling/test_yarn.py`)."
+        ),
         wrap(
             "The paper's models are asked in English among 32,768 tokens. Here an assignment is an n-gram that the "
             "table can learn, which is kinder to a memory than a needle that no one has read before."
@@ -92,31 +94,17 @@ def recall(scale: str, results: Results) -> Section:
     return Section(verdict, here, parts, files, lambda path: draw_recall(path, found))
 
 
-def not_learned(results: Results) -> Section:
-    """Why nothing is compared where no tuning run has learned the task."""
-    tuning = tuning_runs()
-    rows = [[run.arm.title, run.rate, results[run.name]["loss"]] for run in tuning]
-    hours = sum(results[run.name]["cpu_hours"] for run in tuning)
-    best = min(loss for *_, loss in rows)
-    here = (
-        f"after {STEPS * ROWS * TRAINED:,} tokens answers cost {best:.2f} nats at the best of {len(rows)} rates and "
-        f"models, and guessing among the values of a row {guessing_loss():.2f}"
+def not_learned(found: dict[Arm, list[dict]]) -> str:
+    """Why the models say nothing of longer rows."""
+    told = "; ".join(
+        f"{kind} {' and '.join(f'{share_right(digits(found[arm], kind, AS_TRAINED, TRAINED)):.0%}' for arm in ARMS)}, "
+        f"and a guess {guessed_share(kind):.0%}"
+        for kind in KINDS
     )
-    parts = [
-        wrap(
-            f"Rows of a made-up language hold up to {ASSIGNMENTS} assignments between phrases, and ask for them "
-            f"(`scripts/helpers/recall_task.py`). {here[0].upper()}{here[1:]}: these models learn which values there "
-            "are, and not which one belongs to a key. A model that does not find an answer among "
-            f"{TRAINED} tokens says nothing of {EXTENDED:,}, so the runs that would compare models are not made."
-        ),
-        Table({"model": "", "learning rate": "g", "loss of answers": ".3f"}, rows).markdown(),
-        wrap(f"This took {hours:.2f} CPU hours: `python scripts/experiments/run.py long`."),
-        wrap(
-            "YaRN itself is tested exactly: DeepSeek's formula, and the same logits for whole, chunked and single "
-            "tokens on both sides of the trained length (`tests/modeling/test_yarn.py`)."
-        ),
-    ]
-    return Section(NOT_AT_THIS_SIZE, here, parts, [run.name for run in tuning], lambda path: draw_tuning(path, results))
+    return (
+        f"the task is not learned: in rows of the trained {TRAINED} tokens EngramMoE and the MoE answer {told}, so "
+        "longer rows say nothing, and no second seed was trained"
+    )
 
 
 def digits(runs: list[dict], kind: str, way: str = YARN_TRAINED, length: int = EXTENDED) -> str:
@@ -132,25 +120,6 @@ def cell(runs: list[dict], way: str, length: int, kind: str) -> str:
 def gain_of(found: dict, kind: str, place: int) -> float:
     own, other = (share_right(digits([found[arm][place]], kind)) for arm in (ENGRAM, MOE))
     return own - other
-
-
-def learned(runs: list[dict], kind: str) -> bool:
-    return all(share_right(digits([run], kind, AS_TRAINED, TRAINED)) >= LEARNED for run in runs)
-
-
-def draw_tuning(path: Path, results: Results) -> Path:
-    """Losses of runs that did not learn, beside what guessing costs."""
-    from engram_hf.insight.drawing import COLORS, new_figure, save_figure
-
-    figure, (axis,) = new_figure("Recall is not learned", 1, 1, (6.5, 4.2))
-    for run in tuning_runs():
-        color, style = COLORS[ARMS.index(run.arm)], ("-", "--", ":")[RATES.index(run.rate)]
-        label = f"{run.arm.title.split(',')[0]}, rate {run.rate:g}"
-        axis.plot(*zip(*results[run.name]["curve"]), color=color, linestyle=style, label=label)
-    axis.axhline(guessing_loss(), color=COLORS[len(ARMS)], label="guessing among a row's values")
-    axis.set(xlabel="steps", ylabel="loss of answers, nats")
-    axis.legend(fontsize=7)
-    return save_figure(figure, path)
 
 
 def draw_recall(path: Path, found: dict) -> Path:

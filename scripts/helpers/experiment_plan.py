@@ -22,9 +22,10 @@ def runs_of(experiment: Experiment, scale: str, results: dict[str, dict]) -> lis
     return [*tuning, *reported_runs(experiment, scale, results)]
 
 
-def count_reported(experiment: Experiment, scale: str) -> int:
+def count_reported(experiment: Experiment, scale: str, results: dict[str, dict]) -> int:
     """Of all reported runs, also those that are not known yet."""
-    return sum(not run.is_tuning for run in runs_of(experiment, scale, {})) + experiment.repeats
+    known = results if experiment.name in OF_OTHER_MODELS else {}
+    return sum(not run.is_tuning for run in runs_of(experiment, scale, known)) + experiment.repeats
 
 
 def hours_of_run(experiment: Experiment, scale: str) -> float | None:

@@ -9,7 +9,6 @@ import shutil
 import statistics
 from dataclasses import dataclass
 from functools import cache
-from math import log
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +20,8 @@ from transformers import set_seed
 
 from engram_hf import EngramMoEForCausalLM, count_parameters
 from helpers.experiment_files import RESULTS, WORK, AnyRun, best_rate, finish, read_results
-from helpers.experiment_runs import go_on, make_trainer
-from helpers.experiments import ENGRAM, MOE, SCALES, TUNING_SEED, Arm, Scale, maker
+from helpers.experiment_runs import go_on, make_trainer, names_of_tuning
+from helpers.experiments import ENGRAM, MOE, SCALES, Arm, Scale, maker
 from helpers.recall_task import IGNORED, KINDS, VOCAB_SIZE, make_row
 
 
@@ -31,7 +30,6 @@ LENGTHS = (TRAINED, 2 * TRAINED, EXTENDED)
 # As many tokens in a step of either length.
 ROWS, LONG_ROWS = 16, 4
 STEPS, LONG_STEPS = 1200, 120
-RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1)
 ARMS = (ENGRAM, MOE)
 # Rows that are asked about at each length, of both kinds in turn.
@@ -48,24 +46,22 @@ YARN = {
     "mscale_all_dim": 0.707,
 }
 HOURS_PER_RUN = 0.35
-# Where no tuning run has a loss below this share of what guessing costs, the task is not learned at this size.
+# Of right answers at the trained length.
 LEARNED_SHARE = 0.5
 GUESSED_ROWS = 200
 
 
 @dataclass(frozen=True)
 class RecallRun(AnyRun):
-    """An arm that learns to recall."""
+    """An arm that learns to recall, at the rate that was tuned for its family on text."""
 
     arm: Arm
     seed: int
-    rate: float | None = None
+    rate: None = None
 
     @property
     def name(self) -> str:
-        return (
-            f"recall-tuning-{self.arm.name}-{self.rate:g}" if self.rate else f"recall-{self.arm.name}-seed{self.seed}"
-        )
+        return f"recall-{self.arm.name}-seed{self.seed}"
 
     def prepare(self, knowledge: Path) -> None:
         """Rows are made while they are read."""
@@ -75,28 +71,27 @@ class RecallRun(AnyRun):
 
 
 def recall_runs(results: dict[str, dict]) -> list[RecallRun]:
-    """Tuning first, then seed by seed; no more where tuning has shown that the task is not learned."""
-    tuning = tuning_runs()
-    if all(run.name in results for run in tuning) and not is_learned(results):
-        return tuning
-    return [*tuning, *(RecallRun(arm, seed) for seed in SEEDS for arm in ARMS)]
+    """Seed by seed; no more than the first where it has shown that no task is learned."""
+    first = [RecallRun(arm, SEEDS[0]) for arm in ARMS]
+    if all(run.name in results for run in first):
+        learned = [has_learned(results[run.name], kind) for run in first for kind in KINDS]
+        if not any(learned):
+            return first
+    return [RecallRun(arm, seed) for seed in SEEDS for arm in ARMS]
 
 
-def tuning_runs() -> list[RecallRun]:
-    return [RecallRun(arm, TUNING_SEED, rate) for arm in ARMS for rate in RATES]
-
-
-def is_learned(results: dict[str, dict]) -> bool:
-    """Whether a tuning run finds more than the values that a row has said."""
-    return min(results[run.name]["loss"] for run in tuning_runs()) < LEARNED_SHARE * guessing_loss()
+def has_learned(content: dict[str, Any], kind: str) -> bool:
+    """Whether a finished run answers enough in rows of the trained length to say something of longer ones."""
+    digits = content["right"][AS_TRAINED][f"{TRAINED}"][kind]
+    return digits.count("1") >= LEARNED_SHARE * len(digits)
 
 
 @cache
-def guessing_loss() -> float:
-    """Nats per answer of who knows the values that a row has said, and not to which key they belong."""
+def guessed_share(kind: str) -> float:
+    """Of right answers by who knows the values that a row has said, and not to which key they belong."""
     draw = random.Random(0)
-    rows = [make_row(KINDS[index % len(KINDS)], TRAINED, draw, False) for index in range(GUESSED_ROWS)]
-    return statistics.mean(log(count) for row in rows for count in row.choices)
+    rows = [make_row(kind, TRAINED, draw, True) for _ in range(GUESSED_ROWS)]
+    return statistics.mean(1 / count for row in rows for count in row.choices)
 
 
 class RecallRows(Dataset):
@@ -148,8 +143,7 @@ def answers(model: nn.Module, length: int) -> dict[str, str]:
 
 def train_recall(run: RecallRun, work: Path = WORK, results: Path = RESULTS) -> dict[str, Any] | None:
     """Train a run to its end and write its JSON file, or return None where another process works on it."""
-    tuning = {rate: RecallRun(run.arm, TUNING_SEED, rate).name for rate in RATES}
-    rate = run.rate or best_rate(tuning, read_results(results))
+    rate = best_rate(names_of_tuning(run.arm.family, "tiny"), read_results(results))
     folder = work / "runs" / f"{run.name}-{rate:g}"
     content = finish(results / f"{run.name}.json", folder, lambda: trained(run, rate, folder))
     if content is not None:
@@ -177,10 +171,6 @@ def trained(run: RecallRun, rate: float, folder: Path) -> dict[str, Any]:
         "config": config,
         "curve": curve,
     }
-    if run.is_tuning:
-        # Of the last tenth, in which the rate is nearly 0.
-        last = [loss for _, loss in curve[-max(len(curve) // 10, 1) :]]
-        return {**content, "loss": sum(last) / len(last), "cpu_hours": round(cpu.total() / 3600, 4)}
     right = {AS_TRAINED: {f"{length}": answers(model, length) for length in LENGTHS}}
     longer = extended(model)
     right[YARN_ALONE] = {f"{length}": answers(longer, length) for length in LENGTHS}
