@@ -488,9 +488,9 @@ print(min(limit for limit, _ in own_limits()), memory.most_bytes)
 
 
 def test_a_process_within_a_limit_knows_it_and_is_killed_beyond_it():
-    from helpers.memory_limit import kilobytes, memory_cgroup
+    from helpers.memory_limit import bytes_of, memory_cgroup
 
-    if kilobytes("/proc/meminfo", "SwapTotal"):
+    if bytes_of("/proc/meminfo", "SwapTotal"):
         pytest.skip("what is beyond the limit would be swapped")
     limit, environment = 2**28, {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     with memory_cgroup(limit) as before:

@@ -60,15 +60,15 @@ def limited_memory(limit_bytes: int) -> Iterator[tuple[str, list[str]]]:
     yield f"{len(locked) / 1e9:.1f} GB locked, {limit_bytes / 1e9:.2f} GB left", []
 
 
-def kilobytes(file: str, field: str) -> int:
-    """In bytes: what a file of /proc says of a field."""
+def bytes_of(file: str, field: str) -> int:
+    """What a file of /proc says of a field, in kilobytes there."""
     with open(file) as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def free_bytes() -> int:
     """What the machine has free or can free."""
-    return kilobytes("/proc/meminfo", "MemAvailable")
+    return bytes_of("/proc/meminfo", "MemAvailable")
 
 
 class MemoryWatch:
@@ -91,7 +91,7 @@ class MemoryWatch:
 
     def watch(self) -> None:
         while not self.ended.is_set():
-            self.most_bytes = max(self.most_bytes, kilobytes("/proc/self/status", "RssAnon"))
+            self.most_bytes = max(self.most_bytes, bytes_of("/proc/self/status", "RssAnon"))
             self.ended.wait(0.01)
 
 
