@@ -22,7 +22,7 @@ from helpers.results import Table, wrap
 HEAD = """# Evidence
 
 The articles about Engram promise that a memory lowers the loss at equal cost, that facts live in its tables, and more.
-Here the promises are held against controls, in models of 4.3 million parameters on text that is full of facts.
+Here the promises are held against controls, mostly in models of 4.3 million parameters, on text that is full of facts.
 `scripts/experiments/report.py` writes this page from `scripts/experiments/results/`. No figure of a run and no verdict
 is typed by hand.
 """
@@ -31,9 +31,10 @@ MISLEADING = """## Three ways in which this page could mislead
 1. **Size.** The paper's 27B models have 6,000 times the parameters and read 87,000 times the tokens. What does not show
    here may show there, and the other way round.
 2. **The text and the tuning.** Most of the text is dictionary articles of few words each, where short n-grams say much.
-   Articles whose facts are asked for are read {times} times, all others once. The learning rate was chosen with one
-   seed from rates that differ by a factor of two; a better one between them may favour one family.
-3. **Intervals.** They are bootstraps over articles and say nothing of other seeds. Two or three seeds are too few to
+   Articles whose facts are asked for are read {times} times by the small models, all others once. The learning rate was
+   chosen with one seed from rates that differ by a factor of two or more. A better one between them may favour one
+   family.
+3. **Intervals.** They are bootstraps over articles and say nothing of other seeds. Three seeds at most are too few to
    know that spread. With so many comparisons on one page, one in twenty clear ones is an accident.
 """
 
@@ -64,13 +65,14 @@ def progress_of(experiment: Experiment, scale: str, results: Results) -> str:
     command = f"`python scripts/experiments/run.py {experiment.name}`"
     if experiment.name in MEASURES:
         names = [name_of(experiment.name, run) for run in measured_runs(scale)]
-        done = sum(name in results for name in names)
-        return f"{done} of {len(names)} models are measured, each after its run of `controls`: {command}."
+        done = [results[name] for name in names if name in results]
+        spent = f" in {sum(run['cpu_hours'] for run in done):.2f} CPU hours" if done else ""
+        return f"{len(done)} of {len(names)} models are measured{spent}, each after its run of `controls`: {command}."
     names = [run.name for run in runs_of(experiment, scale, results) if not run.is_tuning]
     done = [results[name] for name in names if name in results]
     count, hours = count_reported(experiment, scale, results), hours_of_run(experiment, scale)
     left = count - len(done)
-    costs = f"; the other {left} take about {left * hours:.1f} CPU hours" if left and hours is not None else ""
+    costs = f"; what is left takes about {left * hours:.1f} CPU hours" if left and hours is not None else ""
     spent = f" in {sum(run['cpu_hours'] for run in done):.2f} CPU hours" if done else ""
     return f"{len(done)} of {count} runs are finished{spent}{costs}: {command}."
 
@@ -121,14 +123,14 @@ def provenance(scale: str, results: Results) -> str:
     tokens = sum(first["documents"]["tokens"])
     hardware, commits = sorted({run["hardware"] for run in runs}), sorted({run["commit"] for run in runs})
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    hours = sum(run["cpu_hours"] for name, run in results.items() if name.startswith(f"{scale}-"))
+    hours = sum(run["cpu_hours"] for run in results.values())
     articles = len(first["documents"]["tokens"])
     return (
         f"A run reads {first['tokens']:,} tokens in {first['steps']:,} steps, on {first['threads']} thread. "
         f"torch's `float32_matmul_precision` is {first['matmul_precision']}. Losses are "
         f"nats per token of the beginnings of {articles} held-out articles, {tokens:,} tokens. Text {first['text']}; "
-        f"{'; '.join(hardware)}; {versions}; commit {', '.join(commits)}. All runs and their tuning took {hours:.2f} "
-        "CPU hours."
+        f"{'; '.join(hardware)}; {versions}; commit {', '.join(commits)}. All runs of this page and their tuning took "
+        f"{hours:.2f} CPU hours."
     )
 
 

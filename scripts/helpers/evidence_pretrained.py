@@ -7,7 +7,7 @@ from helpers.evidence_sections import NO_CLAIM, NOT_RUN, Results, Section, seeds
 from helpers.evidence_statistics import Interval, difference, share_right
 from helpers.experiments import TUNING_SEED
 from helpers.known_answers import TASKS
-from helpers.pretrained_runs import FULL, LORA, MEMORY, RATES, TITLES, names_of_tuning, pretrained_runs
+from helpers.pretrained_runs import FULL, LORA, MEMORY, RATES, TIMES_ASKED, TITLES, names_of_tuning, pretrained_runs
 from helpers.results import Table, wrap
 
 
@@ -55,22 +55,37 @@ def pretrained(scale: str, results: Results) -> Section:
     here = "; ".join(
         f"{TITLES[way]} {interval.value:+.3f}, on code {forgotten[way].value:+.3f}" for way, interval in learned.items()
     )
-    here += f", {seeds_of(min(map(len, found.values())))}"
+    counts = list(dict.fromkeys(map(len, found.values())))
+    here = f"loss minus the base's: {here}, {seeds_of(counts[0]) if len(counts) == 1 else 'seeds differ'}"
     trained, held_out, reading = answers_of_way(found[MEMORY], "silenced")
-    parts = [Table(columns, rows).markdown(), beside_others(found), tuning_line(results)]
+    parts = [about_runs(base, found), Table(columns, rows).markdown(), beside_others(found), tuning_line(results)]
     parts.append(
         wrap(
             f"With its memory silenced the model answers {trained:.1%} of trained facts, {held_out:.1%} of held-out "
-            f"ones and {reading:.1%} of reading."
+            f"ones and {reading:.1%} of reading. Only the memory was trained, so this is the base again."
         )
     )
     parts.append(
         wrap(
-            "The base has read far more text than any run here gives it, so most of its facts are its own. Ways were "
-            "tuned by the loss on held-out articles and not by what they forget."
+            "The base has read far more text than any run here gives it. A gain on facts that are held out is no gain "
+            "of facts: the model has learned how such articles go on. Ways were tuned by the loss on held-out articles "
+            "and not by what they forget. They differ in parameters, and none was tried at other sizes."
         )
     )
     return Section(NO_CLAIM, here, parts, files, lambda path: draw_pretrained(path, learned, forgotten))
+
+
+def about_runs(base: dict, found: dict[str, list[dict]]) -> str:
+    """What the model is, and what it reads and is asked."""
+    first = found[MEMORY][0]
+    commits = sorted({run["commit"] for runs in found.values() for run in runs} | {base["commit"]})
+    documents, other = base["documents"]["tokens"], base["other"]["tokens"]
+    return wrap(
+        f"The model is SmolLM2-135M-Instruct. A run reads {first['tokens']:,} tokens of articles in {first['steps']} "
+        f"steps. Articles whose facts are asked for are read {TIMES_ASKED} times. Losses are of {len(documents)} "
+        f"held-out articles, {sum(documents):,} tokens, and of {len(other)} files of Python's library, {sum(other):,} "
+        f"tokens. Text {first['text']}; commit {', '.join(commits)}."
+    )
 
 
 def beside_others(found: dict[str, list[dict]]) -> str:
@@ -80,14 +95,21 @@ def beside_others(found: dict[str, list[dict]]) -> str:
         seeds = {run["seed"] for run in found[MEMORY]} & {run["seed"] for run in found[way]}
         own, others = ([run for run in found[each] if run["seed"] in seeds] for each in (MEMORY, way))
         if seeds:
+            learned, forgotten = difference(own, others), difference(on_code(own), on_code(others))
+            less_of_articles = said(learned, "learned less", "learned more", "learns more")
+            less_of_code = said(forgotten, "forgot more", "forgot less", "forgets more")
             sentences.append(
-                f"Minus {TITLES[way]}: on held-out articles {told(difference(own, others), len(seeds))}, on code "
-                f"{told(difference(on_code(own), on_code(others)), len(seeds))}."
+                f"{less_of_articles} of the articles than {TITLES[way]}: the difference of losses is "
+                f"{told(learned, len(seeds))}. {less_of_code} of the code: {told(forgotten, len(seeds))}."
             )
-    return wrap(
-        "The loss of the model with a memory minus that of the other ways. Above 0 it has learned less of the "
-        f"articles, or forgotten more of the code. {' '.join(sentences)}"
-    )
+    return wrap(" ".join(sentences))
+
+
+def said(interval: Interval, above: str, below: str, open_question: str) -> str:
+    """What a difference of losses says of the memory, where it says something."""
+    if not interval.is_clear:
+        return f"It cannot be told whether the memory {open_question}"
+    return f"The memory {above if interval.value > 0 else below}"
 
 
 def on_code(runs: list[dict]) -> list[dict]:

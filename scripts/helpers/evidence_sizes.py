@@ -13,6 +13,7 @@ from helpers.evidence_sections import (
     OPEN,
     Results,
     Section,
+    files_of,
     loss_table,
     paired,
     runs_with,
@@ -38,7 +39,7 @@ def memory_sizes(scale: str, results: Results) -> Section:
         for factor, arm in zip(ROW_FACTORS, arms)
         for run in runs_with(arm, scale, results, (0, 1)).values()
     ]
-    files = [run["name"] for _, run in done]
+    files = [run["name"] for _, run in done] + files_of([ON_DISK], scale, results)
     factors = {factor for factor, _ in done}
     if len(factors) < 3:
         return Section(NOT_RUN, files=[] if factors <= {1} else files)
@@ -92,14 +93,14 @@ def beside_disk(scale: str, results: Results) -> list[str]:
     same = "the same to the last digit" if disk == memory else f"which differs by {disk - memory:+.2e}"
     loss = f"With the largest table on disk the loss is {disk:.6f}, and in memory {memory:.6f}, {same}."
     limit, own = (twins[0]["memory"][name] for name in ("limit_bytes", "own_bytes"))
-    if limit is None:
-        return [wrap(f"{loss} No limit of memory could be set.")]
     needed = BYTES_PER_WEIGHT * twins[0]["parameters"]["tables"]
+    if limit is None or limit - own >= needed:
+        return [wrap(f"{loss} The table had no limit of memory.")]
     return [
         wrap(
-            f"{loss} The run on disk had a memory cgroup of {limit / 1e6:,.0f} MB, which counts cached files too. At "
-            f"its peak it took {own / 1e6:,.0f} MB besides files, so that of the table and its optimizer state, "
-            f"{needed / 1e6:,.0f} MB, at most {(limit - own) / 1e6:,.0f} MB could be in memory then."
+            f"{loss} The run on disk had a memory cgroup of {limit / 1e6:,.0f} MB. Cached files count towards it. At "
+            f"its peak the process took {own / 1e6:,.0f} MB without files, so {(limit - own) / 1e6:,.0f} MB were left "
+            f"for files. The table and its optimizer state need {needed / 1e6:,.0f} MB."
         )
     ]
 

@@ -220,7 +220,7 @@ EXPERIMENTS = [
         "pretrained",
         6,
         "A real pretrained model",
-        "None: the paper's models are trained from the start.",
+        "None for pretrained models.",
     ),
     Experiment(
         "depth",

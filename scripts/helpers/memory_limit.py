@@ -35,7 +35,7 @@ def memory_cgroup(limit_bytes: int) -> Iterator[list[str]]:
                 group.rmdir()
             continue
         try:
-            yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "-"]
+            yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "-"]
         finally:
             group.rmdir()
         return
