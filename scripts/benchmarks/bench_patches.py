@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.made_tables import open_table, write_table
+from helpers.memory_limit import own_bytes
 from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import EngramMoEConfig, PatchedRows, RowPatch
@@ -75,11 +76,6 @@ class Lookups:
     def of_forward(self, token_ids: torch.Tensor) -> list[torch.Tensor]:
         _, row_ids = find_rows(self.ngram_hash, self.memories, token_ids)  # type: ignore[arg-type]
         return [memory.table(row_ids[memory.layer_idx]) for memory in self.memories]
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
 
 def read_rows(ngram_hash: NgramHash, tokens: list[torch.Tensor], layer: int) -> torch.Tensor:
@@ -278,9 +274,9 @@ def main() -> None:
         paths = {layer: Path(name) / f"table-{layer}.safetensors" for layer in LAYERS}
         for layer, path in paths.items():
             write_table(path, ngram_hash.num_rows(layer), WIDTH, torch.bfloat16)
-        before = resident_bytes()
+        before = own_bytes("RssAnon")
         patches = make_patches(ngram_hash, tokens, arguments.users)
-        held = resident_bytes() - before
+        held = own_bytes("RssAnon") - before
         hitting = make_hitting(ngram_hash, tokens)
         for tier in (RESIDENT, HOST, DISK):
             memories = []

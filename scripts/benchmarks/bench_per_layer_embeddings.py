@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.memory_limit import MemoryWatch, own_bytes
 from helpers.results import Results, Table, about, add_results_argument
 
 from engram_hf import engram_optimizers, load_with_tables
@@ -73,30 +73,6 @@ def build(folder: Path, rows: int) -> None:
     )
     torch.manual_seed(0)
     Gemma3nForCausalLM(config).save_pretrained(folder)
-
-
-def figure(name: str) -> int:
-    """Bytes of a line of this process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-class Watched:
-    """The most anonymous memory that this process has, looked at fifty times a second."""
-
-    def __init__(self):
-        self.most, self._is_over = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        while not self._is_over.wait(0.02):
-            self.most = max(self.most, figure("RssAnon"))
-
-    def end(self) -> int:
-        self._is_over.set()
-        self._thread.join()
-        return self.most
 
 
 class Clock(TrainerCallback):
@@ -148,38 +124,42 @@ def measure(folder: Path, way: str, rows: int) -> None:
         disable_tqdm=True,
     )
     options: dict = {}
-    before = figure("VmRSS"), figure("RssAnon")
-    watched = Watched()
-    if way in BY_ROWS:
-        model = load_with_tables(folder, {"": "cpu", f"...{TABLE}": BY_ROWS[way]})
-        options["optimizer_cls_and_kwargs"] = engram_optimizers(args, table_lr_scale=1.0, work_folder=folder / "work")
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    model.get_input_embeddings().requires_grad_(False)
-    if way == OF_EVERYTHING:
-        import bitsandbytes
+    before = own_bytes("VmRSS"), own_bytes("RssAnon")
+    with MemoryWatch() as watched:
+        if way in BY_ROWS:
+            model = load_with_tables(folder, {"": "cpu", f"...{TABLE}": BY_ROWS[way]})
+            options["optimizer_cls_and_kwargs"] = engram_optimizers(
+                args, table_lr_scale=1.0, work_folder=folder / "work"
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        model.get_input_embeddings().requires_grad_(False)
+        if way == OF_EVERYTHING:
+            import bitsandbytes
 
-        trained = [each for each in model.parameters() if each.requires_grad]
-        options["optimizers"] = (bitsandbytes.optim.AdamW8bit(trained, lr=args.learning_rate, weight_decay=0.0), None)
-    clock = Clock()
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=data,
-        data_collator=collate,
-        compute_loss_func=loss_of_last_tokens,
-        callbacks=[clock],
-        **options,
-    )
-    trainer.train()
-    own = watched.end() - before[1]
+            trained = [each for each in model.parameters() if each.requires_grad]
+            options["optimizers"] = (
+                bitsandbytes.optim.AdamW8bit(trained, lr=args.learning_rate, weight_decay=0.0),
+                None,
+            )
+        clock = Clock()
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=data,
+            data_collator=collate,
+            compute_loss_func=loss_of_last_tokens,
+            callbacks=[clock],
+            **options,
+        )
+        trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     print(
         json.dumps(
             {
                 "step_ms": statistics.median(clock.milliseconds[2:]),
-                "peak": figure("VmHWM") - before[0],
-                "own": own,
+                "peak": own_bytes("VmHWM") - before[0],
+                "own": watched.most_bytes - before[1],
                 "losses": losses,
             }
         )

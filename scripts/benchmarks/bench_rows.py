@@ -21,6 +21,10 @@ from pathlib import Path
 import numpy as np
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.memory_limit import own_bytes
+
+
 WIDTH, LOOKUPS, STEPS, WARM, TURNS = 64, 65_536, 9, 4, 3
 SIZES = (1_000_000, 3_000_000, 10_000_000)
 RULES = ("adam", "rowwise_adam", "adagrad", "sgd")
@@ -34,11 +38,6 @@ def batches(rows: int, count: int):
     weights = 1 / np.arange(1, rows + 1)
     cumulated = np.cumsum(weights / weights.sum())
     return [order[np.searchsorted(cumulated, random.random(LOOKUPS))] for _ in range(count)]
-
-
-def peak_bytes() -> int:
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def made_rows(rows: int, way: str):
@@ -117,14 +116,14 @@ def measure(way: str, rows: int) -> None:
     if way not in DENSE:
         check(way)
     ids = [torch.from_numpy(each) for each in batches(rows, WARM + STEPS)]
-    before = peak_bytes()
+    before = own_bytes("VmHWM")
     step = made_fbgemm_step(rows) if way == "fbgemm" else made_step(way, rows)
     seconds = []
     for each in ids:
         start = time.perf_counter()
         step(each)
         seconds.append(time.perf_counter() - start)
-    print(json.dumps([1000 * statistics.median(seconds[WARM:]), peak_bytes() - before]))
+    print(json.dumps([1000 * statistics.median(seconds[WARM:]), own_bytes("VmHWM") - before]))
 
 
 def moved_by_formula(way: str, rows, pulls, lr: float):
@@ -195,7 +194,6 @@ def main():
     if arguments.measure:
         return measure(arguments.measure[0], int(arguments.measure[1]))
     # Not above: an environment with FBGEMM only measures.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from helpers.results import FOLDER, Results, Table, about
 
     results = Results("Updating rows", about(__doc__))

@@ -8,13 +8,13 @@ from helpers.evidence_arms import ablations, controls
 from helpers.evidence_depth import depth
 from helpers.evidence_pretrained import pretrained
 from helpers.evidence_recall import recall
-from helpers.evidence_sections import NOT_RUN, Results, Section
+from helpers.evidence_sections import NOT_RUN, Results, Section, made_by
 from helpers.evidence_sizes import allocation, memory_sizes
 from helpers.experiment_files import best_rate
 from helpers.experiment_measures import MEASURES, measured_runs, name_of
 from helpers.experiment_plan import count_reported, hours_of_run, runs_of
-from helpers.experiment_runs import RATES, names_of_tuning, tuning_runs
-from helpers.experiments import CONTROLS, EXPERIMENTS, TUNING_SEED, Experiment
+from helpers.experiment_runs import RATES, Run, names_of_tuning, tuning_runs
+from helpers.experiments import CONTROLS, ENGRAM, EXPERIMENTS, TUNING_SEED, Experiment
 from helpers.experiments_text import TIMES_ASKED
 from helpers.results import Table, wrap
 
@@ -22,14 +22,16 @@ from helpers.results import Table, wrap
 HEAD = """# Evidence
 
 The articles about Engram promise that a memory lowers the loss at equal cost, that facts live in its tables, and more.
-Here the promises are held against controls, mostly in models of 4.3 million parameters, on text that is full of facts.
+Here the promises are held against controls, mostly in models of a few million parameters, on text full of facts.
 `scripts/experiments/report.py` writes this page from `scripts/experiments/results/`. No figure of a run and no verdict
 is typed by hand.
 """
+# arXiv 2601.07372, section 4.
+PAPER_PARAMETERS, PAPER_TOKENS = 27e9, 262e9
 MISLEADING = """## Three ways in which this page could mislead
 
-1. **Size.** The paper's 27B models have 6,000 times the parameters and read 87,000 times the tokens. What does not show
-   here may show there, and the other way round.
+1. **Size.** The paper's 27B models have {parameters} times the parameters of EngramMoE here, and read
+   {tokens} times the tokens. What does not show here may show there, and the other way round.
 2. **The text and the tuning.** Most of the text is dictionary articles of few words each, where short n-grams say much.
    Articles whose facts are asked for are read {times} times by the small models, all others once. The learning rate was
    chosen with one seed from rates that differ by a factor of two or more. A better one between them may favour one
@@ -121,17 +123,24 @@ def provenance(scale: str, results: Results) -> str:
     check_tuning(scale, runs, results)
     first = runs[0]
     tokens = sum(first["documents"]["tokens"])
-    hardware, commits = sorted({run["hardware"] for run in runs}), sorted({run["commit"] for run in runs})
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     hours = sum(run["cpu_hours"] for run in results.values())
     articles = len(first["documents"]["tokens"])
     return (
         f"A run reads {first['tokens']:,} tokens in {first['steps']:,} steps, on {first['threads']} thread. "
         f"torch's `float32_matmul_precision` is {first['matmul_precision']}. Losses are "
         f"nats per token of the beginnings of {articles} held-out articles, {tokens:,} tokens. Text {first['text']}; "
-        f"{'; '.join(hardware)}; {versions}; commit {', '.join(commits)}. All runs of this page and their tuning took "
+        f"{made_by(runs)}. All runs of this page and their tuning took "
         f"{hours:.2f} CPU hours."
     )
+
+
+def beside_paper(scale: str, results: Results) -> dict[str, str]:
+    """How many times the parameters and the tokens of our reference the paper's models have."""
+    run = results.get(Run(ENGRAM, 0, scale).name)
+    if run is None:
+        return {"parameters": "many", "tokens": "many"}
+    parameters, tokens = PAPER_PARAMETERS / run["parameters"]["total"], PAPER_TOKENS / run["tokens"]
+    return {"parameters": f"{round(parameters, -2):,.0f}", "tokens": f"{round(tokens, -3):,.0f}"}
 
 
 def check_tuning(scale: str, runs: list[dict], results: Results) -> None:
@@ -207,7 +216,7 @@ def rendered(results: Results, scale: str = "tiny") -> str:
         wrap(tuning),
         *tuning_tables(scale, results),
         wrap(provenance(scale, results)),
-        MISLEADING.strip().format(times=TIMES_ASKED),
+        MISLEADING.strip().format(times=TIMES_ASKED, **beside_paper(scale, results)),
         *(rendered_section(experiment, scale, results) for experiment in EXPERIMENTS),
     ]
     return "\n\n".join(parts) + "\n"

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from helpers.evidence_sections import NO_CLAIM, NOT_RUN, Results, Section, seeds_of, spread, told
+from helpers.evidence_sections import NO_CLAIM, NOT_RUN, Results, Section, made_by, seeds_of, spread, told
 from helpers.evidence_statistics import Interval, difference, share_right
 from helpers.experiments import TUNING_SEED
 from helpers.known_answers import TASKS
@@ -78,13 +78,12 @@ def pretrained(scale: str, results: Results) -> Section:
 def about_runs(base: dict, found: dict[str, list[dict]]) -> str:
     """What the model is, and what it reads and is asked."""
     first = found[MEMORY][0]
-    commits = sorted({run["commit"] for runs in found.values() for run in runs} | {base["commit"]})
     documents, other = base["documents"]["tokens"], base["other"]["tokens"]
     return wrap(
         f"The model is SmolLM2-135M-Instruct. A run reads {first['tokens']:,} tokens of articles in {first['steps']} "
         f"steps. Articles whose facts are asked for are read {TIMES_ASKED} times. Losses are of {len(documents)} "
         f"held-out articles, {sum(documents):,} tokens, and of {len(other)} files of Python's library, {sum(other):,} "
-        f"tokens. Text {first['text']}; commit {', '.join(commits)}."
+        f"tokens. Text {first['text']}; {made_by([base, *(run for runs in found.values() for run in runs)])}."
     )
 
 

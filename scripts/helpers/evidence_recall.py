@@ -12,6 +12,7 @@ from helpers.evidence_sections import (
     TOO_FEW,
     Results,
     Section,
+    made_by,
     seeds_of,
 )
 from helpers.evidence_statistics import share_difference, share_interval, share_right
@@ -86,7 +87,7 @@ def recall(scale: str, results: Results) -> Section:
             f"each (`scripts/helpers/recall_task.py`). A model reads {STEPS:,} steps of {ROWS} rows of {TRAINED} "
             f"tokens at the rate that was tuned for its family on text: {rates_of(found)}. Then it reads {LONG_STEPS} "
             f"steps of {LONG_ROWS} rows of {EXTENDED:,} tokens with YaRN, at a tenth of the rate. The loss counts "
-            "answers alone."
+            f"answers alone. {made_by([run for runs in found.values() for run in runs])}."
         ),
         Table(columns, rows).markdown(),
         wrap(

@@ -56,6 +56,13 @@ def told(interval: Interval, seeds: int) -> str:
     return f"{interval}, {clear} {'above' if interval.value > 0 else 'below'} 0 ({seeds_of(seeds)})"
 
 
+def made_by(runs: list[dict]) -> str:
+    """On what machines, by what versions and at what commits."""
+    versions = {", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs}
+    hardware, commits = {run["hardware"] for run in runs}, {run["commit"] for run in runs}
+    return f"{'; '.join(sorted(hardware))}; {'; '.join(sorted(versions))}; commit {', '.join(sorted(commits))}"
+
+
 def spread(losses: list[float]) -> str:
     return f"{min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else ""
 

@@ -4,6 +4,7 @@ A run saves checkpoints. Killed at any point, it goes on from the newest one tha
 bit.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -198,7 +199,7 @@ def trained(run: Run, text: ExperimentText, rate: float, folder: Path, work: Pat
     trainer, cpu = make_trainer(model, text.train, folder, steps, rate, run.seed, work_folder=work_folder)
     if run.arm.tables == "shuffled":
         trainer.add_callback(ShuffledRows(model, run.seed))
-    with MemoryWatch() as memory:
+    with MemoryWatch() if run.arm.is_on_disk else contextlib.nullcontext() as memory:
         curve = go_on(trainer, folder)
     measured = held_out_losses(model, text.tuning if run.is_tuning else text.held_out)
     count = count_parameters(model.config)
@@ -217,7 +218,7 @@ def trained(run: Run, text: ExperimentText, rate: float, folder: Path, work: Pat
         "cpu_hours": round(cpu.total() / 3600, 4),
         "config": model.config.to_diff_dict(),
     }
-    if run.arm.is_on_disk:
+    if memory is not None:
         limits = [limit for limit, _ in own_limits()]
         content["memory"] = {"limit_bytes": min(limits, default=None), "own_bytes": memory.most_bytes}
     if not run.is_tuning:

@@ -1,4 +1,7 @@
-"""How much memory there is to use, and running a command with less. The page cache counts towards a limit."""
+"""How much memory there is to use, what this process takes, and running a command with less.
+
+The page cache counts towards a limit.
+"""
 
 import contextlib
 import ctypes
@@ -71,6 +74,11 @@ def free_bytes() -> int:
     return bytes_of("/proc/meminfo", "MemAvailable")
 
 
+def own_bytes(field: str) -> int:
+    """What this process takes: now "VmRSS", without files "RssAnon", at most "VmHWM"."""
+    return bytes_of("/proc/self/status", field)
+
+
 class MemoryWatch:
     """Looks a hundred times a second at what this process has in memory that no file holds.
 
@@ -91,7 +99,7 @@ class MemoryWatch:
 
     def watch(self) -> None:
         while not self.ended.is_set():
-            self.most_bytes = max(self.most_bytes, bytes_of("/proc/self/status", "RssAnon"))
+            self.most_bytes = max(self.most_bytes, own_bytes("RssAnon"))
             self.ended.wait(0.01)
 
 

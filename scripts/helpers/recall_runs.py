@@ -45,7 +45,7 @@ YARN = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
-HOURS_PER_RUN = 0.35
+HOURS_PER_RUN = 0.42
 # Of right answers at the trained length.
 LEARNED_SHARE = 0.5
 GUESSED_ROWS = 200
